@@ -1,0 +1,54 @@
+# make book · make test · make lab · make bench · make plan: each sets up what it needs first.
+PYTHON   ?= python3
+PROFILES ?= smollm2-135m
+PROFILE  ?= smollm2-135m
+BENCH    ?= step
+GPU      ?= h100
+BIN      := .venv/bin
+READY    := .venv/ready
+
+.PHONY: book test lint lab bench plan lock clean
+.DELETE_ON_ERROR:
+
+book: $(READY)
+	$(BIN)/python -m metasae_lib fetch $(PROFILES)
+	$(BIN)/python workflow/build.py $(PROFILES)
+
+test: lint
+	$(BIN)/python -m metasae_lib fetch tiny
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab: $(READY)
+	$(BIN)/python -m metasae_lib fetch $(PROFILE)
+	$(BIN)/jupyter lab notebooks
+
+bench: $(READY)
+	$(BIN)/python benchmarks/$(BENCH).py
+
+plan: $(READY)
+	$(BIN)/python -m metasae_lib plan $(PROFILE) --gpu $(GPU)
+
+# The environment follows the lock: a changed pin or project file installs again, an interrupted install goes on.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed; name one: make book PYTHON=python3.11") if not (3, 11) <= sys.version_info < (3, 14) else 0'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/jupytext-config --settings-file .venv/share/jupyter/lab/settings/overrides.json set-default-viewer python
+	touch $@
+
+# Resolve pyproject.toml anew. GPU libraries are left out of the lock: torch itself pins the ones it was built with.
+lock:
+	$(PYTHON) -m pip install --quiet --dry-run --ignore-installed --report .lock.json '.[test]'
+	$(PYTHON) -c 'import json; found = [p["metadata"] for p in json.load(open(".lock.json"))["install"]]; \
+	  pins = {"%s==%s" % (p["name"].lower(), p["version"].split("+")[0]) for p in found}; \
+	  print("\n".join(sorted(p for p in pins if not p.startswith(("nvidia", "triton", "cuda", "metasae")))))' > .lock.new
+	mv .lock.new requirements.lock && rm .lock.json
+
+clean:
+	rm -rf _build runs .snakemake

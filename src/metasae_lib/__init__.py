@@ -1,0 +1,12 @@
+"""Joint training of sparse autoencoders with meta-SAEs, and the measures around it.
+
+Importing the package is light: torch and transformers load with the modules that need them.
+"""
+
+from __future__ import annotations
+
+from metasae_lib.errors import MetaSAEError
+from metasae_lib.profile import Profile
+from metasae_lib.run import Run
+
+__all__ = ["MetaSAEError", "Profile", "Run"]

@@ -1,0 +1,43 @@
+"""The decomposability penalty (Eq. 2-3) and OrtSAE's orthogonality penalty."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metasae_lib.errors import DictionaryError
+
+
+def decomposability(squared_error: Tensor, sigma_sq: float) -> Tensor:
+    """p_i = exp(-|W_i - What_i|² / σ²) of each decoder row (Eq. 2).
+
+    squared_error: (n,) squared distance of each row from its reconstruction. Returns (n,).
+    """
+    return torch.exp(squared_error / -sigma_sq)
+
+
+def decomposability_penalty(W_dec: Tensor, W_hat: Tensor, sigma_sq: float) -> Tensor:
+    """How easily the meta dictionary rebuilds the decoder rows: mean_i p_i (Eq. 2-3).
+
+    W_dec: (n, d) decoder rows. W_hat: (n, d) their reconstruction by the meta dictionary, a
+    constant: the gradient reaches W_dec only. sigma_sq: bandwidth σ² > 0.
+    Returns a scalar in [0, 1]; Eq. 3 weighs it by λ₂.
+    """
+    if W_dec.shape != W_hat.shape:
+        raise DictionaryError(
+            f"W_dec is {tuple(W_dec.shape)} and its reconstruction {tuple(W_hat.shape)}: "
+            "give both the same shape"
+        )
+    if not sigma_sq > 0:
+        raise DictionaryError(f"sigma_sq is {sigma_sq}: give a number above 0")
+    return decomposability((W_dec - W_hat.detach()).square().sum(-1), sigma_sq).mean()
+
+
+def penalty_pull(squared_error: Tensor, lambda2: float, sigma_sq: float) -> Tensor:
+    """The factor c_i in dPenalty/dW_i = c_i (W_i - What_i), written by hand.
+
+    c_i = λ₂/n · p_i · (-2/σ²): each row is pushed away from its reconstruction.
+    squared_error: (n,). Returns (n,).
+    """
+    n = squared_error.shape[0]
+    return decomposability(squared_error, sigma_sq) * (-2 * lambda2 / (n * sigma_sq))

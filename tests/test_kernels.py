@@ -1,0 +1,163 @@
+"""Each compiled loop against its plain form, and the selection against a sort."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from metasae_lib import kernels
+from metasae_lib.kernels import COMPILED, PLAIN, Adam, Codes, Extra, Pull
+
+
+def dense(codes: Codes, shape: tuple[int, int]) -> Tensor:
+    """The listed activations as a matrix, written one by one."""
+    acts = torch.zeros(shape)
+    for t in range(shape[0]):
+        for p in range(codes.row_ptr[t], codes.row_ptr[t + 1]):
+            acts[t, codes.cols[p]] = float(codes.acts[p])
+    return acts
+
+
+def by_sorting(pre: Tensor, k: int) -> Tensor:
+    """Top k of the flat matrix by a full sort on (-value, index), then relu."""
+    flat = pre.flatten().tolist()
+    best = sorted(range(len(flat)), key=lambda i: (-flat[i], i))[:k]
+    out = torch.zeros(len(flat))
+    for i in best:
+        out[i] = max(flat[i], 0.0)
+    return out.view_as(pre)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    b=st.integers(1, 9),
+    n=st.integers(1, 17),
+    k=st.integers(1, 160),
+    levels=st.sampled_from([1, 2, 5, 1000]),
+    shift=st.sampled_from([-3.0, 0.0, 3.0]),
+    bracket=st.sampled_from([0, 1, 16000, 16256, 32000]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    seed=st.integers(0, 99),
+)
+def test_batch_topk_is_exact_whatever_the_bracket(
+    b: int, n: int, k: int, levels: int, shift: float, bracket: int, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pre = torch.randint(-levels, levels + 1, (b, n), generator=generator) / levels + shift
+    pre = pre.to(dtype)
+    k = min(k, b * n)
+    if dtype == torch.float32:
+        bracket <<= 16
+    codes, following = kernels.batch_topk(pre, k, bracket)
+    expected = by_sorting(pre, k)
+    torch.testing.assert_close(dense(codes, (b, n)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        kernels.batch_topk_plain(pre, k)[0].acts.float(), expected, rtol=0, atol=0
+    )
+    again, _ = kernels.batch_topk(pre, k, following)
+    torch.testing.assert_close(dense(again, (b, n)), expected, rtol=0, atol=0)
+
+
+def test_lists_by_token_and_by_feature_agree() -> None:
+    pre = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
+    codes, _ = kernels.batch_topk(pre, 333)
+    assert codes.row_ptr[-1] == codes.col_ptr[-1] == 333
+    acts = dense(codes, (40, 60))
+    for j in range(60):
+        mine = slice(codes.col_ptr[j], codes.col_ptr[j + 1])
+        tokens = acts[:, j].nonzero()[:, 0]
+        assert codes.rows[mine].tolist() == tokens.tolist()
+        assert codes.acts[codes.entries[mine]].tolist() == acts[tokens, j].tolist()
+    assert torch.equal(kernels.fired(codes), (acts > 0).any(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("k", [1, 4, 7, 30])
+def test_row_topk(dtype: torch.dtype, k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    pre = torch.randint(-9, 9, (33, 50), generator=generator).to(dtype)
+    features = torch.tensor([0, 3, 4, 8, 17, 21, 22, 30, 31, 40, 41, 42, 49])
+    expected = torch.stack([by_sorting(row[None], min(k, 13))[0] for row in pre[:, features]])
+    for form in (COMPILED, PLAIN):
+        out = form.row_topk(pre, features, k)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), expected, rtol=0, atol=0)
+
+
+def problem(b: int, d: int, n: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    W_dec = draw(n, d)
+    return {
+        "pre": draw(b, n),
+        "z": draw(b, d),
+        "b_dec": draw(d) / 4,
+        "W_enc_T": draw(n, d) / 8,
+        "W_dec": W_dec / W_dec.norm(dim=1, keepdim=True),
+    }
+
+
+@pytest.mark.parametrize(("b", "d", "n"), [(1, 2, 1), (70, 33, 45), (64, 32, 96)])
+def test_residual(b: int, d: int, n: int) -> None:
+    p = problem(b, d, n)
+    k = b * n // 5 + 1
+    codes, _ = COMPILED.batch_topk(p["pre"], k)
+    plain, _ = PLAIN.batch_topk(p["pre"], k)
+    error, square, dots = COMPILED.residual(codes, p["z"], p["W_dec"], p["b_dec"], True)
+    error_, square_, dots_ = PLAIN.residual(plain, p["z"], p["W_dec"], p["b_dec"], True)
+    torch.testing.assert_close(error, error_, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(square, square_, rtol=1e-5, atol=1e-5)
+    listed = dense(codes._replace(acts=dots), (b, n))
+    torch.testing.assert_close(listed, dots_, rtol=1e-4, atol=1e-5)
+    again, _, none = COMPILED.residual(codes, p["z"], p["W_dec"], p["b_dec"], False)
+    assert torch.equal(again, error) and len(none) == 0
+
+
+@pytest.mark.parametrize("with_extra", [False, True])
+@pytest.mark.parametrize("with_pull", [False, True])
+def test_update_rows(with_extra: bool, with_pull: bool) -> None:
+    b, d, n = 70, 33, 75
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    position = torch.full((n,), -1, dtype=torch.int32)
+    m = 3 if with_extra else 0
+    position[torch.tensor([0, 5, 74])[:m]] = torch.arange(m, dtype=torch.int32)
+    extra = Extra(position, draw(m, d), draw(m, d), draw(m))
+    pull = Pull(draw(n, d), draw(n)) if with_pull else None
+    start = [draw(n, d).square() / 9 for _ in range(4)]
+    results = []
+    for form in (COMPILED, PLAIN):
+        p = problem(b, d, n)
+        codes, _ = form.batch_topk(p["pre"], 400)
+        error, _, dots = form.residual(codes, p["z"], p["W_dec"], p["b_dec"], True)
+        moments = tuple(x.clone() for x in start)
+        g_b = form.update_rows(
+            p["W_enc_T"], p["W_dec"], moments, codes, dots, p["z"], error, p["b_dec"], -0.37,
+            extra, pull, Adam(1e-2, 0.9, 0.99, 3),
+        )  # fmt: skip
+        results.append((p["W_enc_T"], p["W_dec"], *moments, g_b))
+    for mine, plain in zip(*results, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(results[0][1].norm(dim=1), torch.ones(n))
+
+
+def test_adam_is_that_of_torch() -> None:
+    w = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    peer = w.clone().requires_grad_()
+    optimiser = torch.optim.Adam([peer], lr=3e-3, betas=(0.9, 0.99))
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for step in range(1, 6):
+        g = torch.sin(step * w.detach() * 7) * 1e-6
+        peer.grad = g.clone()
+        optimiser.step()
+        kernels.adam_step(w, m, v, g, Adam(3e-3, 0.9, 0.99, step))
+        torch.testing.assert_close(w, peer.detach(), rtol=1e-12, atol=0)

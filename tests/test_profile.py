@@ -1,0 +1,230 @@
+"""Profiles: what loads, what overrides do, and one sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from metasae_lib.__main__ import main
+from metasae_lib.errors import ProfileError
+from metasae_lib.profile import ArmSpec, ModelShape, Profile, model_shape
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PROFILES = sorted(path.stem for path in (REPOSITORY / "profiles").glob("*.yml"))
+
+
+def sentence(profile: str | Path, overrides: Any = None) -> str:
+    """The error of a bad profile, which must be one line without pydantic's own words."""
+    with pytest.raises(ProfileError) as caught:
+        Profile.load(profile, overrides)
+    text = str(caught.value)
+    assert "\n" not in text and "pydantic" not in text and "validation error" not in text
+    return text
+
+
+def write(folder: Path, **sections: Any) -> Path:
+    """A copy of `tiny` called `own`, with whole sections replaced."""
+    values = yaml.safe_load((REPOSITORY / "profiles" / "tiny.yml").read_text())
+    values.update({"name": "own", **sections})
+    path = folder / "own.yml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_the_five_profiles_load() -> None:
+    assert {"tiny", "smollm2-135m", "gemma-3-270m", "gpt2-large", "gemma-2-9b"} <= set(PROFILES)
+    for name in PROFILES:
+        profile = Profile.load(name)
+        assert profile.name == name and profile.overrides_hash == ""
+        assert len({arm.name for arm in profile.arms()}) == len(profile.arms())
+
+
+@pytest.mark.parametrize("name", ["gpt2-large", "gemma-2-9b"])
+def test_paper_profiles_equal_the_printed_setup(name: str) -> None:
+    published = yaml.safe_load((REPOSITORY / "book" / "published.yml").read_text())
+    setup = {key: entry["value"] for key, entry in published["setup"][name].items()}
+    profile = Profile.load(name)
+    ours = {
+        "layer": profile.model.layer,
+        **profile.dictionary.model_dump(),
+        **profile.training.model_dump(),
+        "context_length": profile.text.context_length,
+        "train_tokens": profile.training.train_tokens,
+        "cooccurrence_tokens": profile.text.roles["scan"],
+        "calibration_tokens": profile.text.roles["calibration"],
+        "autointerp_tokens": profile.text.roles["contexts"],
+    }
+    shape = profile.shape
+    assert shape is not None and shape.d_model == setup["d_model"]
+    assert setup.get("n_layers", shape.n_layers) == shape.n_layers
+    shared = setup.keys() & ours.keys()
+    assert len(shared) >= 7
+    assert {key: ours[key] for key in shared} == {key: setup[key] for key in shared}
+
+
+def test_arms_of_the_paper() -> None:
+    names = [arm.name for arm in Profile.load("gpt2-large").arms()]
+    grid = [
+        f"joint-lambda{a}-sigma{b}-seed0" for a in ("0.1", "0.3", "1") for b in ("0.3", "1", "3")
+    ]
+    seeds = [f"joint-lambda0.3-sigma1-seed{seed}" for seed in (1, 2, 3)]
+    controls = [f"control-sigma{b}-seed0" for b in ("0.3", "1", "3")]
+    assert names == [f"solo-seed{seed}" for seed in range(4)] + grid + seeds + controls
+    control = Profile.load("tiny").arms()[-1]
+    assert control == ArmSpec("control", 0, 0.0, 1.0)
+
+
+def test_steps_and_selected() -> None:
+    assert Profile.load("tiny").steps == 60_000 // 512
+    assert Profile.load("tiny").selected == (0.3, 1.0)
+    outside = Profile.load("tiny", {"training.lambda2": [1.0, 0.1], "training.sigma_sq": [3.0]})
+    assert outside.selected == (1.0, 3.0)
+
+
+def test_overrides_name_the_run_only_when_they_change_something() -> None:
+    same = Profile.load("tiny", {"training.lambda2": [0.3], "device": "auto"})
+    assert same.overrides == {} and same.overrides_hash == ""
+    one = Profile.load("tiny", {"training.lambda2": [0.1], "training.batch_tokens": 256})
+    other = Profile.load("tiny", {"training": {"batch_tokens": 256, "lambda2": (0.1,)}})
+    assert one.overrides == {"training.batch_tokens": 256, "training.lambda2": [0.1]}
+    assert one.overrides_hash == other.overrides_hash and len(one.overrides_hash) == 8
+    assert one.hash == other.hash != same.hash
+    assert Profile.load("tiny").training.lambda2 == [0.3]
+    roles = Profile.load("tiny", {"text.roles.scan": 31_000, "text.max_share.sotu": 0.2})
+    assert roles.overrides == {"text.max_share.sotu": 0.2, "text.roles.scan": 31_000}
+    assert roles.text.roles["train"] == 40_000
+
+
+def test_hash_leaves_out_what_results_do_not_depend_on() -> None:
+    assert Profile.load("tiny", {"device": "cpu"}).hash == Profile.load("tiny").hash
+    assert Profile.load("tiny", {"about": "Else."}).hash == Profile.load("tiny").hash
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    text = path.read_text().replace("learning_rate: 0.001", "learning_rate: 3e-4", 1)
+    assert yaml.safe_load(text)["training"]["learning_rate"] == "3e-4"  # the trap
+    path.write_text(text)
+    assert Profile.load(path).training.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"training.lamda2": [0.3]}, ["training.lamda2", "not a known key", "training.lambda2"]),
+        ({"lambda2": [0.3]}, ["training.lambda2"]),
+        ({"text.roles.trian": 5}, ["text.roles.trian", "text.roles.train"]),
+        ({"text": {"roles": {"trian": 5}}}, ["text.roles.trian", "text.roles.train"]),
+        ({"text.max_share.sot": 0.1}, ["text.max_share.sot", "text.max_share.sotu"]),
+        ({"training": 3}, ["training is a section", "training.train_tokens"]),
+        ({"training.lambda2": 0.3}, ["training.lambda2", "must be a list", "0.3"]),
+        ({"training.lambda2": []}, ["training.lambda2", "at least 1"]),
+        ({"training.lambda2": [0.0]}, ["training.lambda2.0", "above 0"]),
+        ({"training.lambda2": [0.3, 0.3]}, ["training.lambda2", "0.3 twice"]),
+        ({"training.sigma_sq": ["big"]}, ["training.sigma_sq.0", "must be a number", "'big'"]),
+        ({"training.seeds": [1, 1]}, ["training.seeds", "1 twice"]),
+        ({"training.seeds": [-1]}, ["training.seeds.0", "at least 0"]),
+        ({"training.selected": [0.3]}, ["training.selected", "at least 2"]),
+        ({"training.arms": ["solos"]}, ["training.arms", "'solos'", "'solo'"]),
+        ({"training.learning_rate": float("nan")}, ["training.learning_rate", "finite"]),
+        ({"training.learning_rate": True}, ["training.learning_rate", "must be a number"]),
+        ({"training.betas": [0.9, 1.0]}, ["training.betas.1", "below 1"]),
+        ({"training.k_aux": 300}, ["training.k_aux", "dictionary.n_features"]),
+        ({"training.batch_tokens": 60_001}, ["training.train_tokens", "training.batch_tokens"]),
+        ({"training.batch_tokens": 512.0}, ["training.batch_tokens", "whole number"]),
+        ({"training.batch_tokens": "512"}, ["training.batch_tokens", "whole number"]),
+        ({"dictionary.k": 257}, ["dictionary.k", "257", "dictionary.n_features (256)"]),
+        ({"dictionary.meta_k": 33}, ["dictionary.meta_k", "dictionary.n_meta_features (32)"]),
+        ({"model.layer": 30}, ["model.layer is 30", "30 layers", "1 to 29"]),
+        ({"model.layer": 0}, ["model.layer", "at least 1"]),
+        ({"model.source": "embedded:smollm"}, ["model.source", "embedded:smollm2-135m"]),
+        ({"model.source": "gpt2"}, ["model.source", "hub:<owner/name>"]),
+        ({"model.source": "folder:/no/such"}, ["model.source", "/no/such", "config.json"]),
+        ({"model.dtype": "bf16"}, ["model.dtype", "'bfloat16' or 'float32'", "'bf16'"]),
+        ({"device": "gpu"}, ["device", "'auto', 'cpu' or 'cuda'", "'gpu'"]),
+        ({"text.source": "fineweb"}, ["text.source", "hf:<dataset>"]),
+        ({"text.roles.scan": 0}, ["text.roles.scan", "at least 1"]),
+        ({"text.roles.contexts": 100}, ["text.roles.contexts", "one row"]),
+        ({"text.roles.train": 9_000_000}, ["text.roles", "9,060,000", "lower a role"]),
+        ({"evaluation.ce_rows": 300}, ["evaluation.ce_rows", "236 rows", "text.roles.scan"]),
+        ({"name": "other"}, ["name cannot be overridden"]),
+        ("{'training.k_aux': 1}", ["overrides must map", "papermill"]),
+    ],
+)  # fmt: skip
+def test_bad_overrides(overrides: Any, words: list[str]) -> None:
+    text = sentence("tiny", overrides)
+    assert all(word in text for word in words), text
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    assert "nearest is 'smollm2-135m'" in sentence("smolm2-135m")
+    assert "there is no profile file" in sentence(tmp_path / "none.yml")
+    path = write(tmp_path, dictionary={"n_features": 256, "k": 8, "meta_k": 4})
+    assert "dictionary.n_meta_features is missing" in sentence(path)
+    path = write(tmp_path, dictonary={})
+    assert "dictonary is not a known key" in sentence(path)
+    path = write(tmp_path, name="other")
+    assert "own.yml" in sentence(path) and "'other'" in sentence(path)
+    path.write_text("name: own\nmodel: {source: [}\n")
+    assert "not valid YAML at line 2" in sentence(path)
+    path.write_text("name: own\nname: own\n")
+    assert "the key name is written twice" in sentence(path)
+    path.write_text("- a list\n")
+    assert "holds no keys" in sentence(path)
+    text = {"source": "files:" + str(tmp_path / "*.txt"), "max_share": {}}
+    assert "no file is there" in sentence("tiny", {"text": text})
+    (tmp_path / "a.txt").write_text("Some text.")
+    assert Profile.load("tiny", {"text": text}).text.max_share == {}
+
+
+def test_shape_of_a_local_folder(tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 4, "hidden_size": 32, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = f"folder:{tmp_path}"
+    assert model_shape(source) == ModelShape(4, 32, 12 * 32**2, 100)
+    assert "4 layers: choose 1 to 3" in sentence("tiny", {"model.source": source, "model.layer": 4})
+    (tmp_path / "config.json").write_text("{}")
+    assert "layers, width and vocabulary" in sentence("tiny", {"model.source": source})
+
+
+def test_known_shapes_have_the_sizes_that_the_models_are_named_for() -> None:
+    millions = {"gpt2-large": 774, "gemma-2-9b": 9242, "smollm2-135m": 134.5, "gemma-3-270m": 268}
+    for name, expected in millions.items():
+        shape = Profile.load(name).shape
+        assert shape is not None and shape.parameters / 1e6 == pytest.approx(expected, rel=0.005)
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import metasae_lib, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", name]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("in all") and "h100" in lines[2] for line in lines)
+
+
+def test_plan_against_hand_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    """100M tokens · 20 blocks · (2·12·1280² + 4·128·1280) · 128/127 at 300 TFLOP/s: 269 s.
+    An arm: 16 bytes · 2 · 1280 · (20,480 + 1,800) = 0.91 GB; counts 4 · 20,480² = 1.68 GB."""
+    assert main(["plan", "gpt2-large", "--gpu", "h100"]) == 0
+    out = capsys.readouterr().out
+    assert "4 min" in next(line for line in out.splitlines() if line.startswith("model to layer"))
+    assert "0.91 GB of memory, with Adam" in out and "1.68 GB of memory" in out
+    assert "a100" not in out
+
+
+def test_commands_fail_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["plan", "gpt3"], ["fetch", "tiny", "gpt3"]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "there is no profile 'gpt3'" in error

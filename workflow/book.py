@@ -1,0 +1,296 @@
+"""From finished runs to the rendered book: python workflow/book.py tiny smollm2-135m
+
+Stages prose, generated pieces and one page a notebook and profile in `_build/site-src`, lets
+Jupyter Book render them into `_build/html`, and checks what came out. Nothing is executed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+from nbformat.v4 import new_markdown_cell
+
+import toc
+from check_site import check_site
+from metasae_lib import Profile, Run
+from metasae_lib.errors import ArtefactError, MetaSAEError
+from pages import (
+    PageError,
+    headings,
+    labels,
+    link_files,
+    make_page,
+    tables_used,
+    without_machine,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# One file with TeX input and HTML output; its fonts are looked for beside it.
+MATHJAX_PACKAGE = "sphinx-mathjax-offline"
+MATHJAX_FILES = ["tex-mml-chtml.js", "output/chtml/fonts/woff-v2"]
+
+
+class BookError(Exception):
+    """A book that cannot be made; the sentence says why."""
+
+
+def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) -> None:
+    """Write every source of the site under `staging`, from nothing.
+
+    `root` holds book/, notebooks/ and profiles/. PageError or BookError for what must not be shown.
+    """
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(root / "book", staging)
+    _copy_mathjax(staging / "_extra" / "mathjax")
+    generated = staging / "generated"
+    generated.mkdir()
+    notebooks = toc.notebooks(root / "notebooks")
+    runs = {name: Run.open(_profile(root, name), runs_dir) for name in profiles}
+    for run in runs.values():
+        _stage_run(run, notebooks, root / "notebooks", staging / run.profile.name)
+    known = sorted(path.stem for path in (root / "profiles").glob("*.yml"))
+    others = [name for name in known if name not in runs]
+    for name in others:
+        (staging / name).mkdir()
+        (staging / name / "index.md").write_text(
+            _not_run_page(_profile(root, name), profiles), encoding="utf-8"
+        )
+    published = yaml.safe_load((root / "book" / "published.yml").read_text(encoding="utf-8"))
+    pieces = {
+        "claims.md": _claims(published),
+        "findings.md": "\n\n".join(_findings(run, link=True) for run in runs.values()),
+        "workflow.svg": toc.workflow_svg(notebooks),
+    }
+    for name, text in pieces.items():
+        (generated / name).write_text(text, encoding="utf-8")
+    table = toc.contents(list(runs), others, notebooks)
+    (staging / "_toc.yml").write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
+
+
+def render(root: Path, staging: Path, output: Path) -> None:
+    """Let Jupyter Book make `output/_build/html` from the staged sources; warnings are errors."""
+    shutil.rmtree(output / "_build" / "html", ignore_errors=True)
+    command = [
+        sys.executable, "-m", "jupyter_book.cli.main", "build", str(staging), "--all", "-W", "-n",
+        "--keep-going", "--quiet", "--config", str(root / "_config.yml"),
+        "--toc", str(staging / "_toc.yml"), "--path-output", str(output),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        text = (done.stdout + done.stderr).replace(str(staging) + os.sep, "")
+        lines = [line for line in text.splitlines() if "WARNING" in line or "ERROR" in line]
+        raise BookError("\n".join(lines or text.splitlines()[-30:]) + "\nThe book has warnings.")
+
+
+def _stage_run(run: Run, notebooks: Sequence[str], sources: Path, folder: Path) -> None:
+    (folder / "executed").mkdir(parents=True)
+    executed = {}
+    for name in notebooks:
+        path = run.folder / "notebooks" / f"{name}.ipynb"
+        if not path.exists():
+            raise PageError(f"{name} has not been run for {run.name}: make book runs it.")
+        executed[name] = nbformat.read(path, as_version=4)
+    known = {label for notebook in executed.values() for label in labels(notebook)}
+    for name, notebook in executed.items():
+        try:
+            page = make_page(notebook, run.profile.name, known)
+            titles = [title.lower() for _, title in headings(page)]
+            if "provenance" not in titles:
+                page.cells.append(new_markdown_cell(_provenance(run.provenance())))
+            if "downloads" not in titles:
+                page.cells.append(new_markdown_cell(_downloads(run, tables_used(notebook))))
+            page.cells.append(new_markdown_cell(_notebook_links(name)))
+            _add_banner(page, run.profile)
+            link_files(page, run.folder, folder)
+        except PageError as error:
+            raise PageError(f"{name} of {run.name}: {error}") from error
+        nbformat.write(page, folder / f"{name}.ipynb")
+        nbformat.write(without_machine(notebook), folder / "executed" / f"{name}.ipynb")
+        shutil.copyfile(sources / f"{name}.py", folder / "executed" / f"{name}.py")
+    (folder / "index.md").write_text(_run_page(run, executed), encoding="utf-8")
+
+
+def _add_banner(page: nbformat.NotebookNode, profile: Profile) -> None:
+    """Say under the title which run the page shows."""
+    first = page.cells[0] if page.cells else None
+    if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
+        raise PageError("it does not begin with a '# ' title.")
+    title, _, rest = first.source.partition("\n")
+    banner = f"```{{div}} run-banner\nProfile [{profile.name}](index.md): {profile.about}\n```\n"
+    first.source = f"{title}\n\n{banner}{_small_run(profile)}\n{rest}"
+
+
+def _small_run(profile: Profile) -> str:
+    if profile.name != "tiny":
+        return ""
+    return (
+        "\n:::{warning}\nThis is the tiny profile: it shows that every step works, in seconds."
+        " Its numbers say nothing about the paper.\n:::\n"
+    )
+
+
+def _run_page(run: Run, executed: Mapping[str, nbformat.NotebookNode]) -> str:
+    profile = run.profile
+    titles = {name: next(iter(headings(notebook)))[1] for name, notebook in executed.items()}
+    listed = "\n".join(f"- [{title}]({name}.ipynb)" for name, title in titles.items())
+    return (
+        f"# {profile.name}\n\n{profile.about}\n{_small_run(profile)}\n"
+        f"## What we find\n\n{_findings(run, link=False)}\n\n"
+        f"## The pages of this run\n\n{listed}\n\n## Settings\n\n{_settings(profile)}\n"
+    )
+
+
+def _not_run_page(profile: Profile, built: Sequence[str]) -> str:
+    command = f'make book PROFILES="{" ".join([*built, profile.name])}"'
+    return (
+        f"# {profile.name}\n\n{profile.about}\n\n"
+        ":::{note}\nThis profile has not been run for this book, so nothing is shown for it.\n:::\n"
+        f"\n## How to run it\n\n```bash\n{command}\n```\n\n"
+        f"What that costs, before anything is spent: `make plan PROFILE={profile.name}`.\n\n"
+        f"## Settings\n\n{_settings(profile)}\n"
+    )
+
+
+def _settings(profile: Profile) -> str:
+    """The numbers a reader asks for first as a numbered table, then the whole profile, folded."""
+    training, sizes = profile.training, profile.dictionary
+    roles = ", ".join(f"{role} {tokens:,}" for role, tokens in profile.text.roles.items())
+    rows = {
+        "Language model": f"{profile.model.source}, layer {profile.model.layer},"
+        f" {profile.model.dtype}, weights {profile.model.weights.replace('_', ' ')}",
+        "Text": f"{profile.text.source}, rows of {profile.text.context_length} tokens",
+        "Tokens by role": roles,
+        "Primary dictionary": f"$n$ = {sizes.n_features:,}, $k$ = {sizes.k}",
+        "Meta dictionary": f"$m$ = {sizes.n_meta_features:,}, $k$ = {sizes.meta_k}",
+        "Trained on": f"{training.train_tokens:,} tokens in batches of {training.batch_tokens:,},"
+        f" Adam at {training.learning_rate:g}",
+        "Grid": f"$\\lambda_2$ in {training.lambda2}, $\\sigma^2$ in {training.sigma_sq}",
+        "Seeds": ", ".join(map(str, training.seeds)),
+    }
+    written = yaml.safe_dump(
+        profile.model_dump(exclude={"about"}), sort_keys=False, allow_unicode=True
+    )
+    return (
+        _table(f"Settings of {profile.name}", f"settings-{profile.name}", rows)
+        + f"\n:::{{dropdown}} The whole profile\n```yaml\n{written}```\n:::\n"
+    )
+
+
+def _table(caption: str, name: str, rows: Mapping[str, str]) -> str:
+    body = "\n".join(f"* - {key}\n  - {value}" for key, value in rows.items())
+    return f"```{{list-table}} {caption}\n:name: {name}\n:stub-columns: 1\n\n{body}\n```\n"
+
+
+def _findings(run: Run, link: bool) -> str:
+    """What the scorecard of a run found, in its own sentences."""
+    try:
+        headline = run.load_json("headline")
+        sentences = [str(sentence) for sentence in headline["sentences"]]
+    except (ArtefactError, KeyError, TypeError):
+        sentences = ["The scorecard of this run has not drawn its conclusions yet."]
+    name = run.profile.name
+    shown = f"**[{name}]({name}/index.md)**" if link else f"**{name}**"
+    tiny = " (a test of the machinery: its numbers say nothing)" if name == "tiny" else ""
+    return f"{shown}{tiny}\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)
+
+
+def _claims(published: Mapping[str, Any]) -> str:
+    """What the paper claims, in its own numbers."""
+    gpt2, gemma = published["gpt2-large"], published["gemma-2-9b"]
+    best = next(row for row in gpt2["table1"]["rows"] if row.get("selected"))
+
+    def value(key: str, of: Mapping[str, Any] = gpt2) -> Any:
+        return of[key]["value"]
+
+    return "\n".join(
+        [
+            f"- mean |φ| between features is {-best['d_mean_abs_phi_pct']:g}% lower than in a"
+            " dictionary trained alone (Table 1);",
+            f"- automated interpretability (fuzzing) is {value('fuzz_delta_pct')}% higher (§5.2);",
+            f"- the price is {best['d_l2_pct']:g}% more reconstruction error, and cross-entropy"
+            f" {value('joint_ce_overhead_pct')}% above the language model's instead of"
+            f" {value('solo_ce_overhead_pct')}% (§5.3);",
+            "- on Gemma 2 9B the same setting gives a fuzzing score"
+            f" {value('fuzz_delta_pct_selected', gemma)}% higher (§6);",
+            "- features of ambiguous words such as *too*, *let*, *cookies* and *flash* split into"
+            " their senses (§5.4, §6).",
+        ]
+    )
+
+
+def _provenance(facts: Mapping[str, Any]) -> str:
+    def words(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{k} {words(v)}" for k, v in value.items()) or "none"
+        if isinstance(value, list):
+            return ", ".join(map(words, value)) or "none"
+        return "none" if value is None else str(value)
+
+    rows = {key.replace("_", " "): words(value) for key, value in facts.items()}
+    body = "\n".join(f"* - {key}\n  - {value}" for key, value in rows.items())
+    return f"## Provenance\n\n```{{list-table}}\n:stub-columns: 1\n\n{body}\n```\n"
+
+
+def _downloads(run: Run, tables: Sequence[str]) -> str:
+    lines = [f"- [{name}.csv](tables/{name}.csv)" for name in tables if run.has_table(name)]
+    return "## Downloads\n\n" + ("\n".join(lines) or "This page makes no tables.")
+
+
+def _notebook_links(name: str) -> str:
+    return (
+        f"The notebook: {{download}}`as executed <executed/{name}.ipynb>`,"
+        f" {{download}}`its source <executed/{name}.py>`."
+    )
+
+
+def _copy_mathjax(folder: Path) -> None:
+    spec = importlib.util.find_spec(MATHJAX_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise BookError(f"The package {MATHJAX_PACKAGE} is missing: make book installs it.")
+    source = Path(spec.origin).parent / "static" / "mathjax"
+    for name in MATHJAX_FILES:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target)
+        else:
+            shutil.copyfile(source / name, target)
+
+
+def _profile(root: Path, name: str) -> Profile:
+    return Profile.load(root / "profiles" / f"{name}.yml")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Render the book from finished runs.")
+    parser.add_argument("profiles", nargs="+")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--output", type=Path, default=Path(), help="where _build is made")
+    arguments = parser.parse_args()
+    staging = arguments.output / "_build" / "site-src"
+    try:
+        print("book: pages", flush=True)
+        stage(REPOSITORY, arguments.profiles, arguments.runs, staging)
+        print("book: rendering", flush=True)
+        render(REPOSITORY, staging, arguments.output)
+    except (BookError, PageError, MetaSAEError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    problems = check_site(arguments.output / "_build" / "html", REPOSITORY)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
