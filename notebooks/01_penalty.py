@@ -32,7 +32,7 @@ runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 
 from metasae_lib import figures, report
 from metasae_lib.penalty import decomposability, decomposability_penalty, penalty_pull
@@ -124,8 +124,8 @@ figures.penalty_profile(profile_table)
 
 # %%
 bounds = pd.DataFrame({"σ²": [0.3, 1.0, 3.0]})
-for name, squared in {"nothing rebuilt, r² = 1": 1, "right angle, r² = 2": 2, "r² = 4": 4}.items():
-    bounds[f"p: {name}"] = [np.exp(-squared / s) for s in bounds["σ²"]]
+for name, squared in {"nothing is rebuilt": 1, "at a right angle": 2, "opposite": 4}.items():
+    bounds[f"p where r² = {squared} ({name})"] = [np.exp(-squared / s) for s in bounds["σ²"]]
 bounds["strongest push at r"] = np.sqrt(bounds["σ²"] / 2)
 bounds["its length f"] = np.sqrt(2 / np.e / bounds["σ²"])
 run.save_table("penalty_bounds", bounds, "Eq. 2 at the distances that unit rows can reach")
@@ -209,26 +209,16 @@ figures.escape(paths)
 # to features that fire independently is the paper's hypothesis, and
 # `03_cooccurrence` is where it is tested.
 #
-# ## Paper against ours
-#
 # This page measures nothing of the paper; it only uses its settings.
 
 # %%
-report.paper_against_ours(
-    run, "*.setup.lambda2", "*.setup.sigma_sq", "*.setup.n_*_steps", label="tab-paper-01"
-)
-
-# %% [markdown]
-# ## Provenance
-
-# %%
-report.provenance(run)
-
-# %% [markdown]
-# ## Downloads
-
-# %%
-report.downloads(
-    run, "penalty_gradient", "penalty_profile", "penalty_bounds", "push_2d", "push_3d",
-    "penalty_escape",
+display(
+    report.paper_against_ours(
+        run, "*.setup.lambda2", "*.setup.sigma_sq", "*.setup.n_*_steps", label="tab-paper-01"
+    ),
+    report.provenance(run),
+    report.downloads(
+        run, "penalty_gradient", "penalty_profile", "penalty_bounds", "push_2d", "push_3d",
+        "penalty_escape",
+    ),
 )  # fmt: skip

@@ -121,7 +121,8 @@ def test_residual(b: int, d: int, n: int) -> None:
 
 @pytest.mark.parametrize("with_extra", [False, True])
 @pytest.mark.parametrize("with_pull", [False, True])
-def test_update_rows(with_extra: bool, with_pull: bool) -> None:
+@pytest.mark.parametrize("low_type", [torch.float32, torch.bfloat16])
+def test_update_rows(with_extra: bool, with_pull: bool, low_type: torch.dtype) -> None:
     b, d, n = 70, 33, 75
     generator = torch.Generator().manual_seed(2)
 
@@ -140,10 +141,12 @@ def test_update_rows(with_extra: bool, with_pull: bool) -> None:
         codes, _ = form.batch_topk(p["pre"], 400)
         error, _, dots = form.residual(codes, p["z"], p["W_dec"], p["b_dec"], True)
         moments = tuple(x.clone() for x in start)
+        low = p["W_enc_T"].to(low_type)
         g_b = form.update_rows(
-            p["W_enc_T"], p["W_dec"], moments, codes, dots, p["z"], error, p["b_dec"], -0.37,
+            p["W_enc_T"], low, p["W_dec"], moments, codes, dots, p["z"], error, p["b_dec"], -0.37,
             extra, pull, Adam(1e-2, 0.9, 0.99, 3),
         )  # fmt: skip
+        assert torch.equal(low, p["W_enc_T"].to(low_type))
         results.append((p["W_enc_T"], p["W_dec"], *moments, g_b))
     for mine, plain in zip(*results, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=2e-5)

@@ -283,3 +283,13 @@ def test_commit_outside_of_git_is_unknown(tmp_path: Path, monkeypatch: pytest.Mo
     commit.cache_clear()
     assert commit() == "unknown"
     commit.cache_clear()
+
+
+def test_progress_is_written_where_a_workflow_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METASAE_PROGRESS", str(tmp_path / "bar"))
+    with progress(4, "counting") as bar:
+        bar.update(2)
+        bar.refresh()
+        assert "counting:  50%" in (tmp_path / "bar").read_text()

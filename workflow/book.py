@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
-from nbformat.v4 import new_markdown_cell
-
 import toc
+import yaml
 from check_site import check_site
-from metasae_lib import Profile, Run
-from metasae_lib.errors import ArtefactError, MetaSAEError
+from nbformat.v4 import new_markdown_cell
 from pages import (
+    ANSI,
+    LINES_SHOWN,
     PageError,
     headings,
     labels,
@@ -33,6 +33,9 @@ from pages import (
     tables_used,
     without_machine,
 )
+
+from metasae_lib import Profile, Run, report
+from metasae_lib.errors import ArtefactError, MetaSAEError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # One file with TeX input and HTML output; its fonts are looked for beside it.
@@ -79,17 +82,21 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
 
 def render(root: Path, staging: Path, output: Path) -> None:
     """Let Jupyter Book make `output/_build/html` from the staged sources; warnings are errors."""
+    staging, output = staging.resolve(), output.resolve()
     shutil.rmtree(output / "_build" / "html", ignore_errors=True)
     command = [
-        sys.executable, "-m", "jupyter_book.cli.main", "build", str(staging), "--all", "-W", "-n",
-        "--keep-going", "--quiet", "--config", str(root / "_config.yml"),
+        str(Path(sys.executable).with_name("jupyter-book")), "build", str(staging), "--all", "-W",
+        "-n", "--keep-going", "--quiet", "--config", str(root / "_config.yml"),
         "--toc", str(staging / "_toc.yml"), "--path-output", str(output),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = output / "_build" / "site.log"
+    text = ANSI.sub("", done.stdout + done.stderr).replace(str(staging) + os.sep, "")
+    log.write_text(text, encoding="utf-8")
     if done.returncode:
-        text = (done.stdout + done.stderr).replace(str(staging) + os.sep, "")
-        lines = [line for line in text.splitlines() if "WARNING" in line or "ERROR" in line]
-        raise BookError("\n".join(lines or text.splitlines()[-30:]) + "\nThe book has warnings.")
+        lines = re.findall(r"^.*(?:WARNING|ERROR|CRITICAL|Extension error).*$", text, re.M)
+        shown = "\n".join(lines or text.splitlines()[:LINES_SHOWN])
+        raise BookError(f"{shown}\nThe book was not rendered; the log is {os.path.relpath(log)}.")
 
 
 def _stage_run(run: Run, notebooks: Sequence[str], sources: Path, folder: Path) -> None:
@@ -105,10 +112,13 @@ def _stage_run(run: Run, notebooks: Sequence[str], sources: Path, folder: Path) 
         try:
             page = make_page(notebook, run.profile.name, known)
             titles = [title.lower() for _, title in headings(page)]
+            # A notebook ends with these itself; one that forgot them gets them here.
             if "provenance" not in titles:
-                page.cells.append(new_markdown_cell(_provenance(run.provenance())))
+                text = report.provenance(run).data
+                page.cells.append(new_markdown_cell(f"## Provenance\n\n{text}"))
             if "downloads" not in titles:
-                page.cells.append(new_markdown_cell(_downloads(run, tables_used(notebook))))
+                text = report.downloads(run, *filter(run.has_table, tables_used(notebook))).data
+                page.cells.append(new_markdown_cell(f"## Downloads\n\n{text}"))
             page.cells.append(new_markdown_cell(_notebook_links(name)))
             _add_banner(page, run.profile)
             link_files(page, run.folder, folder)
@@ -144,7 +154,7 @@ def _run_page(run: Run, executed: Mapping[str, nbformat.NotebookNode]) -> str:
     titles = {name: next(iter(headings(notebook)))[1] for name, notebook in executed.items()}
     listed = "\n".join(f"- [{title}]({name}.ipynb)" for name, title in titles.items())
     return (
-        f"# {profile.name}\n\n{profile.about}\n{_small_run(profile)}\n"
+        f"# About {profile.name}\n\n{profile.about}\n{_small_run(profile)}\n"
         f"## What we find\n\n{_findings(run, link=False)}\n\n"
         f"## The pages of this run\n\n{listed}\n\n## Settings\n\n{_settings(profile)}\n"
     )
@@ -153,7 +163,7 @@ def _run_page(run: Run, executed: Mapping[str, nbformat.NotebookNode]) -> str:
 def _not_run_page(profile: Profile, built: Sequence[str]) -> str:
     command = f'make book PROFILES="{" ".join([*built, profile.name])}"'
     return (
-        f"# {profile.name}\n\n{profile.about}\n\n"
+        f"# About {profile.name}\n\n{profile.about}\n\n"
         ":::{note}\nThis profile has not been run for this book, so nothing is shown for it.\n:::\n"
         f"\n## How to run it\n\n```bash\n{command}\n```\n\n"
         f"What that costs, before anything is spent: `make plan PROFILE={profile.name}`.\n\n"
@@ -226,24 +236,6 @@ def _claims(published: Mapping[str, Any]) -> str:
             " their senses (§5.4, §6).",
         ]
     )
-
-
-def _provenance(facts: Mapping[str, Any]) -> str:
-    def words(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return ", ".join(f"{k} {words(v)}" for k, v in value.items()) or "none"
-        if isinstance(value, list):
-            return ", ".join(map(words, value)) or "none"
-        return "none" if value is None else str(value)
-
-    rows = {key.replace("_", " "): words(value) for key, value in facts.items()}
-    body = "\n".join(f"* - {key}\n  - {value}" for key, value in rows.items())
-    return f"## Provenance\n\n```{{list-table}}\n:stub-columns: 1\n\n{body}\n```\n"
-
-
-def _downloads(run: Run, tables: Sequence[str]) -> str:
-    lines = [f"- [{name}.csv](tables/{name}.csv)" for name in tables if run.has_table(name)]
-    return "## Downloads\n\n" + ("\n".join(lines) or "This page makes no tables.")
 
 
 def _notebook_links(name: str) -> str:

@@ -1,12 +1,13 @@
 """Make the book of some profiles: python workflow/build.py smollm2-135m gemma-3-270m
 
-Checks the profiles, sees to it that one build runs here at a time, and becomes Snakemake.
+Checks the profiles, sees to it that one build runs here at a time, and lets Snakemake work.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,33 +17,48 @@ from metasae_lib.errors import MetaSAEError
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def main() -> None:
+def main() -> int:
     profiles = list(dict.fromkeys(sys.argv[1:]))
     if not profiles:
         sys.exit('Name a profile: make book PROFILES="smollm2-135m"')
+    os.chdir(REPOSITORY)
     try:
         for name in profiles:
             Profile.load(name)
     except MetaSAEError as error:
         sys.exit(str(error))
-    os.chdir(REPOSITORY)
     Path("_build").mkdir(exist_ok=True)
-    # A lock that the system drops when its holder dies. Snakemake's own stays behind after a
-    # kill, and would ask the reader to unlock by hand: it is switched off below.
-    lock = os.open("_build/.lock", os.O_RDWR | os.O_CREAT)
+    with open("_build/.lock", "a+") as lock:
+        _wait_for(lock.fileno())
+        command = [
+            sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile",
+            "--cores", "all", "--keep-going", "--nolock", "--rerun-incomplete", "--quiet", "all",
+            "--config", f"profiles={' '.join(profiles)}",
+        ]  # fmt: skip
+        try:
+            # Snakemake holds the lock too: should this process be killed, it works on alone.
+            done = subprocess.run(command, pass_fds=[lock.fileno()], check=False)
+        except KeyboardInterrupt:
+            return 130
+    if done.returncode:
+        print("\nThe book is not finished; the reason stands above.", file=sys.stderr)
+        return done.returncode
+    print("The book is ready: _build/html/index.html")
+    return 0
+
+
+def _wait_for(lock: int) -> None:
+    """Hold a lock that the system drops when its holders die.
+
+    Snakemake's own lock stays behind after a kill and asks the reader to unlock by hand, so it is
+    switched off (--nolock); what a killed job left half done it makes again (--rerun-incomplete).
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit("Another make book is at work in this folder: wait for it, or end it.")
-    os.set_inheritable(lock, True)
-    command = [
-        sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile",
-        "--cores", "all", "--keep-going", "--nolock", "--rerun-incomplete",
-        "--quiet", "all",
-        "--config", f"profiles={' '.join(profiles)}",
-    ]  # fmt: skip
-    os.execv(sys.executable, command)
+        print("Another make book still works in this folder: waiting for its end.", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

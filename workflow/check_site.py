@@ -6,14 +6,18 @@ description, headings out of order, what the machine left on a page, anything fr
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from bs4 import BeautifulSoup, Tag
+
+Parse = Callable[[Path], BeautifulSoup]
 
 MAX_PAGE_BYTES = 3 * 2**20
 MAX_SITE_BYTES = 40 * 2**20
@@ -62,7 +66,7 @@ def check_site(site: Path, repository: Path) -> list[str]:
     return found
 
 
-def _page_problems(page: Path, site: Path, soup: BeautifulSoup, parse: object) -> Iterator[str]:
+def _page_problems(page: Path, site: Path, soup: BeautifulSoup, parse: Parse) -> Iterator[str]:
     if page.stat().st_size > MAX_PAGE_BYTES:
         yield f"has {page.stat().st_size / 2**20:.1f} MiB, more than 3."
     yield from _remote(soup)
@@ -73,9 +77,10 @@ def _page_problems(page: Path, site: Path, soup: BeautifulSoup, parse: object) -
         if not alt or FILE_NAME.search(alt):
             yield f"the image {image.get('src')} has no description (alt text: {alt or 'none'})."
     yield from _headings(article)
-    for quoted in article.select(QUOTED):
+    prose = copy.copy(article)
+    for quoted in prose.select(QUOTED):
         quoted.extract()
-    for match in LEFTOVER.finditer(article.get_text(" ")):
+    for match in LEFTOVER.finditer(prose.get_text(" ")):
         yield f"still has a placeholder, {match[0]}."
 
 
@@ -91,10 +96,10 @@ def _remote(soup: BeautifulSoup) -> Iterator[str]:
             yield f"loads {tag['href']} from the network."
 
 
-def _links(page: Path, site: Path, soup: BeautifulSoup, parse: object) -> Iterator[str]:
-    targets = [(tag, str(tag["href"])) for tag in soup.select("a[href], link[href]")]
-    targets += [(tag, str(tag["src"])) for tag in soup.select("img[src], script[src]")]
-    for _tag, target in targets:
+def _links(page: Path, site: Path, soup: BeautifulSoup, parse: Parse) -> Iterator[str]:
+    targets = [str(tag["href"]) for tag in soup.select("a[href], link[href]")]
+    targets += [str(tag["src"]) for tag in soup.select("img[src], script[src]")]
+    for target in dict.fromkeys(targets):
         parts = urlsplit(target)
         if parts.scheme or parts.netloc or target in ("", "#"):
             continue
@@ -104,22 +109,19 @@ def _links(page: Path, site: Path, soup: BeautifulSoup, parse: object) -> Iterat
         elif not path.is_relative_to(site.resolve()):
             yield f"links to {target}, outside of the book."
         elif parts.fragment and path.suffix == ".html":
-            assert callable(parse)
-            if not parse(path).find(attrs={"id": unquote(parts.fragment)}):
+            place = parse(path).find(id=unquote(parts.fragment))
+            if place is None:
                 yield f"links to {target}, which has no such place."
 
 
 def _headings(article: Tag) -> Iterator[str]:
-    levels = [(int(tag.name[1]), tag.get_text(" ", strip=True)) for tag in _heading_tags(article)]
+    tags = article.select("h1, h2, h3, h4, h5, h6")
+    levels = [(int(tag.name[1]), tag.get_text(" ", strip=True)) for tag in tags]
     if [level for level, _ in levels].count(1) != 1:
         yield "does not have exactly one title."
-    for (before, _), (level, text) in zip(levels, levels[1:], strict=False):
+    for (before, _), (level, text) in pairwise(levels):
         if level > before + 1:
             yield f"the heading “{text.rstrip('#')}” jumps from level {before} to {level}."
-
-
-def _heading_tags(article: Tag) -> list[Tag]:
-    return list(article.select("h1, h2, h3, h4, h5, h6"))
 
 
 def _machine_paths(repository: Path) -> re.Pattern[str]:

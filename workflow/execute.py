@@ -1,4 +1,4 @@
-"""Run one notebook for one profile: python workflow/execute.py smollm2-135m notebooks/02_training.py
+"""Run one notebook for one profile: python workflow/execute.py tiny notebooks/02_training.py
 
 Papermill writes to the run's logs while it goes; only a notebook in which every cell ran is copied
 to the run's notebooks. A failure leaves its traceback in the log and its end on the terminal.
@@ -23,20 +23,18 @@ from typing import Any
 import jupytext
 import nbformat
 import papermill
+from pages import ANSI, LINES_SHOWN, code_cells, unfinished
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from metasae_lib import Profile, Run
 from metasae_lib.errors import MetaSAEError
 from metasae_lib.run import atomic_write
-from pages import code_cells, unfinished
 
 ATTEMPTS = 3  # kernels that start at once collide now and then
 HEARTBEAT_SECONDS = 30
-LINES_SHOWN = 12
 # The environment's own kernel, whatever the notebook's header names.
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ExecutionError(Exception):

@@ -35,6 +35,8 @@ USES = [
 HEADING = re.compile(r"^(#{1,6})[ \t]+(.+?)[ \t]*$", re.MULTILINE)
 FENCE = re.compile(r"^(```|~~~|:::).*?^\1", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+LINES_SHOWN = 12  # of a log, on the terminal
 #: Folders of a run whose files a page may offer for download.
 OFFERED = ("tables", "values", "figures")
 

@@ -35,7 +35,7 @@ def contents(
     parts = [{"caption": "The claim", "chapters": [{"file": page} for page in BEFORE_RUNS]}]
     for profile in run:
         pages = [f"{profile}/index", *(f"{profile}/{name}" for name in all_notebooks)]
-        parts.append({"caption": profile, "chapters": [{"file": page} for page in pages]})
+        parts.append({"caption": f"Run: {profile}", "chapters": [{"file": page} for page in pages]})
     if not_run:
         pages = [f"{profile}/index" for profile in not_run]
         parts.append(
@@ -63,7 +63,8 @@ def workflow_svg(all_notebooks: Sequence[str]) -> str:
 
     arrows = [("profile", name) for name in all_notebooks if not upstream(name, all_notebooks)]
     arrows += [(other, name) for name in all_notebooks for other in upstream(name, all_notebooks)]
-    arrows += [(LAST, "pages")] if LAST in all_notebooks else []
+    awaited = {start for start, _ in arrows}
+    arrows += [(name, "pages") for name in all_notebooks if name not in awaited]
     arrows += [("pages", "book")]
     lines = []
     for start, end in arrows:

@@ -1,24 +1,35 @@
-"""Counting kernels: BatchTopK fires few features a token, so pairs are counted, never multiplied.
+"""Counting kernels: BatchTopK fires few features a token, so pairs are counted, not multiplied.
 
-A firing pattern is a CSR pair: `indptr` (t+1,) int64 and `indices` (nnz,) int32, the features
-that fire on token t in ascending order. Every kernel has its plain NumPy form beside it; the tests
-hold one against the other.
+A firing `Pattern` is a CSR pair: `indptr` (t+1,) int64 and `indices` (nnz,) of `index_type(n)`,
+the features that fire on each token in ascending order. Every kernel has its plain NumPy form
+beside it; the tests hold one against the other.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64] | NDArray[np.int32]
-Pattern = tuple[NDArray[np.int64], NDArray[np.int32]]
+Array = NDArray[Any]
+
+
+class Pattern(NamedTuple):
+    """Which features fire on which tokens, token by token."""
+
+    indptr: Array
+    indices: Array
+
+
+def index_type(n_features: int) -> type[np.uint16] | type[np.uint32]:
+    """The narrowest type for feature numbers: lists that fit the cache decide the speed."""
+    return np.uint16 if n_features <= 2**16 else np.uint32
 
 
 @njit(parallel=True, cache=True)
-def _count_above(values, threshold, counts):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _count_above(values: Array, threshold: Array, counts: Array) -> None:
     for t in prange(values.shape[0]):
         n = 0
         for j in range(values.shape[1]):
@@ -27,7 +38,9 @@ def _count_above(values, threshold, counts):  # type: ignore[no-untyped-def]  # 
 
 
 @njit(parallel=True, cache=True)
-def _fill_above(values, threshold, indptr, indices, kept):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _fill_above(
+    values: Array, threshold: Array, indptr: Array, indices: Array, kept: Array
+) -> None:
     for t in prange(values.shape[0]):
         p = indptr[t]
         for j in range(values.shape[1]):
@@ -37,36 +50,80 @@ def _fill_above(values, threshold, indptr, indices, kept):  # type: ignore[no-un
                 p += 1
 
 
-def above(
-    values: NDArray[Any], threshold: NDArray[Any]
-) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[Any]]:
-    """(t, n) values and (n,) thresholds -> indptr, indices and the values that exceed them."""
+def above(values: Array, threshold: Array) -> tuple[Pattern, Array]:
+    """(t, n) values and (n,) thresholds -> what exceeds them: its pattern and the values."""
     counts = np.empty(len(values), np.int64)
     _count_above(values, threshold, counts)
-    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    indices, kept = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], values.dtype)
+    indptr = _offsets(counts)
+    indices = np.empty(indptr[-1], index_type(values.shape[1]))
+    kept = np.empty(indptr[-1], values.dtype)
     _fill_above(values, threshold, indptr, indices, kept)
-    return indptr, indices, kept
+    return Pattern(indptr, indices), kept
 
 
-def above_plain(
-    values: NDArray[Any], threshold: NDArray[Any]
-) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[Any]]:
+def above_plain(values: Array, threshold: Array) -> tuple[Pattern, Array]:
     """`above` in plain NumPy."""
     fires = values > threshold
-    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(fires.sum(axis=1))])
-    return indptr, np.nonzero(fires)[1].astype(np.int32), values[fires]
+    indices = np.nonzero(fires)[1].astype(index_type(values.shape[1]))
+    return Pattern(_offsets(fires.sum(axis=1)), indices), values[fires]
+
+
+@njit(parallel=True, cache=True)
+def _restrict(
+    indptr: Array,
+    indices: Array,
+    values: Array,
+    threshold: Array,
+    renumber: Array,
+    rows: Array,
+    kept: Array,
+    counting: bool,
+) -> None:
+    for t in prange(len(indptr) - 1):
+        p = np.int64(0) if counting else rows[t]
+        for e in range(indptr[t], indptr[t + 1]):
+            i = indices[e]
+            if values[e] > threshold[i] and renumber[i] >= 0:
+                if not counting:
+                    kept[p] = renumber[i]
+                p += 1
+        if counting:
+            rows[t] = p
+
+
+def restrict(pattern: Pattern, values: Array, threshold: Array, renumber: Array) -> Pattern:
+    """The part of a pattern whose values exceed higher thresholds, with features renumbered.
+
+    renumber: (n,) int64, the new number of each feature in ascending order, or -1 to leave it out.
+    """
+    counts = np.empty(len(pattern.indptr) - 1, np.int64)
+    none = np.empty(0, pattern.indices.dtype)
+    _restrict(*pattern, values, threshold, renumber, counts, none, True)
+    indptr = _offsets(counts)
+    kept = np.empty(indptr[-1], pattern.indices.dtype)
+    _restrict(*pattern, values, threshold, renumber, indptr, kept, False)
+    return Pattern(indptr, kept)
+
+
+def restrict_plain(pattern: Pattern, values: Array, threshold: Array, renumber: Array) -> Pattern:
+    """`restrict` in plain NumPy."""
+    keep = (values > threshold[pattern.indices]) & (renumber[pattern.indices] >= 0)
+    kept = renumber[pattern.indices[keep]].astype(pattern.indices.dtype)
+    return Pattern(_offsets(keep)[pattern.indptr], kept)
 
 
 @njit(cache=True)
-def _entries_by_feature(indptr, indices, n_features):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _entries_by_feature(
+    indptr: Array, indices: Array, n_features: int
+) -> tuple[Array, Array, Array]:
     """A counting sort: where each feature's entries begin, and each entry's position and token."""
     pointer = np.zeros(n_features + 1, np.int64)
     for p in range(len(indices)):
         pointer[indices[p] + 1] += 1
     for i in range(n_features):
         pointer[i + 1] += pointer[i]
-    position, token = np.empty(len(indices), np.int64), np.empty(len(indices), np.int64)
+    position = np.empty(len(indices), np.int64)
+    token = np.empty(len(indices), np.int64)
     cursor = pointer[:-1].copy()
     for t in range(len(indptr) - 1):
         for p in range(indptr[t], indptr[t + 1]):
@@ -78,10 +135,10 @@ def _entries_by_feature(indptr, indices, n_features):  # type: ignore[no-untyped
 
 
 @njit(parallel=True, cache=True)
-def _add_pairs(pointer, start, stop, columns, n11):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _add_pairs(pointer: Array, start: Array, stop: Array, columns: Array, n11: Array) -> None:
     n = len(pointer) - 1
     for q in prange(n):
-        # Threads get contiguous q; of an upper triangle the first rows are the long ones, so
+        # Threads get contiguous q. Of an upper triangle the first rows are the long ones, so
         # rows from both ends alternate to share the work.
         i = q // 2 if q % 2 == 0 else n - 1 - q // 2
         row = n11[i]
@@ -90,26 +147,53 @@ def _add_pairs(pointer, start, stop, columns, n11):  # type: ignore[no-untyped-d
                 row[columns[p]] += 1
 
 
-def add_pairs(n11: Ints, a: Pattern, b: Pattern | None = None) -> None:
+def add_pairs(n11: Array, a: Pattern, b: Pattern | None = None) -> None:
     """Add to n11[i, j] the tokens on which i of `a` and j of `b` fire; in place.
 
-    Without `b`: pairs i < j of one dictionary, the upper triangle alone. One row of counts is
-    written at a time by one thread, so the result does not depend on the number of threads.
+    Without `b`: pairs i < j of one dictionary, the upper triangle alone. A row of counts is
+    written by one thread, so the result does not depend on the number of threads.
     """
-    pointer, position, token = _entries_by_feature(*a, n11.shape[0])
+    pointer, position, token = _entries_by_feature(a.indptr, a.indices, n11.shape[0])
     if b is None:
-        start, stop, columns = position + 1, a[0][token + 1], a[1]
+        start, stop, columns = position + 1, a.indptr[token + 1], a.indices
     else:
-        start, stop, columns = b[0][token], b[0][token + 1], b[1]
+        start, stop, columns = b.indptr[token], b.indptr[token + 1], b.indices
     _add_pairs(pointer, start, stop, columns, n11)
 
 
-def add_pairs_plain(n11: Ints, a: Pattern, b: Pattern | None = None) -> None:
+def add_pairs_plain(n11: Array, a: Pattern, b: Pattern | None = None) -> None:
     """`add_pairs` in plain NumPy."""
-    for t in range(len(a[0]) - 1):
-        i = a[1][a[0][t] : a[0][t + 1]]
+    for t in range(len(a.indptr) - 1):
+        i = a.indices[a.indptr[t] : a.indptr[t + 1]]
         if b is None:
             for p in range(len(i)):
                 n11[i[p], i[p + 1 :]] += 1
         else:
-            n11[np.ix_(i, b[1][b[0][t] : b[0][t + 1]])] += 1
+            n11[np.ix_(i, b.indices[b.indptr[t] : b.indptr[t + 1]])] += 1
+
+
+@njit(parallel=True, cache=True)
+def _add_histogram(values: Array, per_unit: float, histogram: Array) -> None:
+    n_features, n_bins = histogram.shape
+    width = 64  # features a thread takes at a time: a few cache lines of every token
+    for block in prange((n_features + width - 1) // width):
+        for t in range(values.shape[0]):
+            for j in range(block * width, min(n_features, (block + 1) * width)):
+                if values[t, j] > 0:
+                    histogram[j, min(int(values[t, j] * per_unit), n_bins - 1)] += 1
+
+
+def add_histogram(values: Array, bin_width: float, histogram: Array) -> None:
+    """Add the positive of (t, n) values to (n, bins) counts; the last bin takes what is beyond."""
+    _add_histogram(values, 1 / bin_width, histogram)
+
+
+def add_histogram_plain(values: Array, bin_width: float, histogram: Array) -> None:
+    """`add_histogram` in plain NumPy."""
+    token, feature = np.nonzero(values > 0)
+    bins = (values[token, feature] * (1 / bin_width)).astype(np.int64)
+    np.add.at(histogram, (feature, np.minimum(bins, histogram.shape[1] - 1)), 1)
+
+
+def _offsets(counts: Array) -> Array:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])

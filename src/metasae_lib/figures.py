@@ -8,6 +8,7 @@ least 9 points.
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, cast
@@ -19,6 +20,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d import Axes3D
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -50,11 +52,20 @@ def style() -> Iterator[None]:
                 "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                 "grid.color": "#E4E4E4", "grid.linewidth": 0.6, "axes.axisbelow": True,
                 "legend.frameon": False, "lines.linewidth": 1.6, "lines.markersize": 6,
-                "figure.facecolor": "white", "axes.facecolor": "white", "figure.dpi": 120,
+                "figure.facecolor": "white", "axes.facecolor": "white", "figure.dpi": 144,
                 "mathtext.default": "regular", "axes.unicode_minus": True,
             }
         )  # fmt: skip
         yield
+
+
+class Drawing(Figure):
+    """A figure that a notebook shows without pyplot or a magic command."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
 
 
 P = ParamSpec("P")
@@ -69,7 +80,7 @@ def _styled(
         @functools.wraps(draw)
         def function(*args: P.args, **kwargs: P.kwargs) -> Figure:
             with style():
-                figure = Figure(figsize=(width, height), layout="constrained")
+                figure = Drawing(figsize=(width, height), layout="constrained")
                 draw(figure, *args, **kwargs)
                 return figure
 
@@ -166,10 +177,9 @@ def push_3d(figure: Figure, rows: pd.DataFrame) -> None:
     Columns: x, y, z, u, v, w (the tangential push), penalty.
     """
     ax = cast(Axes3D, figure.add_subplot(projection="3d"))
-    disc = np.linspace(0, 2 * np.pi, 100)
-    ax.plot_trisurf(
-        np.r_[0, np.cos(disc)], np.r_[0, np.sin(disc)], np.zeros(101), color=ORANGE, alpha=0.25
-    )
+    turn = np.linspace(0, 2 * np.pi, 100)
+    rim = np.stack([np.cos(turn), np.sin(turn), np.zeros(100)], axis=1)
+    ax.add_collection3d(Poly3DCollection([rim], facecolor=ORANGE, edgecolor=ORANGE, alpha=0.35))
     dots = ax.scatter(
         rows.x, rows.y, rows.z, c=rows.penalty, cmap="Blues", vmin=0, vmax=1, edgecolor=BLACK,
         linewidth=0.4, s=28, depthshade=False,
@@ -354,8 +364,8 @@ def trade_off(figure: Figure, ours: pd.DataFrame, paper: pd.DataFrame) -> None:
 def pareto_front(frame: pd.DataFrame) -> pd.DataFrame:
     """The points that no other beats in both changes, in the order of d_l2_pct."""
     ordered = frame.sort_values(["d_l2_pct", "d_mean_abs_phi_pct"])
-    best = ordered.d_mean_abs_phi_pct.cummin()
-    return ordered[(ordered.d_mean_abs_phi_pct == best) & (best < best.shift(fill_value=np.inf))]
+    best = ordered.d_mean_abs_phi_pct.astype(float).cummin()
+    return ordered[best < best.shift(fill_value=np.inf)]
 
 
 @_styled(7.2, 4.0)
@@ -457,7 +467,7 @@ def elasticity(figure: Figure, frame: pd.DataFrame) -> None:
         colour, marker = _look(kind)
         dashes = (0, (4, 3)) if kind == "control" else "-"
         for _, part in frame[frame.kind == kind].groupby("arm"):
-            ax.plot(part.scale, part.change_pct, marker + "-", color=colour, linestyle=dashes,
+            ax.plot(part.scale, part.change_pct, marker=marker, color=colour, linestyle=dashes,
                     label=kind, markersize=4)  # fmt: skip
     ax.axhspan(HEADLINE, 0, color=RED, alpha=0.12, linewidth=0)
     ax.axhline(HEADLINE, color=RED, label="the paper’s −7.5%")
@@ -510,6 +520,7 @@ def scorecard_overview(figure: Figure, frame: pd.DataFrame) -> None:
         ax.bar_label(bars, labels, label_type="center", color="white" if dark else BLACK)
         left += width
     ax.invert_yaxis()
+    ax.margins(x=0.03)
     ax.set_xlabel("published values")
     ax.grid(False)
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=3)

@@ -13,21 +13,29 @@ features. ``W_enc_T`` is the encoder stored feature by feature, (n, d).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import get_num_threads, njit, prange, set_num_threads
 from torch import Tensor
 
 # Reassociation lets a dot product use vector lanes, contraction gives fused multiply-add. Both are
-# fixed when the loop is compiled. The rest of "fastmath" stays off: NaN must remain NaN.
+# fixed when the loop is compiled. The rest of "fastmath" stays off: NaN must remain NaN. Python's
+# check for a division by zero would keep a loop from using vector lanes.
 _FLOAT = {"reassoc", "contract", "nsz"}
-_LOOP: dict[str, Any] = {"cache": True, "nogil": True, "fastmath": _FLOAT}
+_LOOP: dict[str, Any] = {
+    "cache": True,
+    "nogil": True,
+    "fastmath": _FLOAT,
+    "error_model": "numpy",
+}
 _PARALLEL: dict[str, Any] = {**_LOOP, "parallel": True}
 _ROWS = 32  # rows a thread takes at a time; also the fixed blocks of the encoder's b_dec gradient
+_SERIAL = 1_000_000  # loops of fewer operations run on one thread: waking others costs more
 _TINY = 1e-30  # moments below this are zero: denormal numbers are slow
 
 
@@ -79,6 +87,17 @@ class Adam(NamedTuple):
             self.learning_rate / (1 - self.beta1**self.step),
             (1 - self.beta2**self.step) ** -0.5,
         )
+
+
+@contextmanager
+def _threads(operations: int) -> Iterator[None]:
+    """One thread for a small loop, as many as before otherwise."""
+    before = get_num_threads()
+    set_num_threads(1 if operations < _SERIAL else before)
+    try:
+        yield
+    finally:
+        set_num_threads(before)
 
 
 # --------------------------------------------------------------------------- exact batch top-k
@@ -194,25 +213,27 @@ def batch_topk(pre: Tensor, k: int, bracket: int = 0) -> tuple[Codes, int]:
     """
     patterns = _patterns(pre)
     b, n = patterns.shape
+    top = int(np.iinfo(patterns.dtype).max)
     counts = np.empty(b, np.int64)
-    low = max(bracket, 1)
-    _count_from(patterns, low, counts)
-    if not k <= counts.sum() <= 4 * k:
-        low, high = 1, int(np.iinfo(patterns.dtype).max)
-        while low < high:
-            middle = low + (high - low + 1) // 2
-            _count_from(patterns, middle, counts)
-            if counts.sum() >= k:
-                low = middle
-            else:
-                high = middle - 1
-        _count_from(patterns, low, counts)
     start = np.zeros(b + 1, np.int64)
-    np.cumsum(counts, out=start[1:])
-    cols = np.empty(start[-1], np.int32)
-    found = np.empty(start[-1], patterns.dtype)
-    _gather_from(patterns, low, start, cols, found)
-    cut, above = _kth_largest(found, k, low, int(np.iinfo(patterns.dtype).max))
+    low = max(bracket, 1)
+    with _threads(b * n):
+        _count_from(patterns, low, counts)
+        if not k <= counts.sum() <= 4 * k:
+            low, high = 1, top
+            while low < high:
+                middle = low + (high - low + 1) // 2
+                _count_from(patterns, middle, counts)
+                if counts.sum() >= k:
+                    low = middle
+                else:
+                    high = middle - 1
+            _count_from(patterns, low, counts)
+        np.cumsum(counts, out=start[1:])
+        cols = np.empty(start[-1], np.int32)
+        found = np.empty(start[-1], patterns.dtype)
+        _gather_from(patterns, low, start, cols, found)
+    cut, above = _kth_largest(found, k, low, top)
     row_ptr = np.empty(b + 1, np.int64)
     col_ptr = np.empty(n + 1, np.int64)
     m = _keep(start, cols, found, cut, k - above, row_ptr, col_ptr)
@@ -267,11 +288,17 @@ def _residual(
         for t in range(block * _ROWS, min(b, (block + 1) * _ROWS)):
             for i in range(d):
                 total[i] = z[t, i] - b_dec[i]
-            for p in range(row_ptr[t], row_ptr[t + 1]):
-                w = W_dec[cols[p]]
-                a = acts[p]
-                for i in range(d):
-                    total[i] -= a * w[i]
+            p, end = row_ptr[t], row_ptr[t + 1]
+            while p < end:
+                a, w = acts[p], W_dec[cols[p]]
+                if p + 1 < end:
+                    a2, w2 = acts[p + 1], W_dec[cols[p + 1]]
+                    for i in range(d):
+                        total[i] -= a * w[i] + a2 * w2[i]
+                else:
+                    for i in range(d):
+                        total[i] -= a * w[i]
+                p += 2
             s = np.float32(0)
             for i in range(d):
                 s += total[i] * total[i]
@@ -297,17 +324,11 @@ def residual(
     error = torch.empty_like(z)
     square = torch.empty(z.shape[0], dtype=torch.float32)
     dots = np.empty(codes.cols.shape[0] if with_dots else 0, np.float32)
-    _residual(
-        codes.row_ptr,
-        codes.cols,
-        codes.acts,
-        z.numpy(),
-        W_dec.numpy(),
-        b_dec.numpy(),
-        error.numpy(),
-        square.numpy(),
-        dots,
-    )
+    with _threads((codes.cols.shape[0] + z.shape[0]) * z.shape[1]):
+        _residual(
+            codes.row_ptr, codes.cols, codes.acts, z.numpy(), W_dec.numpy(), b_dec.numpy(),
+            error.numpy(), square.numpy(), dots,
+        )  # fmt: skip
     return error, square, dots
 
 
@@ -355,7 +376,8 @@ def row_topk(pre: Tensor, features: Tensor, k: int) -> Tensor:
     where not kept; ties by lowest index.
     """
     out = torch.empty(pre.shape[0], features.shape[0], dtype=pre.dtype)
-    _row_topk(_patterns(pre), features.numpy(), k, _patterns(out))
+    with _threads(out.numel() * 8):
+        _row_topk(_patterns(pre), features.numpy(), k, _patterns(out))
     return out
 
 
@@ -393,9 +415,18 @@ def _adam_row(
         w[i] -= rate_ * a / (np.sqrt(c) * root_ + eps_)
 
 
+@njit(**_LOOP)
+def _to_bfloat16(bits: np.ndarray, out: np.ndarray) -> None:
+    """Round float32 bits (int32) to the nearest bfloat16 (int16), ties to even."""
+    for i in range(bits.shape[0]):
+        x = bits[i]
+        out[i] = (x + 0x7FFF + ((x >> 16) & 1)) >> 16
+
+
 @njit(**_PARALLEL)
 def _update_rows(
     W_enc_T: np.ndarray,
+    W_enc_low: np.ndarray,
     W_dec: np.ndarray,
     moments: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     col_ptr: np.ndarray,
@@ -428,14 +459,26 @@ def _update_rows(
             g_dec[:] = 0
             g_enc[:] = 0
             g_pre = np.float32(0)
-            for q in range(col_ptr[j], col_ptr[j + 1]):
+            # Two entries at a time: half the traffic to the sums.
+            q, end = col_ptr[j], col_ptr[j + 1]
+            while q < end:
                 p, t = entries[q], rows[q]
                 a, c = scale_ * acts[p], scale_ * dots[p]
-                g_pre += c
                 e_t, z_t = error[t], z[t]
-                for i in range(d):
-                    g_dec[i] += a * e_t[i]
-                    g_enc[i] += c * z_t[i]
+                g_pre += c
+                if q + 1 < end:
+                    p, t = entries[q + 1], rows[q + 1]
+                    a2, c2 = scale_ * acts[p], scale_ * dots[p]
+                    e_t2, z_t2 = error[t], z[t]
+                    g_pre += c2
+                    for i in range(d):
+                        g_dec[i] += a * e_t[i] + a2 * e_t2[i]
+                        g_enc[i] += c * z_t[i] + c2 * z_t2[i]
+                else:
+                    for i in range(d):
+                        g_dec[i] += a * e_t[i]
+                        g_enc[i] += c * z_t[i]
+                q += 2
             for i in range(d):
                 g_enc[i] -= g_pre * b_dec[i]
             x = position[j]
@@ -451,6 +494,8 @@ def _update_rows(
             for i in range(d):
                 part[i] -= g_pre * w_enc[i]
             _adam_row(w_enc, m_enc[j], v_enc[j], g_enc, rate, root, beta1, beta2, eps)
+            if W_enc_low.shape[0] > 0:
+                _to_bfloat16(w_enc.view(np.int32), W_enc_low[j])
             along = np.float32(0)
             for i in range(d):
                 along += g_dec[i] * w_dec[i]
@@ -467,6 +512,7 @@ def _update_rows(
 
 def update_rows(
     W_enc_T: Tensor,
+    W_enc_low: Tensor,
     W_dec: Tensor,
     moments: tuple[Tensor, Tensor, Tensor, Tensor],
     codes: Codes,
@@ -491,31 +537,24 @@ def update_rows(
     The component of the decoder's gradient along its row is removed before the step and the row
     is made a unit vector after it. No (n, d) gradient exists at any time.
 
+    W_enc_low: the encoder in the products' type, renewed; W_enc_T itself if that is float32.
     moments: m and v of W_enc_T, then of W_dec. Returns the gradient that reaches b_dec through the
     encoder, ``-sum_j (sum_t dL/dpre[t,j]) W_enc[:, j]``, (d,).
     """
     n, d = W_dec.shape
     partial = np.empty(((n + _ROWS - 1) // _ROWS, d), np.float32)
     empty = np.empty((0, d), np.float32)
-    _update_rows(
-        W_enc_T.numpy(),
-        W_dec.numpy(),
-        tuple(m.numpy() for m in moments),
-        codes.col_ptr,
-        codes.entries,
-        codes.rows,
-        codes.acts,
-        dots,
-        z.numpy(),
-        error.numpy(),
-        b_dec.numpy(),
-        scale,
-        tuple(x.numpy() for x in extra),
-        empty if pull is None else pull.direction.numpy(),
-        empty[:, 0] if pull is None else pull.scale.numpy(),
-        (*adam.rates(), adam.beta1, adam.beta2, adam.eps),
-        partial,
-    )
+    low = empty.astype(np.int16) if W_enc_low is W_enc_T else W_enc_low.view(torch.int16).numpy()
+    with _threads((n + codes.cols.shape[0]) * d):
+        _update_rows(
+            W_enc_T.numpy(), low, W_dec.numpy(), tuple(m.numpy() for m in moments),
+            codes.col_ptr, codes.entries, codes.rows, codes.acts, dots,
+            z.numpy(), error.numpy(), b_dec.numpy(), scale, tuple(x.numpy() for x in extra),
+            empty if pull is None else pull.direction.numpy(),
+            empty[:, 0] if pull is None else pull.scale.numpy(),
+            (*adam.rates(), adam.beta1, adam.beta2, adam.eps),
+            partial,
+        )  # fmt: skip
     return torch.from_numpy(partial.sum(0))
 
 
@@ -529,6 +568,7 @@ def adam_step(w: Tensor, m: Tensor, v: Tensor, g: Tensor, adam: Adam) -> None:
 
 def update_rows_plain(
     W_enc_T: Tensor,
+    W_enc_low: Tensor,
     W_dec: Tensor,
     moments: tuple[Tensor, Tensor, Tensor, Tensor],
     codes: DenseCodes,
@@ -559,6 +599,7 @@ def update_rows_plain(
     g_b = -(g_pre @ W_enc_T)
     g_dec = g_dec - (g_dec * W_dec).sum(1, keepdim=True) * W_dec
     adam_step(W_enc_T, m_enc, v_enc, g_enc, adam)
+    W_enc_low.copy_(W_enc_T)
     adam_step(W_dec, m_dec, v_dec, g_dec, adam)
     W_dec.div_(W_dec.norm(dim=1, keepdim=True))
     return g_b

@@ -176,6 +176,27 @@ class Evaluation(_Section):
     bootstrap: Count
 
 
+class Autointerp(_Section):
+    """Who explains and judges features, and how much is asked.
+
+    `judge`: `lexical` (no model), `in-process` (`model` as in `model.source`), or `http` (an
+    OpenAI-compatible server at `url`, `model` by its name there). `explainer`: the judge itself, or
+    the lexical one. `features`: matched pairs that are judged, of at least a decoder `cosine`.
+    """
+
+    judge: Literal["lexical", "in-process", "http"] = "lexical"
+    explainer: Literal["judge", "lexical"] = "lexical"
+    model: str = "embedded:smollm2-135m"
+    url: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] = "http://127.0.0.1:8000/v1"
+    parallel: Count = 16
+    features: Count = 500
+    window: Count = 16
+    explain_examples: Annotated[int, Field(ge=5, multiple_of=5)] = 10
+    score_examples: Annotated[int, Field(ge=5, multiple_of=5)] = 5
+    rounds: Count = 4
+    cosine: Annotated[Number, Field(ge=-1, le=1)] = 0.5
+
+
 @dataclass(frozen=True)
 class ArmSpec:
     """One condition under which a dictionary is trained."""
@@ -236,6 +257,7 @@ class Profile(_Section):
     dictionary: Dictionary
     training: Training
     evaluation: Evaluation
+    autointerp: Autointerp = Autointerp()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     _overrides: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -390,6 +412,11 @@ def _problems(profile: Profile) -> Iterable[str]:
         if twice:
             yield f"training.{key} has {twice[0]} twice"
 
+    if profile.autointerp.window > text.context_length:
+        yield (
+            f"autointerp.window is {profile.autointerp.window}, more than text.context_length "
+            f"({text.context_length})"
+        )
     rows = text.roles["scan"] // text.kept_per_row
     if profile.evaluation.ce_rows > rows:
         yield (

@@ -103,6 +103,7 @@ _WORDS = {
     "lambda1": "λ₂ = 1", "sigma": "σ", "mean_abs_phi": "mean |φ|", "n": "number of",
     "fuzz": "fuzzing", "welch": "Welch", "sigma_sq": "σ²", "jumprelu": "JumpReLU",
     "d_model": "width d", "l2_over_norm": "L2 / norm", "l2_increase": "L2 increase",
+    "table": "(caption)",
 }  # fmt: skip
 _UNITS = {"pct": "%", "nats": "nats", "points": "percentage points", "tokens": "tokens"}
 # Comparisons of two dictionaries of one model: what can be expected to transfer. Everything else is

@@ -18,8 +18,8 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from metasae_lib import kernels
-from metasae_lib.activations import BatchStream
-from metasae_lib.corpus import load_tokens
+from metasae_lib.activations import BatchStream, Residuals
 from metasae_lib.dictionary import BatchTopK, normalise, scale_of
 from metasae_lib.errors import TrainingError
 from metasae_lib.kernels import Adam, Extra, Pull
@@ -39,12 +38,15 @@ from metasae_lib.penalty import decomposability, penalty_pull
 from metasae_lib.profile import ArmSpec, Profile
 from metasae_lib.progress import progress
 from metasae_lib.run import Artefact, Run, atomic_write
+from metasae_lib.subject import compute_device
 
 VERSION = 1  # of the stage: raise it when the same inputs give other weights
 HISTORY_EVERY = 10  # steps between two rows of an arm's history
 _HISTORY = ("step", "tokens", "l2", "aux", "penalty", "l0", "dead", "meta_l2", "seconds")
 _META_SEED = 1_000_003  # added to an arm's seed for its meta dictionary
 _MEMORY_SHARE = 0.7  # of the free memory that training may plan with
+_SMALL = 200_000_000  # multiply-adds of an encoder product that one thread does in a few ms
+_CHECKPOINT = re.compile(r"(?:final|checkpoint)-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,7 @@ class Workspace:
         """An uninitialised (rows, columns) matrix of the type and on the device of `like`."""
         key = (rows, columns, like.dtype, like.device)
         if key not in self._matrices:
-            self._matrices[key] = torch.empty(
-                rows, columns, dtype=like.dtype, device=like.device
-            )
+            self._matrices[key] = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
         return self._matrices[key]
 
 
@@ -141,12 +141,10 @@ class Learner:
         scale = -2 / (b * d)
         g_b = scale * error.sum(0)
         g_b += self.kernels.update_rows(
-            self.W_enc_T, self.W_dec, self.moments, codes, dots, z, error, self.b_dec, scale,
-            extra, pull, adam,
+            self.W_enc_T, self._low, self.W_dec, self.moments, codes, dots, z, error, self.b_dec,
+            scale, extra, pull, adam,
         )  # fmt: skip
         kernels.adam_step(self.b_dec, *self.moments_b, g_b, adam)
-        if self._low is not self.W_enc_T:
-            self._low.copy_(self.W_enc_T)
         return Losses(l2, aux, self.sae.k, dead.shape[0])
 
     def state(self) -> dict[str, Tensor]:
@@ -177,9 +175,7 @@ class Learner:
         centred = (z - self.b_dec).to(self.settings.dtype)
         pre = self.workspace.matrix(z.shape[0], self.sae.n_features, self._low)
         torch.mm(centred, self._low.T, out=pre)
-        codes, self.bracket = self.kernels.batch_topk(
-            pre, self.sae.k * z.shape[0], self.bracket
-        )
+        codes, self.bracket = self.kernels.batch_topk(pre, self.sae.k * z.shape[0], self.bracket)
         return centred, pre, codes
 
     def _aux(
@@ -209,6 +205,18 @@ class Learner:
             g_pre.sum(0, dtype=error.dtype).mul_(scale),
         )
         return extra, loss
+
+
+@contextmanager
+def _one_thread_if_small(products: int) -> Iterator[None]:
+    """A small step has many short loops: on a busy machine each would wait for other threads."""
+    before = torch.get_num_threads()
+    if products < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Trainer:
@@ -254,14 +262,15 @@ class Trainer:
         Raises TrainingError if the loss is not finite.
         """
         started = time.perf_counter()
-        pull, penalty = (None, math.nan) if self.meta is None else self._pull()
-        losses = self.primary.step(z, pull)
-        self._check(losses, z)
-        self.step_count += 1
-        if self.meta is not None and self.step_count % self.n_primary == 0:
-            rows = normalise(self.primary.W_dec)[0]
-            for _ in range(self.n_meta):
-                self._meta_l2 = self._check(self.meta.step(rows), rows).l2.item()
+        with _one_thread_if_small(z.numel() * self.primary.sae.n_features):
+            pull, penalty = (None, math.nan) if self.meta is None else self._pull()
+            losses = self.primary.step(z, pull)
+            self._check(losses, z)
+            self.step_count += 1
+            if self.meta is not None and self.step_count % self.n_primary == 0:
+                rows = normalise(self.primary.W_dec)[0]
+                for _ in range(self.n_meta):
+                    self._meta_l2 = self._check(self.meta.step(rows), rows).l2.item()
         self.seconds += time.perf_counter() - started
         if self.step_count % HISTORY_EVERY == 0:
             self.rows.append(
@@ -282,7 +291,7 @@ class Trainer:
     def history(self) -> pd.DataFrame:
         """Step, tokens, l2, aux, penalty (mean p_i), l0, dead, meta_l2, seconds."""
         frame = pd.DataFrame(self.rows, columns=list(_HISTORY))
-        return frame.astype({"step": int, "tokens": int, "dead": int})
+        return frame.astype({"step": int, "tokens": int, "l0": float, "dead": int})
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on, and the history."""
@@ -336,3 +345,238 @@ class Trainer:
                 f"{blame}"
             )
         return losses
+
+
+# --------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(trainer: Trainer, folder: Path, key: str, final: bool) -> Path:
+    """Write the whole state of an arm as one file, then drop other checkpoints and remains.
+
+    The file is there whole or not at all; states at which an arm was finished (`final-<step>`)
+    stay, so that shorter and longer trainings can start from them.
+    """
+    step = trainer.step_count
+    path = folder / f"{'final' if final else 'checkpoint'}-{step}.safetensors"
+    state = {name: tensor.cpu().contiguous() for name, tensor in trainer.state().items()}
+    with atomic_write(path) as temporary:
+        save_file(state, temporary, metadata={"arm": key})
+    for older in folder.iterdir():
+        if older.name.startswith(("checkpoint-", ".")) and older != path:
+            older.unlink()
+    return path
+
+
+def restore_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
+    """Continue from a checkpoint. TrainingError names a truncated or a foreign one."""
+    advice = f"delete it to train arm {trainer.spec.name} from the checkpoint before, or anew"
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("arm") != key:
+                raise TrainingError(f"{path} belongs to another arm: {advice}")
+            trainer.restore({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except TrainingError:
+        raise
+    except Exception as error:  # safetensors raises types of its own on a cut file
+        raise TrainingError(f"{path} is damaged ({error}): {advice}") from None
+
+
+def latest_checkpoint(folder: Path, steps: int) -> Path | None:
+    """The most advanced state in a folder that has not gone beyond `steps`."""
+    found = [_CHECKPOINT.fullmatch(path.name) for path in folder.iterdir()]
+    reached = {int(match[1]): match[0] for match in found if match and int(match[1]) <= steps}
+    return folder / reached[max(reached)] if reached else None
+
+
+# --------------------------------------------------------------------------- arms of a run
+
+
+@dataclass
+class _Place:
+    """Where an arm is kept: `state` while it can go on, `result` once it has been trained."""
+
+    spec: ArmSpec
+    state: Artefact
+    result: Artefact
+
+
+def _inputs(profile: Profile, spec: ArmSpec, residuals: dict[str, Any]) -> dict[str, Any]:
+    """What decides an arm's weights, but for the number of steps."""
+    training = profile.training.model_dump()
+    primary = (
+        "batch_tokens", "learning_rate", "betas", "dtype", "k_aux", "aux_weight", "dead_after"
+    )  # fmt: skip
+    meta = ("meta_learning_rate", "n_primary_steps", "n_meta_steps")
+    sizes = profile.dictionary.model_dump()
+    joint = spec.kind in ("joint", "control")
+    return {
+        "arm": {
+            "kind": spec.kind, "seed": spec.seed, "lambda2": spec.lambda2, "sigma_sq": spec.sigma_sq
+        },
+        "residuals": residuals,
+        "dictionary": {
+            name: size for name, size in sizes.items() if joint or "meta" not in name
+        },
+        "training": {name: training[name] for name in (*primary, *(meta if joint else ()))},
+    }  # fmt: skip
+
+
+def _places(run: Run) -> list[_Place]:
+    residuals = Residuals(run, "train").inputs
+    places = []
+    for spec in run.profile.arms():
+        inputs = _inputs(run.profile, spec, residuals)
+        places.append(
+            _Place(
+                spec,
+                run.artefact("arm-state", inputs, VERSION),
+                run.artefact("arm", {**inputs, "steps": run.profile.steps}, VERSION),
+            )
+        )
+    return places
+
+
+def train_arms(run: Run) -> dict[str, Arm]:
+    """Train every arm of the run's profile that is not trained yet, all from one stream.
+
+    Arms in memory together take the same batches; how they are grouped changes nothing. Arms go on
+    from their latest checkpoint. Returns all arms by name, in the profile's order. Raises
+    TrainingError if even one arm alone does not fit in memory, if a loss is not finite (arm, step
+    and batch named), or if a checkpoint is damaged.
+    """
+    with ExitStack() as locks:
+        places = _places(run)
+        for place in sorted(places, key=lambda place: place.state.folder.name):
+            locks.enter_context(place.state.lock())
+        missing = [place for place in places if not place.result.complete]
+        if missing:
+            stream = BatchStream(run, order_seed=0)
+            device = compute_device(run.profile)
+            for group in _groups(run.profile, missing, stream.residuals.d, device):
+                _train_group(run, group, stream, device)
+    return load_arms(run)
+
+
+def load_arms(run: Run) -> dict[str, Arm]:
+    """The trained arms of a run, by name. TrainingError names those that are missing."""
+    places = _places(run)
+    missing = [place.spec.name for place in places if not place.result.complete]
+    if missing:
+        raise TrainingError(
+            f"{len(missing)} of {len(places)} arms of run {run.name} are not trained "
+            f"({', '.join(missing)}): run the notebook 02_training first"
+        )
+    return {
+        place.spec.name: Arm(
+            place.spec,
+            BatchTopK.load(place.result.folder / "sae"),
+            BatchTopK.load(meta) if (meta := place.result.folder / "meta").exists() else None,
+            pd.read_csv(place.result.folder / "history.csv"),
+            place.result.folder,
+        )
+        for place in places
+    }
+
+
+def _train_group(
+    run: Run, places: Sequence[_Place], stream: BatchStream, device: torch.device
+) -> None:
+    """Train arms side by side: each batch is read once and given to all that are at its step."""
+    profile, steps = run.profile, run.profile.steps
+    workspace = Workspace()
+    trainers = []
+    for place in places:
+        trainer = Trainer(place.spec, profile, stream.residuals.d, device, workspace)
+        path = latest_checkpoint(place.state.folder, steps)
+        if path is not None:
+            restore_checkpoint(trainer, path, place.state.key)
+        trainers.append(trainer)
+    first = min(trainer.step_count for trainer in trainers)
+    arms = f"{len(trainers)} arms" if len(trainers) > 1 else trainers[0].spec.name
+    with progress(steps * profile.training.batch_tokens, f"training {arms}") as bar:
+        bar.update(first * profile.training.batch_tokens)
+        for step in range(first, steps):
+            z = normalise(stream.batch(step).to(device, torch.float32))[0]
+            active = [trainer for trainer in trainers if trainer.step_count == step]
+            losses = [trainer.step(z) for trainer in active]
+            bar.update(profile.training.batch_tokens)
+            if (step + 1) % HISTORY_EVERY == 0:
+                bar.set_postfix(l2=f"{losses[-1].l2.item():.4f}", dead=losses[-1].dead)
+            if (step + 1) % profile.training.checkpoint_every == 0 and step + 1 < steps:
+                for place, trainer in zip(places, trainers, strict=True):
+                    if trainer in active:
+                        save_checkpoint(trainer, place.state.folder, place.state.key, False)
+    for place, trainer in zip(places, trainers, strict=True):
+        save_checkpoint(trainer, place.state.folder, place.state.key, True)
+        _save_result(run.profile, place, trainer)
+
+
+def _save_result(profile: Profile, place: _Place, trainer: Trainer) -> None:
+    about = {
+        "model_name": profile.model.source,
+        "hook_name": f"blocks.{profile.model.layer}.hook_resid_pre",
+        "context_size": profile.text.context_length,
+        "prepend_bos": profile.text.bos == "every_row",
+        "arm": place.spec.name,
+    }
+    folder = place.result.folder
+    trainer.primary.sae.save(folder / "sae", about)
+    if trainer.meta is not None:
+        trainer.meta.sae.save(folder / "meta")
+    with atomic_write(folder / "history.csv") as path:
+        trainer.history().to_csv(path, index=False)
+    place.result.finish({"seconds": trainer.seconds})
+
+
+# --------------------------------------------------------------------------- memory
+
+
+def arm_bytes(profile: Profile, d_in: int, kind: str) -> int:
+    """Memory that one arm holds between steps: weights, two moments each, the products' copy."""
+    sizes = profile.dictionary
+    features = sizes.n_features
+    if kind in ("joint", "control"):
+        features += sizes.n_meta_features
+    return features * d_in * (6 * 4 + 2)
+
+
+def step_bytes(profile: Profile, d_in: int) -> int:
+    """Memory that a step needs besides, shared by all arms of a group.
+
+    The pre-activations, as much again for the dead features' part of them and its gradient, and
+    what has the size of a batch or (for a meta dictionary) of the decoder.
+    """
+    sizes, training = profile.dictionary, profile.training
+    width = 2 if training.dtype == "bfloat16" else 4
+    inputs = max(training.batch_tokens, sizes.n_features)
+    features = training.batch_tokens * sizes.n_features + sizes.n_features * sizes.n_meta_features
+    return 4 * width * features + 8 * 4 * inputs * d_in
+
+
+def _groups(
+    profile: Profile, places: Sequence[_Place], d_in: int, device: torch.device
+) -> Iterator[list[_Place]]:
+    """Arms that fit in memory together, in order. TrainingError if one alone does not fit."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    budget = _MEMORY_SHARE * free - step_bytes(profile, d_in)
+    group: list[_Place] = []
+    held = 0
+    for place in places:
+        size = arm_bytes(profile, d_in, place.spec.kind)
+        if size > budget:
+            need = (size + step_bytes(profile, d_in)) / _MEMORY_SHARE
+            raise TrainingError(
+                f"arm {place.spec.name} needs {need / 2**30:.1f} GiB of free memory and "
+                f"{free / 2**30:.1f} are there: lower dictionary.n_features or "
+                "training.batch_tokens, or use a larger machine"
+            )
+        if group and held + size > budget:
+            yield group
+            group, held = [], 0
+        group.append(place)
+        held += size
+    if group:
+        yield group

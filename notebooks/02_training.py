@@ -1,0 +1,172 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Training every arm from one stream
+#
+# The paper trains a solo dictionary and nine joint ones, "identically configured" (§4), and reads
+# every result as joint against solo. So the comparison is worth as much as the word *identically*.
+# Here every **arm** (one dictionary under one condition) takes the same batches of residuals in the
+# same order, and starts from the same weights where seeds are equal: arms differ in nothing but
+# their condition.
+#
+# The paper's claims about this stage: reconstruction gets worse by a modest amount (L2 +9.3%, CE
+# overhead 3.1% instead of 2.5%, §5.3), no feature dies of it (§7.1), and a joint arm without the
+# penalty is no different from a solo one (§5.1). What this page can say depends on the run it
+# shows; the default models are much smaller than GPT-2 large, so changes *between* arms may
+# transfer and absolute losses do not.
+
+# %% tags=["parameters"]
+profile = "smollm2-135m"  # a file of profiles/, without .yml
+overrides = {}  # changes by dotted key, such as {"training.lambda2": [0.3, 0.5]}
+runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
+
+# %% [markdown]
+# :::{admonition} Change this yourself
+# :class: tip
+# Set `overrides = {"training.lambda2": [0.3, 0.5]}` above and run all cells. The arms that exist
+# already are taken from disk, only the new one is trained, and its results go to a run of their
+# own: what you see here stays as it is.
+# :::
+
+# %%
+import pandas as pd
+import torch
+from IPython.display import Markdown, display
+
+from metasae_lib import figures, report
+from metasae_lib.fidelity import measure_arms
+from metasae_lib.thresholds import calibrate_arms
+from metasae_lib.training import train_arms
+
+run = report.open_run(profile, overrides, runs_dir)
+arms = train_arms(run)
+about = pd.DataFrame([{"arm": name} | vars(arm.spec) for name, arm in arms.items()])
+sizes, training = run.profile.dictionary, run.profile.training
+Markdown(
+    f"**{len(arms)} arms** with {sizes.n_features:,} features, k = {sizes.k}, trained on "
+    f"{training.train_tokens:,} tokens each ({run.profile.steps:,} steps of "
+    f"{training.batch_tokens:,}). {report.scale_of_run(run)}"
+)
+
+# %% [markdown]
+# ## The arms
+#
+# *solo* is a plain BatchTopK dictionary; *joint* adds the meta SAE and the penalty of Eq. 3;
+# *control* adds the meta SAE with λ₂ = 0. The last row of each arm's training record:
+
+# %%
+history = pd.concat([arm.history.assign(arm=name) for name, arm in arms.items()])
+history = history.merge(about, on="arm")
+run.save_table("training", history, "Losses of every arm during training, every ten steps")
+last = history.groupby("arm", sort=False).tail(1).set_index("arm").loc[about.arm].reset_index()
+report.table(
+    last[["arm", "lambda2", "sigma_sq", "seed", "step", "l2", "dead", "penalty", "meta_l2"]].rename(
+        columns={"lambda2": "λ₂", "sigma_sq": "σ²", "l2": "L2", "penalty": "mean p"}
+    ),
+    "The arms at the end of training (one batch, training mode)", "tab-arms",
+)  # fmt: skip
+
+# %% mystnb={"figure": {"name": "fig-training-l2", "caption": "Reconstruction error L2 of each training batch, every arm. L2 is a mean square in a space where every token has unit variance, so it is the share of variance that the dictionary misses. Dashes: controls, which should lie on their solo arm."}, "image": {"alt": "Line chart of L2 against millions of training tokens, one line per arm, coloured by solo, joint and control; all fall steeply at first and then flatten."}}
+figures.training_curve(history, "l2", "L2 (share of unit variance)", log=True)
+
+# %%
+flat = report.flattening(history)
+Markdown(
+    "**Has the loss flattened?** Over the last tenth of training, the mean L2 of the arms changed "
+    f"by {report.percent(flat.min())} to {report.percent(flat.max())} against the tenth before. "
+    + (
+        "That is flat enough to compare arms."
+        if flat.abs().max() < 1
+        else "It still moves, so differences between arms may yet change with more tokens."
+    )
+)
+
+# %% [markdown]
+# ## Dead features
+#
+# A feature is *dead* when BatchTopK has not selected it for a while (here: for
+# `training.dead_after` batches in a row). It costs capacity, and it flatters mean |φ|: a feature
+# that hardly fires can hardly co-fire. The auxiliary loss AuxK lets the dead features rebuild what
+# the living ones missed, which brings most of them back.
+
+# %% mystnb={"figure": {"name": "fig-training-dead", "caption": "Features that have not fired for some batches, during training. AuxK revives them; what counts is that the arms end alike, since a difference in living features would move mean |φ| by itself."}, "image": {"alt": "Line chart of the number of dead features against millions of training tokens, one line per arm."}}
+figures.training_curve(history, "dead", "features not firing at present")
+
+# %% [markdown]
+# ## The penalty at work
+#
+# The meta SAE of a control is trained exactly like a joint arm's, but nobody listens to it. So its
+# mean penalty is what a dictionary that feels no pressure would pay, and the gap between the two
+# curves is what the pressure achieved *by its own yardstick*. That is not yet evidence of atomic
+# features: it is what was optimised.
+
+# %% mystnb={"figure": {"name": "fig-training-penalty", "caption": "Mean penalty (Eq. 2) that each arm's own meta SAE assigns to its decoder rows. The gap between joint and control at the same σ² is what λ₂ bought in the quantity that it optimises."}, "image": {"alt": "Line chart of the mean penalty against millions of training tokens for joint and control arms."}}
+figures.training_curve(history[history.kind != "solo"], "penalty", "mean penalty p (0 to 1)")
+
+# %% [markdown]
+# ## What it costs
+#
+# L2 and FVU on held-out text, and the cross-entropy of the language model when the residual at this
+# layer is replaced by its reconstruction. Features fire above fixed thresholds here (Appendix A),
+# not by a batch's top-k, and position 0 keeps its true residual.
+
+# %% mystnb={"figure": {"name": "fig-fidelity", "caption": "Held-out reconstruction error (left) and CE overhead (right) of every arm. The paper's claim is about the horizontal distance between joint and solo, and the spread of the solo seeds shows how much of it chance could make."}, "image": {"alt": "Two dot plots with one row per arm: L2 on the left, CE overhead in percent on the right; solo arms as black circles, joint arms as blue squares, controls as orange triangles."}}
+calibrate_arms(run, arms)
+fidelity = measure_arms(run, arms)
+run.save_table("arms", fidelity, "Fidelity of every arm on held-out text, at its thresholds")
+figures.fidelity(fidelity)
+
+# %%
+report.fidelity_sentences(run, fidelity)
+
+# %% [markdown]
+# ## The control is the solo arm
+#
+# With λ₂ = 0 the penalty's gradient is exactly zero, so a control must equal the solo arm of its
+# seed *bit for bit*. The paper reports "no systematic effect" (§5.1), which is weaker. This is a
+# free test of the whole training code: any leak from the meta SAE into the primary one would show.
+
+# %%
+rows = [
+    (name, f"solo-seed{arm.spec.seed}")
+    for name, arm in arms.items()
+    if arm.spec.kind == "control" and f"solo-seed{arm.spec.seed}" in arms
+]
+control = pd.DataFrame(rows, columns=["control", "solo"])
+control["largest_difference"] = [
+    max((getattr(arms[a].sae, w) - getattr(arms[b].sae, w)).abs().max().item()
+        for w in ("W_enc", "W_dec", "b_dec"))
+    for a, b in rows
+]  # fmt: skip
+control["bit_for_bit"] = [torch.equal(arms[a].sae.W_dec, arms[b].sae.W_dec) for a, b in rows]
+run.save_table("control", control, "Weights of every control against the solo arm of its seed")
+report.table(control, "Controls against solo arms: all weights", "tab-control")
+
+# %% [markdown]
+# ## Where the time went
+
+# %% mystnb={"figure": {"name": "fig-time", "caption": "Time that the stages of this run took when they were made. Artefacts are kept: running this notebook again takes none of it."}, "image": {"alt": "Horizontal bars: seconds for each stage of the run."}}
+time = report.time_spent(run)
+run.save_table("time", time, "Seconds that each stage of the run took when it was made")
+figures.time_spent(time)
+
+# %%
+display(
+    report.paper_against_ours(
+        run, "*.solo_l2", "*ce_nats", "*.solo_ce_*", "*.joint_ce_*", "*.joint_*_ce_*",
+        "*.l2_increase_absolute", "*.dead_*", "*.d_l2_pct*", label="tab-paper-02",
+    ),
+    report.provenance(run),
+    report.downloads(run, "arms", "training", "control", "time"),
+)  # fmt: skip

@@ -1,0 +1,174 @@
+"""The feature explorer: a static page over the features of every arm.
+
+The page and its scripts are `book/explorer/`; this module writes the data beside them. They are
+script files that hand over JSON text, because a page opened from disk may not fetch: an index per
+arm for search and filters, and blocks of features with their contexts, loaded when one is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from metasae_lib.errors import MeasureError
+from metasae_lib.profile import repository_folders
+from metasae_lib.run import atomic_write
+
+MAX_FILE_BYTES = 3 * 2**20
+_PART = 4096  # features in a part of the index
+_BLOCK = 64  # features in a block of cards
+_PAGE = ("index.html", "explorer.css", "explorer.js")
+_COLUMNS = ("rate", "max", "fuzz", "explanation", "partner", "phi", "second")
+_TOKENS = 5  # shown for a feature in the index
+
+
+@dataclass(frozen=True)
+class Context:
+    """One stretch of text: its tokens as text, and the feature's activation on each (0: none)."""
+
+    pieces: Sequence[str]
+    acts: Sequence[float]
+
+
+@dataclass(frozen=True)
+class ArmPage:
+    """What the explorer shows of one arm with n features.
+
+    features: n rows in the order of the features with columns rate (per token), max (largest
+    activation), threshold, fuzz, explanation, partner (matched feature of the arm `other`), cosine
+    and phi (with that partner), second (φ with the second strongest feature of `other`); nan or
+    None where there is none. tokens: those on which each feature is strongest. histograms: counts
+    of its activations in equal bins from 0 to max. near and cross: (feature, φ) pairs, strongest
+    first, within the arm and in `other`. contexts: strongest first.
+    """
+
+    name: str
+    title: str
+    other: str | None
+    features: pd.DataFrame
+    tokens: Sequence[Sequence[str]]
+    histograms: Sequence[Sequence[int]] | NDArray[np.int64]
+    near: Sequence[Sequence[tuple[int, float]]]
+    cross: Sequence[Sequence[tuple[int, float]]]
+    contexts: Sequence[Sequence[Context]]
+
+
+def write(
+    folder: Path, arms: Sequence[ArmPage], profile: str, about: str, back: str
+) -> dict[str, int]:
+    """Write the whole explorer into `folder`, from nothing.
+
+    arms: in the order of the menu, the first is shown first. back: address of the page that leads
+    here, seen from `folder`. Returns the size in bytes of every file. MeasureError for an arm
+    whose parts differ in length, or a file above 3 MiB.
+    """
+    for arm in arms:
+        _check(arm, {other.name for other in arms})
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    source = next((f / "explorer" for f in repository_folders("book")), None)
+    if source is None:
+        raise MeasureError("the folder book/explorer is not here or above: run in the repository")
+    for name in _PAGE:
+        shutil.copyfile(source / name, folder / name)
+    site = {
+        "profile": profile,
+        "about": about,
+        "back": back,
+        "arms": [
+            {
+                "name": arm.name,
+                "title": arm.title,
+                "other": arm.other,
+                "parts": math.ceil(len(arm.tokens) / _PART),
+                "block": _BLOCK,
+                "alive": int((arm.features.rate > 0).sum()),
+            }
+            for arm in arms
+        ],
+    }
+    _write(folder, "site", site)
+    for arm in arms:
+        columns = _index(arm)
+        for part, start in enumerate(range(0, len(arm.tokens), _PART)):
+            cut = {name: values[start : start + _PART] for name, values in columns.items()}
+            _write(folder, f"{arm.name}/index-{part}", cut)
+        cards = _cards(arm)
+        for block in range(math.ceil(len(arm.tokens) / _BLOCK)):
+            features = [next(cards) for _ in range(min(_BLOCK, len(arm.tokens) - block * _BLOCK))]
+            _write(folder, f"{arm.name}/block-{block}", {"features": features})
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _check(arm: ArmPage, names: set[str]) -> None:
+    n = len(arm.features)
+    parts = (arm.tokens, arm.histograms, arm.near, arm.cross, arm.contexts)
+    if any(len(part) != n for part in parts):
+        raise MeasureError(f"{arm.name} has {n} features, but its parts differ: give one for each")
+    if arm.other is not None and arm.other not in names:
+        raise MeasureError(f"{arm.name} is matched with {arm.other}, which is not in the explorer")
+
+
+def _index(arm: ArmPage) -> dict[str, list[Any]]:
+    columns = {name: [_short(v) for v in arm.features[name]] for name in _COLUMNS}
+    columns["partner"] = [None if v is None else int(v) for v in columns["partner"]]
+    return {"tokens": [list(tokens[:_TOKENS]) for tokens in arm.tokens], **columns}
+
+
+def _cards(arm: ArmPage) -> Iterator[dict[str, Any]]:
+    rows = zip(
+        arm.features.threshold, arm.features.cosine, arm.features["max"], arm.histograms,
+        arm.near, arm.cross, arm.contexts, strict=True,
+    )  # fmt: skip
+    for threshold, cosine, largest, histogram, near, cross, contexts in rows:
+        yield {
+            "threshold": _short(threshold),
+            "cosine": _short(cosine),
+            "histogram": [int(count) for count in histogram],
+            "near": [[int(i), _short(value)] for i, value in near],
+            "cross": [[int(i), _short(value)] for i, value in cross],
+            "contexts": [_marked(context, largest) for context in contexts],
+        }
+
+
+def _marked(context: Context, largest: float) -> list[Any]:
+    """[text, [[start, end, strength], ...]]: positions in characters, strength 1-9 of `largest`."""
+    spans, start = [], 0
+    for piece, act in zip(context.pieces, context.acts, strict=True):
+        end = start + len(piece)
+        if act > 0:
+            strength = min(max(round(9 * act / largest), 1), 9) if largest > 0 else 1
+            spans.append([start, end, strength])
+        start = end
+    return ["".join(context.pieces), spans]
+
+
+def _short(value: Any) -> Any:
+    """Words as they are, numbers with four significant digits, what is missing as None."""
+    if value is None or isinstance(value, str):
+        return value
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _write(folder: Path, name: str, value: object) -> None:
+    path = folder / "data" / f"{name}.js"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    script = f"METASAE_DATA({json.dumps(name)},{json.dumps(text, ensure_ascii=False)})\n"
+    if len(script.encode()) > MAX_FILE_BYTES:
+        raise MeasureError(f"data/{name}.js is above 3 MiB: show fewer or shorter contexts")
+    with atomic_write(path) as temporary:
+        temporary.write_text(script, encoding="utf-8")

@@ -1,0 +1,296 @@
+"""Words with several senses: where they stand, how they are used, and what features know of it.
+
+Senses have no labels here. Each stands on a stated proxy: a pattern in the words just before or
+just after. A proxy is cruder than a sense, but it is the same for every dictionary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from metasae_lib.activations import Residuals
+from metasae_lib.dictionary import normalise
+from metasae_lib.errors import MeasureError
+from metasae_lib.profile import Role
+from metasae_lib.run import Run
+from metasae_lib.thresholds import pre_activations, product_dtype
+
+if TYPE_CHECKING:
+    from metasae_lib.training import Arm
+
+
+@dataclass(frozen=True)
+class Sense:
+    """One use of a word. before and after: patterns for the text that ends, or starts, at it."""
+
+    name: str
+    before: str = ""
+    after: str = ""
+
+    def matches(self, before: str, after: str) -> bool:
+        """Whether both patterns fit, the empty one always."""
+        return bool(
+            re.search(rf"(?:{self.before})$", before, re.IGNORECASE)
+            and re.match(self.after, after, re.IGNORECASE)
+        )
+
+
+#: Words and the proxies of their senses, tried in order; an occurrence that fits none is left out.
+WORDS: dict[str, tuple[Sense, ...]] = {
+    "too": (
+        Sense("also", after=r"\s*([.,;:!?)]|$)"),
+        Sense("excess", after=r"\s+(many|much|few|little|often|long|late|far|[a-z]+)\b"),
+    ),
+    "let": (
+        Sense("suggestion", after=r"\s*(['’]\s*s|us|me)\b"),
+        Sense("permission", after=r"\s+(him|her|it|them|the|this|that|people|any|anyone|you|go)\b"),
+    ),
+    "right": (
+        Sense("entitlement", after=r"\s+(to|of)\b"),
+        Sense("direction or moment", after=r"\s+(now|away|side|wing|hand|here|there|after)\b"),
+    ),
+    "bank": (
+        Sense("West Bank", before=r"\bwest "),
+        Sense("riverside", before=r"\b(north|south|east|left|right|river) "),
+        Sense("finance", before=r"\b(world|central|national|investment|the|a|s|of) "),
+    ),
+    "light": (
+        Sense("in light of", before=r"\bin (the )?", after=r"\s+of\b"),
+        Sense("not heavy", after=r"\s+(industry|weapons|brown|touch|rain|up|breeze|and fluffy)\b"),
+        Sense("what shines", after=r"\s*(on|from|source|bulbs?|years?|[.,])"),
+    ),
+    "spring": (
+        Sense("season", before=r"\b(in|this|last|next|early|late|in the|of) "),
+        Sense("onion or roll", after=r"\s+(onions?|rolls?|greens)\b"),
+    ),
+    "bar": (
+        Sense("food or law", before=r"\b(chocolate|candy|the state|granola) "),
+        Sense("place or rod", after=r"\s*(in|at|and|for|to|[.,])"),
+    ),
+    "match": (
+        Sense("game", before=r"\b(the|a|this|final|first|last|test|cup|league|opening) "),
+        Sense("equal", before=r"\b(to|not|that|must|will|would|can|could) "),
+    ),
+    "cookies": (
+        Sense("web", before=r"\b(use|uses|using|these|browser|of) "),
+        Sense("food", before=r"\b(the|bake|baked|chip|chocolate|sugar|oatmeal|butter|your) "),
+    ),
+    "flash": (
+        Sense("flood or point", after=r"\s*(floods?|flooding|point)\b"),
+        Sense("light or software", after=r"\s*(player|drive|memory|of|photography|[.,])"),
+    ),
+    "order": (
+        Sense("purpose", before=r"\bin ", after=r"\s+(to|that)\b"),
+        Sense("command or peace", before=r"\b(executive|court|and|an|the|this|world|public) "),
+    ),
+    "well": (
+        Sense("also", before=r"\bas "),
+        Sense("in a good way", before=r"\b(very|so|doing|do|did|works?|worked|pretty|really) "),
+    ),
+    "like": (
+        Sense("wish", before=r"\b(would|i|you|we|they|d|people|to) "),
+        Sense("similar to", before=r"\b(look|looks|looked|is|was|just|more|things|feel) "),
+    ),
+    "kind": (
+        Sense("sort", after=r"\s+of\b"),
+        Sense("gentle", before=r"\b(very|so|be|and|was|were|is) ", after=r"(?!\s+of\b)"),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One place of a word: its row, the position of its last token, and the text around it."""
+
+    row: int
+    position: int
+    before: str
+    word: str
+    after: str
+
+
+def spellings(tokenizer: Any, word: str) -> list[tuple[int, ...]]:
+    """Token ids of a word with and without a blank before it, in lower and title case."""
+    forms = [f"{blank}{form}" for form in (word, word.capitalize()) for blank in (" ", "")]
+    ids = [tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms]
+    return list(dict.fromkeys(ids))
+
+
+def occurrences(
+    rows: NDArray[Any], tokenizer: Any, word: str, first: int = 1, around: int = 16
+) -> list[Occurrence]:
+    """Every place of a whole word in token rows.
+
+    rows: (r, c) token ids. Positions before `first` are left out, as in every statistic; a longer
+    word that only begins or ends like this one is none. `around`: tokens decoded on either side.
+    """
+    found = []
+    for ids in spellings(tokenizer, word):
+        fits = np.ones((rows.shape[0], max(rows.shape[1] - len(ids) + 1, 0)), bool)
+        for i, token in enumerate(ids):
+            fits &= rows[:, i : i + fits.shape[1]] == token
+        for row, start in np.argwhere(fits):
+            end = int(start) + len(ids)
+            if end - 1 < first:
+                continue
+            before = tokenizer.decode(rows[row, max(start - around, first) : start])
+            after = tokenizer.decode(rows[row, end : end + around])
+            itself = tokenizer.decode(rows[row, start:end])
+            glued = before[-1:].isalnum() and not itself[:1].isspace()
+            if glued or after[:1].isalnum():
+                continue
+            gap = itself[: len(itself) - len(itself.lstrip())]
+            found.append(Occurrence(int(row), end - 1, before + gap, itself.lstrip(), after))
+    return sorted(found, key=lambda o: (o.row, o.position))
+
+
+def label(occurrence: Occurrence, senses: Sequence[Sense]) -> int:
+    """Index of the first sense that fits, -1 if none does."""
+    for index, sense in enumerate(senses):
+        if sense.matches(occurrence.before, occurrence.after):
+            return index
+    return -1
+
+
+def firing_at(
+    run: Run, arms: Mapping[str, Arm], role: Role, found: Sequence[Occurrence]
+) -> dict[str, sparse.csr_array]:
+    """Activations above the thresholds at some places of a role, for every (calibrated) arm.
+
+    Returns (m, n) sparse by arm name, a row an occurrence in the order given.
+    """
+    text = run.profile.text
+    skipped = text.context_length - text.kept_per_row
+    places = np.array([o.row * text.kept_per_row + o.position - skipped for o in found], np.int64)
+    residuals, dtype = Residuals(run, role), product_dtype(run)
+    rows: dict[str, list[sparse.csr_array]] = {name: [] for name in arms}
+    order, start = np.argsort(places, kind="stable"), 0
+    for index in range(residuals.n_chunks):
+        stop = start + residuals.chunk_tokens(index)
+        here = places[order]
+        here = here[(here >= start) & (here < stop)] - start
+        if len(here):
+            z = normalise(residuals.chunk(index)[here].float())[0]
+            for name, arm in arms.items():
+                pre = pre_activations(arm.sae, z, dtype)
+                assert arm.sae.threshold is not None
+                acts = pre.float() * (pre > arm.sae.threshold)
+                rows[name].append(sparse.csr_array(acts.cpu().numpy()))
+        start = stop
+    back = np.argsort(order, kind="stable")
+    empty = {name: sparse.csr_array((0, arm.sae.n_features)) for name, arm in arms.items()}
+    return {
+        name: sparse.csr_array(sparse.vstack([empty[name], *parts]))[back]
+        for name, parts in rows.items()
+    }
+
+
+def mutual_information(fired: NDArray[Any], total: int, sizes: NDArray[Any]) -> NDArray[np.float64]:
+    """I(sense; feature fires) in bits, plug-in estimate.
+
+    fired: (..., s, n) tokens of each sense on which each feature fires. sizes: (s,) tokens of each
+    sense, `total` in all. Returns (..., n).
+    """
+    sizes = np.asarray(sizes, float)[:, None]
+    counts = np.stack([np.asarray(fired, float), sizes - fired], axis=-3)  # (..., 2, s, n)
+    either = counts.sum(axis=-2, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = counts / total * np.log2(counts * total / (either * sizes))
+    return np.nan_to_num(terms, nan=0.0).sum(axis=(-3, -2))
+
+
+@dataclass(frozen=True)
+class Information:
+    """What the best single feature tells of a word's sense.
+
+    bits: largest mutual information over features; feature: which. entropy: of the senses, the
+    most that anything can tell. null_mean, null_high: mean and 95% quantile of the same largest
+    value after the senses were shuffled among the occurrences. share: (bits - null_mean) over
+    (entropy - null_mean), 0 for chance and 1 for a feature that knows.
+    """
+
+    bits: float
+    feature: int
+    entropy: float
+    null_mean: float
+    null_high: float
+    p: float
+
+    @property
+    def share(self) -> float:
+        """Information above chance, as a share of what there is."""
+        return (self.bits - self.null_mean) / max(self.entropy - self.null_mean, 1e-12)
+
+
+def sense_information(
+    fires: sparse.csr_array, senses: NDArray[np.int64], permutations: int = 200, seed: int = 0
+) -> Information:
+    """The best feature's mutual information with the senses, and its null by permutation.
+
+    fires: (m, n) sparse, non-zero where a feature fires on an occurrence. senses: (m,) from 0. The
+    maximum over features is taken in every permutation too, so many features are no advantage.
+    """
+    if fires.shape[0] != len(senses) or len(np.unique(senses)) < 2:
+        raise MeasureError(
+            f"{fires.shape[0]} firing rows and {len(senses)} senses of "
+            f"{len(np.unique(senses))} kinds: give one sense an occurrence, two kinds at least"
+        )
+    total, kinds = len(senses), int(senses.max()) + 1
+    sizes = np.bincount(senses, minlength=kinds)
+    pattern = sparse.csr_array(fires)
+    pattern.data = np.ones_like(pattern.data, dtype=np.float64)
+    alive = np.flatnonzero(pattern.sum(axis=0))
+    if not len(alive):
+        return Information(0.0, -1, _entropy(sizes), 0.0, 0.0, 1.0)
+    pattern = pattern.tocsc()[:, alive].tocsr()
+
+    def best(labels: NDArray[np.int64]) -> tuple[float, int]:
+        """Largest information and its feature."""
+        one_hot = sparse.csr_array((np.ones(total), (labels, np.arange(total))), (kinds, total))
+        bits = mutual_information((one_hot @ pattern).toarray(), total, sizes)
+        return float(bits.max()), int(bits.argmax())
+
+    bits, feature = best(senses)
+    rng = np.random.default_rng(seed)
+    null = np.array([best(rng.permutation(senses))[0] for _ in range(permutations)])
+    return Information(
+        bits=bits,
+        feature=int(alive[feature]),
+        entropy=_entropy(sizes),
+        null_mean=float(null.mean()) if permutations else 0.0,
+        null_high=float(np.quantile(null, 0.95)) if permutations else 0.0,
+        p=float((1 + (null >= bits - 1e-12).sum()) / (1 + permutations)),
+    )
+
+
+def bootstrap_difference(
+    a: sparse.csr_array, b: sparse.csr_array, senses: NDArray[np.int64],
+    draws: int = 200, seed: int = 0,
+) -> tuple[float, float]:  # fmt: skip
+    """95% interval of the best feature's bits in b minus those in a, occurrences drawn anew.
+
+    a (m, n_a) and b (m, n_b): firing on the same occurrences. Each draw takes m occurrences with
+    replacement, the same ones for both.
+    """
+    rng = np.random.default_rng(seed)
+    differences = []
+    for _ in range(draws):
+        take = rng.integers(len(senses), size=len(senses))
+        if len(np.unique(senses[take])) < 2:
+            continue
+        before, after = (sense_information(x[take], senses[take], 0).bits for x in (a, b))
+        differences.append(after - before)
+    low, high = np.quantile(differences, [0.025, 0.975]) if differences else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def _entropy(sizes: NDArray[Any]) -> float:
+    share = sizes[sizes > 0] / sizes.sum()
+    return float(-(share * np.log2(share)).sum())

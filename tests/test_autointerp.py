@@ -1,0 +1,263 @@
+"""Scores by hand and against SciPy, material against its promises, controls with judges we know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metasae_lib import autointerp as ai
+from metasae_lib.contexts import Example
+from metasae_lib.errors import MeasureError
+from metasae_lib.judges import LexicalJudge, Question
+
+WORDS = [f" w{i}" for i in range(40)]
+
+
+def pieces(ids: Sequence[int]) -> tuple[str, ...]:
+    return tuple(WORDS[i] for i in ids)
+
+
+def example(ids: Sequence[int], acts: Sequence[float], segment: int = 0) -> Example:
+    return Example(tuple(ids), pieces(ids), tuple(acts), segment)
+
+
+def materials(n: int = 24, plan: ai.Plan | None = None) -> list[ai.Material]:
+    """Features that fire on token `feature % 12` alone, the more the earlier it stands."""
+    plan = plan or ai.Plan()
+    marginal = ai.Marginal([0] * 12 + [1] * 28)
+    generator = np.random.default_rng(1)
+    made = []
+    for feature in range(n):
+        token, firing, silent = feature % 12, [], []
+        for k in range(2 * plan.examples):
+            ids = generator.integers(12, 40, size=8).tolist()
+            acts = [0.0] * 8
+            if k < plan.examples:
+                place = int(generator.integers(8))
+                ids[place], acts[place] = token, 1.0 + k
+            (firing if k < plan.examples else silent).append(example(ids, acts, k))
+        made.append(
+            ai.prepare(
+                feature, firing[: plan.explain], firing[plan.explain :], silent[: plan.score],
+                silent[plan.score :], plan, marginal, pieces,  # type: ignore[arg-type]
+            )
+        )  # fmt: skip
+    return made
+
+
+class Oracle:
+    """Knows that the explanation is the token itself. `wrong`: how its fuzzing answers are bent."""
+
+    def __init__(self, wrong: str = "") -> None:
+        self.identity: dict[str, Any] = {"judge": f"oracle {wrong}"}
+        self.wrong = wrong
+
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
+        for index, question in enumerate(questions):
+            holds = [question.explanation in (*e.pieces, "") for e in question.examples]
+            if self.wrong == "says A" and question.task == "fuzzing":
+                yield index, "A"
+            elif self.wrong == "mumbles":
+                yield index, "A strange text"
+            elif question.task == "fuzzing":
+                yield index, "AB"[holds[1] and not holds[0]] if holds[0] != holds[1] else "?"
+            elif question.task == "strength":
+                yield index, str(sum(question.examples[0].acts) / 2 if holds[0] else 0)
+            else:
+                yield index, "yes" if holds[0] else "no"
+
+
+def test_fuzzing_score_by_hand() -> None:
+    assert ai.fuzzing_score([True, True, True, False]) == 0.5
+    assert ai.fuzzing_score([True, None, None]) == 1.0
+    assert ai.fuzzing_score([False, False]) == -1.0
+    assert ai.fuzzing_score([None, None]) is None
+    assert ai.fuzzing_score([]) is None
+
+
+def test_spearman_score_by_hand() -> None:
+    assert ai.spearman_score([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert ai.spearman_score([3, 2, 1], [10, 20, 30]) == pytest.approx(-1)
+    assert ai.spearman_score([5, 5, 5], [1, 2, 3]) == 0.0
+    assert ai.spearman_score([1, None, 3], [1, 2, 3]) is None
+    assert ai.spearman_score(None, [1, 2, 3]) is None
+    assert ai.spearman_score([1, 2, 3], [4, 4, 4]) is None
+    with pytest.raises(MeasureError, match="give one for each"):
+        ai.spearman_score([1, 2], [1, 2, 3])
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99)), min_size=2, max_size=30))
+def test_spearman_score_is_pearson_of_the_ranks(points: list[tuple[int, int]]) -> None:
+    predicted, actual = zip(*points, strict=True)
+    ours = ai.spearman_score(list(predicted), list(actual))
+    if len(set(actual)) < 2:
+        assert ours is None
+    elif len(set(predicted)) < 2:
+        assert ours == 0.0
+    else:
+        ranks = [scipy.stats.rankdata(values) for values in (predicted, actual)]
+        assert ours == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-12)
+
+
+def test_detection_score_by_hand() -> None:
+    assert ai.detection_score([True, True, False], [True, True, False]) == 1.0
+    # 3 of 4 true ones and 1 of 2 false ones
+    assert ai.detection_score([True] * 3 + [False] * 2 + [True], [True] * 4 + [False] * 2) == 0.625
+    assert ai.detection_score([True, None, False, None], [True, True, False, False]) == 1.0
+    assert ai.detection_score([True, None], [True, False]) is None
+    assert ai.detection_score([True] * 10, [True] * 9 + [False]) == 0.5
+    with pytest.raises(MeasureError, match="give one for each"):
+        ai.detection_score([True], [True, False])
+
+
+def test_material_keeps_its_promises() -> None:
+    plan = ai.Plan(rounds=6)
+    first = 0
+    for material in materials(40, plan):
+        token = material.feature % 12
+        explained = {e.segment for e in material.explain.examples}
+        assert not explained & {e.segment for e in material.examples}
+        assert not set(material.explain.against) & set(material.silent)
+        for (a, b), real in zip(material.pairs, material.real, strict=True):
+            kept, altered = (a, b) if real == 0 else (b, a)
+            assert token in kept.ids
+            assert token not in altered.ids
+            assert kept.segment != altered.segment
+            # Only the strongest token differs from the text it was made from.
+            source = next(e for e in material.examples if e.segment == altered.segment)
+            assert sum(x != y for x, y in zip(source.ids, altered.ids, strict=True)) == 1
+            assert altered.text == "".join(pieces(altered.ids))
+        assert sum(material.real) == 3  # the order is balanced within every feature
+        first += material.real[0]
+    assert 10 < first < 30
+
+
+def test_material_is_a_function_of_the_seed() -> None:
+    assert materials(3) == materials(3)
+    assert materials(3) != materials(3, ai.Plan(seed=1))
+
+
+def test_marginal_draws_as_the_text_has_tokens() -> None:
+    generator = np.random.default_rng(0)
+    marginal = ai.Marginal([5, 0, 3, 2, 100], leave_out=[4, 700])
+    drawn = np.bincount([marginal.draw(generator, 9) for _ in range(20_000)], minlength=5)
+    assert drawn / 20_000 == pytest.approx([0.5, 0, 0.3, 0.2, 0], abs=0.02)
+    assert all(marginal.draw(generator, 0) != 0 for _ in range(200))
+    with pytest.raises(MeasureError, match="two tokens"):
+        ai.Marginal([0, 4, 0])
+
+
+def test_alter_replaces_what_is_at_half_of_the_peak() -> None:
+    before = example([0, 1, 2, 3], [4.0, 1.9, 2.0, 0.0])
+    marginal = ai.Marginal([0] * 20 + [1] * 20)
+    after = ai.alter(before, marginal, pieces, np.random.default_rng(0))  # type: ignore[arg-type]
+    assert [a == b for a, b in zip(before.ids, after.ids, strict=True)] == [
+        False, True, False, True
+    ]  # fmt: skip
+
+
+def test_a_judge_that_knows_scores_full_and_a_wrong_explanation_does_not() -> None:
+    made = materials()
+    answers = ai.answers_of(Oracle())
+    right = ai.score(made, [WORDS[m.feature % 12] for m in made], answers)
+    assert (right.fuzzing == 1).all() and (right.detection == 1).all()
+    assert (right.spearman > 0.99).all() and (right.unreadable == 0).all()
+    wrong = ai.score(made, [WORDS[(m.feature + 1) % 12] for m in made], answers)
+    assert (wrong.detection == 0.5).all()
+    assert (wrong.spearman == 0).all()
+    assert wrong.fuzzing.isna().all()  # it sees no difference, and says so
+    assert (wrong.unreadable == 4).all()
+
+
+def test_unreadable_answers_are_counted_and_never_right() -> None:
+    made = materials(4)
+    frame = ai.score(made, ["x"] * 4, ai.answers_of(Oracle("mumbles")))
+    assert (frame.unreadable == frame.asked).all() and (frame.asked == 4 + 5 + 10).all()
+    assert frame[list(ai.SCORES)].isna().all(axis=None)
+
+
+def test_features_without_an_explanation_are_kept_in_the_table() -> None:
+    frame = ai.score(materials(3), [None, WORDS[1], None], ai.answers_of(Oracle()))
+    assert list(frame.feature) == [0, 1, 2]
+    assert list(frame.asked) == [0, 19, 0]
+    assert list(frame.fuzzing.isna()) == [True, False, True]
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=30), st.integers(0, 3))
+def test_shuffled_is_a_permutation_without_right_ones(texts: list[int], seed: int) -> None:
+    given_to = ai.shuffled([str(t) for t in texts], seed)
+    assert sorted(map(str, given_to)) == sorted(map(str, texts))
+    if len(set(texts)) == len(texts):
+        assert all(str(a) != b for a, b in zip(texts, given_to, strict=True))
+
+
+def controls(wrong: str = "") -> pd.DataFrame:
+    known = [(m, WORDS[m.feature % 12]) for m in materials()]
+    answers = ai.answers_of(Oracle(wrong))
+    return ai.control_table(known, known[:4], answers, answers)
+
+
+def test_the_controls_pass_a_judge_that_knows() -> None:
+    table = controls()
+    assert set(table.group) == {"planted", "features"}
+    assert set(table.condition) == {"right", "shuffled", "empty", "again"}
+    for name in ai.SCORES:
+        verdict = ai.judge_verdict(table, name)
+        assert verdict.able and f"able to judge by {name}" in verdict.words
+    summary = ai.control_summary(table).set_index(["group", "condition", "score"])
+    assert summary.loc[("planted", "right", "detection"), "mean"] == 1
+    assert summary.loc[("planted", "empty", "detection"), "mean"] == 0.5
+
+
+def test_the_controls_fail_judges_that_do_not() -> None:
+    says_a = ai.judge_verdict(controls("says A"))
+    assert not says_a.able and "says 'A' in 100% of the rounds" in says_a.words
+    mumbles = ai.judge_verdict(controls("mumbles"))
+    assert not mumbles.able and "100% of the answers unreadable" in mumbles.words
+    with pytest.raises(MeasureError, match="no score"):
+        ai.judge_verdict(controls(), "fuzz")
+
+
+def test_the_lexical_judge_learns_a_token_and_loses_it_when_shuffled() -> None:
+    made, answers = materials(), ai.answers_of(LexicalJudge())
+    explanations = ai.explain(made, answers)
+    right = ai.score(made, explanations, answers)
+    assert (right.fuzzing == 1).all() and (right.detection == 1).all()
+    wrong = ai.score(made, ai.shuffled(explanations), answers)
+    assert wrong.detection.mean() < 0.75
+    assert ai.in_words(explanations[5]) == "w5"
+    assert ai.in_words("any sentence") == "any sentence" and ai.in_words(None) is None
+
+
+def test_compare_agrees_with_scipy() -> None:
+    generator = np.random.default_rng(3)
+    a, b = generator.normal(0, 1, 60), generator.normal(0.3, 1, 60)
+    b[7] = math.nan
+    pairs = pd.DataFrame({"solo": np.arange(60), "joint": np.arange(60)[::-1]})
+    solo = pd.DataFrame({"feature": np.arange(60), "fuzzing": a})
+    joint = pd.DataFrame({"feature": np.arange(60), "fuzzing": b[::-1]})
+    found = ai.compare(pairs, solo, joint, "fuzzing", 500)
+    kept = np.delete(np.arange(60), 7)
+    test = scipy.stats.ttest_rel(b[kept], a[kept])
+    assert found["n"] == 59 and found["lost"] == 1
+    assert found["t"] == pytest.approx(test.statistic) and found["p"] == pytest.approx(test.pvalue)
+    reach = test.confidence_interval()
+    assert found["low"] == pytest.approx(reach.low, abs=0.08)
+    assert found["high"] == pytest.approx(reach.high, abs=0.08)
+    assert found["higher"] == (b[kept] > a[kept]).mean()
+    assert ai.compare(pairs[:0], solo, joint, "fuzzing", 10) == {"n": 0, "lost": 0}
+
+
+def test_pairs_needed_at_the_papers_effect() -> None:
+    # t = 8.12 over 20,456 pairs: a spread of 0.0175 √20456 / 8.12 = 0.308 (NOTES 2.9: d = 0.057).
+    spread = 0.0175 * math.sqrt(20456) / 8.12
+    assert 0.0175 / spread == pytest.approx(0.057, abs=0.0005)
+    assert ai.pairs_needed(spread) == pytest.approx((1.96 + 0.8416) ** 2 / 0.0568**2, rel=0.01)

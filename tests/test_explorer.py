@@ -1,0 +1,287 @@
+"""The explorer in a real browser: what it shows, what it never runs, and how fast it opens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from metasae_lib.errors import MeasureError
+from metasae_lib.explorer import MAX_FILE_BYTES, ArmPage, Context, write
+
+HOSTILE = "<script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
+
+
+class Browser:
+    """Headless Chromium over its own debugging pipe; no library in between."""
+
+    def __init__(self, folder: Path) -> None:
+        program = shutil.which("chromium") or shutil.which("google-chrome")
+        assert program, (
+            "The explorer is tested in a browser, and there is none: apt-get install chromium"
+        )
+        theirs_in, self._out = os.pipe()
+        self._in, theirs_out = os.pipe()
+        self._process = subprocess.Popen(
+            ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", program,
+             "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+             f"--user-data-dir={folder}", "about:blank"],
+            pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._rest, self._number, self._session = b"", 0, None
+        targets = self.call("Target.getTargets")["targetInfos"]
+        page = next(target for target in targets if target["type"] == "page")
+        attached = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
+        self._session = attached["sessionId"]
+        self.call("Page.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self._rest:
+                got = os.read(self._in, 2**20)
+                assert got, "Chromium ended on its own: try chromium --headless by hand"
+                self._rest += got
+            line, self._rest = self._rest.split(b"\0", 1)
+            answer = json.loads(line)
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def value(self, script: str) -> Any:
+        """What a JavaScript expression gives."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def until(self, condition: str, seconds: float = 20) -> float:
+        """Wait for a condition; how long it took."""
+        started = time.monotonic()
+        while not self.value(condition):
+            assert time.monotonic() - started < seconds, f"never came true: {condition}"
+            time.sleep(0.02)
+        return time.monotonic() - started
+
+    def open(self, page: Path, hash_: str = "") -> float:
+        """Open a page of the explorer afresh; seconds until it shows its list."""
+        self.call("Page.navigate", url="about:blank")
+        started = time.monotonic()
+        self.call("Page.navigate", url=f"{page.as_uri()}{hash_}")
+        self.until(READY)
+        return time.monotonic() - started
+
+    def press(self, key: str) -> None:
+        text = {"text": key} if len(key) == 1 else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+        self.until(READY)
+
+    def close(self) -> None:
+        self.call("Browser.close")
+        os.close(self._out)
+        os.close(self._in)
+        self._process.wait(timeout=20)
+
+
+READY = "document.documentElement?.dataset.ready === location.hash"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+def arm(name: str, other: str | None, n: int = 130, words: int = 12) -> ArmPage:
+    rng = np.random.default_rng(n)
+    features = pd.DataFrame(
+        {
+            "rate": np.linspace(0, 0.05, n),
+            "max": rng.uniform(1, 9, n),
+            "threshold": 0.5,
+            "fuzz": [0.25 if i % 2 else np.nan for i in range(n)],
+            "explanation": [f"explained {i}" if i % 2 else None for i in range(n)],
+            "partner": [float(n - 1 - i) if other else np.nan for i in range(n)],
+            "cosine": 0.5,
+            "phi": np.linspace(-0.2, 0.9, n),
+            "second": 0.1,
+        }
+    )
+    context = Context([" word"] * words, [0.0] * (words - 1) + [1.0])
+    return ArmPage(
+        name=name,
+        title=f"{name} (title)",
+        other=other,
+        features=features,
+        tokens=[[f" token{i}", "𝒳"] for i in range(n)],
+        histograms=np.tile([5, 3, 1], (n, 1)),
+        near=[[((i + 1) % n, 0.5)] for i in range(n)],
+        cross=[[(i, 0.7), (n - 1 - i, 0.3)] if other else [] for i in range(n)],
+        contexts=[[context] * 3 for _ in range(n)],
+    )
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small arms; feature 7 of the first is full of markup."""
+    solo, joint = arm("solo-seed0", "joint-seed0"), arm("joint-seed0", "solo-seed0")
+    solo.tokens[7][0] = HOSTILE
+    solo.features.loc[7, "explanation"] = HOSTILE
+    solo.contexts[7][0] = Context(["𝒳é ", HOSTILE, " end\u2028"], [0.0, 4.0, 0.0])
+    folder = tmp_path_factory.mktemp("explorer")
+    write(folder, [solo, joint], "tiny </script>", HOSTILE, "../page.html")
+    return folder / "index.html"
+
+
+def test_it_shows_the_list_of_the_first_arm(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert browser.value("document.querySelectorAll('#rows tr').length") == 50
+    count = browser.value("document.getElementById('count').textContent")
+    assert count.startswith("130 of 130 features of solo-seed0 (129 fire")
+    assert browser.value("document.getElementById('back').getAttribute('href')") == "../page.html"
+
+
+def test_markup_in_the_corpus_is_shown_and_never_run(browser: Browser, page: Path) -> None:
+    browser.open(page, "#arm=solo-seed0&feature=7")
+    browser.until("document.querySelector('#card mark') !== null")
+    assert browser.value("document.querySelector('#card mark').textContent") == HOSTILE
+    assert HOSTILE in browser.value("document.getElementById('card').innerText")
+    assert HOSTILE in browser.value("document.getElementById('rows').textContent")
+    assert browser.value("document.querySelectorAll('#card script, main img').length") == 0
+    assert browser.value("document.title") == "Feature explorer: tiny </script>"
+
+
+def test_highlights_count_characters_not_utf16_units(browser: Browser, page: Path) -> None:
+    browser.open(page, "#arm=solo-seed0&feature=7")
+    browser.until("document.querySelector('#card .context') !== null")
+    line = browser.value("document.querySelector('#card .context').textContent")
+    assert line == f"𝒳é {HOSTILE} end\u2028"
+
+
+@pytest.mark.parametrize(
+    ("filters", "first", "found"),
+    [
+        ("q=token12", "12", 11),  # 12 and 120 to 129
+        ("q=token12&sort=-rate", "129", 11),
+        ("q=129", "129", 1),
+        ("q=explained+3", "3", 17),  # the odd numbers that hold a 3
+        ("min_fuzz=0", "1", 65),
+        ("min_phi=0.89", "128", 2),
+        ("max_rate=0", "0", 1),
+        ("q=nothing+of+this", None, 0),
+    ],
+)
+def test_search_filters_and_order(
+    browser: Browser, page: Path, filters: str, first: str | None, found: int
+) -> None:
+    browser.open(page, f"#{filters}")
+    count = browser.value("document.getElementById('count').textContent")
+    assert count.startswith(f"{found} of 130")
+    assert browser.value("document.querySelector('#rows th')?.textContent ?? null") == first
+
+
+def test_it_works_by_keyboard_and_the_address_follows(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    browser.press("j")
+    browser.press("j")
+    assert browser.value("location.hash") == "#arm=solo-seed0&feature=1"
+    browser.press("n")
+    assert browser.value("document.getElementById('page').textContent") == "Page 2 of 3"
+    browser.press("m")
+    heading = "document.querySelector('#card h2').textContent"
+    browser.until(f"{heading} === 'joint-seed0, feature 128'")
+    assert browser.value("location.hash") == "#arm=joint-seed0&feature=128"
+    browser.press("/")
+    assert browser.value("document.activeElement.id") == "q"
+    for letter in "token77":
+        browser.press(letter)
+    assert browser.value("document.querySelector('#rows th').textContent") == "77"
+    assert "q=token77" in browser.value("location.hash")
+    browser.press("Escape")
+    browser.press("j")
+    assert "feature=77" in browser.value("location.hash")
+
+
+def test_a_shared_link_opens_the_same_view(browser: Browser, page: Path) -> None:
+    browser.open(page, "#arm=joint-seed0&feature=5&q=token&sort=-phi&page=1")
+    assert browser.value("document.getElementById('q').value") == "token"
+    assert browser.value("document.getElementById('sort').value") == "-phi"
+    assert browser.value("document.getElementById('page').textContent") == "Page 2 of 3"
+    assert browser.value("document.querySelector('#card h2').textContent").endswith("feature 5")
+
+
+def test_a_foreign_address_falls_back_to_the_first_arm(browser: Browser, page: Path) -> None:
+    browser.open(page, "#arm=<script>&feature=99999999&page=-3")
+    assert browser.value("document.getElementById('arm').value") == "solo-seed0"
+    assert browser.value("document.getElementById('card').textContent") == ""
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_text_keeps_its_contrast_in_both_modes(browser: Browser, page: Path, mode: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": mode}]
+    browser.call("Emulation.setEmulatedMedia", features=features)
+    browser.open(page, "#arm=solo-seed0&feature=7")
+    browser.until("document.querySelector('#card mark') !== null")
+    worst = browser.value(CONTRAST)
+    browser.call("Emulation.setEmulatedMedia", features=[])
+    assert worst["ratio"] >= 4.5, worst
+
+
+def test_no_file_is_large_and_4096_features_open_in_two_seconds(
+    browser: Browser, tmp_path: Path
+) -> None:
+    names = [f"arm{i}" for i in range(5)]
+    arms = [arm(name, names[(i + 1) % 5], 4096, 32) for i, name in enumerate(names)]
+    sizes = write(tmp_path / "large", arms, "large", "", "../page.html")
+    assert max(sizes.values()) <= MAX_FILE_BYTES
+    assert browser.open(tmp_path / "large" / "index.html", "#arm=arm1&feature=4000") < 2
+
+
+def test_an_arm_whose_parts_differ_is_refused(tmp_path: Path) -> None:
+    whole = arm("solo-seed0", None)
+    fields = vars(whole) | {"tokens": whole.tokens[:-1]}
+    with pytest.raises(MeasureError, match="its parts differ"):
+        write(tmp_path, [ArmPage(**fields)], "tiny", "", "")
+    with pytest.raises(MeasureError, match="not in the explorer"):
+        write(tmp_path, [arm("solo-seed0", "joint-seed0")], "tiny", "", "")
+
+
+# The least WCAG contrast of any text with what lies behind it, translucent layers blended.
+CONTRAST = """(() => {
+  const parse = (c) => { const n = c.match(/[\\d.]+/g).map(Number);
+    return [...n.slice(0, 3), n[3] ?? 1]; };
+  const light = (c) => { const [r, g, b] = c.map((v) => { v /= 255;
+    return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = (node) => { const layers = [];
+    for (let e = node; e; e = e.parentElement) {
+      layers.unshift(parse(getComputedStyle(e).backgroundColor)); }
+    return layers.reduce((under, [r, g, b, a]) =>
+      [r, g, b].map((v, i) => v * a + under[i] * (1 - a)), [255, 255, 255]); };
+  let worst = { ratio: 99 };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || /SCRIPT|NOSCRIPT|OPTION/.test(node.tagName)) continue;
+    const [a, b] = [light(parse(getComputedStyle(node).color).slice(0, 3)), light(behind(node))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < worst.ratio) worst = { ratio, text: walker.currentNode.data.slice(0, 40) };
+  }
+  return worst;
+})()"""

@@ -1,0 +1,105 @@
+"""The notebooks' rules: short, parameterised, every figure described and its data offered."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+LABEL = re.compile(r"[a-z][a-z0-9-]*")
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request: pytest.FixtureRequest) -> Any:
+    return jupytext.read(request.param)
+
+
+def code(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_there_are_notebooks() -> None:
+    names = {path.stem for path in NOTEBOOKS}
+    assert {"01_penalty", "02_training", "03_cooccurrence", "07_scorecard"} <= names
+
+
+def test_header_and_title(notebook: Any) -> None:
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+    assert notebook.metadata["jupytext"]["text_representation"]["format_name"] == "percent"
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    headings = [
+        len(match[1])
+        for cell in notebook.cells
+        if cell.cell_type == "markdown"
+        for match in re.finditer(r"^(#+) ", cell.source, re.MULTILINE)
+    ]
+    assert headings.count(1) == 1
+    assert all(level <= 3 for level in headings)
+
+
+def test_one_cell_of_plain_parameters(notebook: Any) -> None:
+    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    assert tagged[0] is code(notebook)[0]
+    values = {}
+    for line in ast.parse(tagged[0].source).body:
+        assert isinstance(line, ast.Assign)
+        values[line.targets[0].id] = ast.literal_eval(line.value)  # type: ignore[attr-defined]
+    assert values == {"profile": "smollm2-135m", "overrides": {}, "runs_dir": "../runs"}
+
+
+def test_short_cells_without_classes_or_long_functions(notebook: Any) -> None:
+    cells = code(notebook)
+    assert len(cells) <= 15
+    for cell in cells:
+        assert len(cell.source.splitlines()) <= 40
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(node, ast.ClassDef)
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 5
+
+
+def test_ends_with_the_three_blocks(notebook: Any) -> None:
+    calls = re.findall(r"report\.(\w+)\(", code(notebook)[-1].source)
+    assert calls[-3:] == ["paper_against_ours", "provenance", "downloads"]
+
+
+def test_every_figure_has_label_caption_and_description(notebook: Any) -> None:
+    labels = []
+    for cell in code(notebook):
+        draws = "figures." in cell.source.splitlines()[-1] or re.search(
+            r"^figures\.", cell.source, re.MULTILINE
+        )
+        described = cell.metadata.get("mystnb", {})
+        assert bool(draws) == bool(described), cell.source
+        if described:
+            figure, image = described["figure"], described["image"]
+            assert LABEL.fullmatch(figure["name"]) and figure["name"].startswith("fig-")
+            assert len(figure["caption"]) > 60 and figure["caption"].endswith(".")
+            assert len(image["alt"]) > 30 and image["alt"] != figure["caption"]
+            labels.append(figure["name"])
+    assert len(labels) == len(set(labels))
+
+
+def test_every_table_is_offered_for_download(notebook: Any) -> None:
+    source = "\n".join(cell.source for cell in code(notebook))
+    saved = set(re.findall(r'save_table\(\s*"([\w.-]+)"', source))
+    offered = code(notebook)[-1].source.split("report.downloads(")[1]
+    assert saved, "a notebook saves the tables behind its figures"
+    assert saved <= set(re.findall(r'"([\w.-]+)"', offered))
+
+
+def test_labels_differ_between_notebooks() -> None:
+    found: list[str] = []
+    for path in NOTEBOOKS:
+        text = path.read_text(encoding="utf-8")
+        found += re.findall(r'"(?:fig|tab)-[\w-]+"', text)
+    assert len(found) == len(set(found))

@@ -1,0 +1,358 @@
+"""From notebooks to pages: execution, post-processing, the rendered book and its checks."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from metasae_lib import Profile, Run
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "workflow"))
+
+import execute  # noqa: E402
+import pages  # noqa: E402
+import toc  # noqa: E402
+from check_site import check_site  # noqa: E402
+
+import book  # noqa: E402
+
+NOTEBOOK = """\
+# %% [markdown]
+# # A page
+#
+# {{numref}}`curve` shows {{eq}}`energy`; see [the words](../book/glossary.md).
+#
+# $$ E = m c^2 $$ (energy)
+
+# %% tags=["parameters"]
+profile = "smollm2-135m"
+overrides = {{}}
+runs_dir = "../runs"
+
+# %%
+import warnings
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import Markdown, display
+from matplotlib import pyplot
+
+from metasae_lib import Profile, Run
+
+run = Run.open(Profile.load(profile, overrides), runs_dir)
+table = pd.DataFrame({{"x": [1, 2], "y": [3.0, 4.0]}})
+_ = run.save_table("small", table, "two rows")
+warnings.warn(f"from {{Path.home()}}")
+
+# %% mystnb={{"figure": {{"name": "curve", "caption": "A line, see {{numref}}`numbers`."}}, \
+"image": {{"alt": "A line that rises from left to right."}}}}
+_ = pyplot.plot(table.x, table.y)
+
+# %%
+{extra}
+display(Markdown("## A heading of the cell\\n\\n:::{{table}} Numbers\\n:name: numbers\\n\\n"
+                 "| x |\\n| --- |\\n| 1 |\\n:::\\n\\n[small](../runs/tables/small.csv)"))
+print("after the heading")
+"""
+
+
+def _ran(source: str, count: int = 1, outputs: list[NotebookNode] | None = None) -> NotebookNode:
+    return new_code_cell(source, execution_count=count, outputs=outputs or [])
+
+
+def _shown(**data: str) -> NotebookNode:
+    return new_output("display_data", data={k.replace("_", "/"): v for k, v in data.items()})
+
+
+def _repository(folder: Path, extra: str = "") -> Path:
+    """A repository with the real prose and two small notebooks."""
+    shutil.copytree(REPOSITORY / "book", folder / "book")
+    shutil.copy(REPOSITORY / "_config.yml", folder)
+    (folder / "profiles").mkdir()
+    for name in ("tiny", "smollm2-135m", "gpt2-large"):
+        shutil.copy(REPOSITORY / "profiles" / f"{name}.yml", folder / "profiles")
+    (folder / "notebooks").mkdir()
+    (folder / "notebooks" / "01_first.py").write_text(NOTEBOOK.format(extra=extra))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with its rendered book: the same notebook for two profiles."""
+    root = _repository(tmp_path_factory.mktemp("repository"))
+    notebook = root / "notebooks" / "01_first.py"
+    for name in ("tiny", "smollm2-135m"):
+        run = Run.open(Profile.load(root / "profiles" / f"{name}.yml"), root / "runs")
+        run.save_json("headline", {"sentences": [f"Found on {name}: 3 < 4."], "profile": name})
+        execute.execute(notebook, run)
+    book.stage(root, ["tiny", "smollm2-135m"], root / "runs", root / "_build" / "site-src")
+    book.render(root, root / "_build" / "site-src", root)
+    return root / "_build" / "html"
+
+
+@pytest.fixture
+def harmed(site: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the rendered book that a test may spoil."""
+    copy = tmp_path / "html"
+    shutil.copytree(site, copy)
+    yield copy
+
+
+# Pages from notebooks
+
+
+def test_failed_and_unrun_cells_are_refused() -> None:
+    error = new_output("error", ename="ValueError", evalue="no", traceback=[])
+    failed = new_notebook(cells=[_ran("a"), _ran("b", outputs=[error])])
+    unrun = new_notebook(cells=[_ran("a"), new_code_cell("b")])
+    # What papermill writes when the kernel dies: everything completed, nothing counted.
+    unrun.cells[1].metadata["papermill"] = {"status": "completed"}
+    with pytest.raises(pages.PageError, match="code cell 2 failed"):
+        pages.make_page(failed, "tiny", [])
+    with pytest.raises(pages.PageError, match="code cell 2 never ran"):
+        pages.make_page(unrun, "tiny", [])
+    assert pages.unfinished(new_notebook(cells=[_ran("a"), new_code_cell("  ")])) == ""
+
+
+def test_default_parameters_go_and_injected_ones_fold() -> None:
+    default, injected = _ran('profile = "a"'), _ran('profile = "b"')
+    default.metadata["tags"], injected.metadata["tags"] = ["parameters"], ["injected-parameters"]
+    page = pages.make_page(new_notebook(cells=[default, injected]), "tiny", [])
+    assert [(c.source, c.metadata["tags"]) for c in page.cells] == [
+        ('profile = "b"', ["hide-input"])
+    ]
+
+
+def test_markdown_outputs_become_text_in_their_place() -> None:
+    outputs = [
+        new_output("stream", name="stdout", text="one"),
+        new_output("stream", name="stderr", text="/root/warning"),
+        _shown(text_markdown="## Two", text_plain="<Markdown>"),
+        _shown(text_plain="three"),
+    ]
+    notebook = new_notebook(cells=[_ran("show()", outputs=outputs)])
+    page = pages.make_page(notebook, "tiny", [])
+    code, text, rest = page.cells
+    assert code.source == "show()"
+    assert [o.text for o in code.outputs] == ["one"]
+    assert (text.cell_type, text.source) == ("markdown", "## Two")
+    assert rest.source == "" and "remove-input" in rest.metadata["tags"]
+    assert rest.outputs[0].data["text/plain"] == "three"
+    assert len(notebook.cells[0].outputs) == 4, "the executed notebook was changed"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("(here)=\n# T", "(here-tiny)=\n# T"),
+        (":::{table} T\n:name: here\n:::", ":::{table} T\n:name: here-tiny\n:::"),
+        ("$$\nx\n$$ (here)", "$$\nx\n$$ (here-tiny)"),
+        (r"\label{here} \eqref{here}", r"\label{here-tiny} \eqref{here-tiny}"),
+        ("{numref}`here`", "{numref}`here-tiny`"),
+        ("{numref}`Figure %s <here>`", "{numref}`Figure %s <here-tiny>`"),
+        ("[text](#here)", "[text](#here-tiny)"),
+        ("{ref}`elsewhere` (here) here", "{ref}`elsewhere` (here) here"),
+    ],
+)
+def test_labels_carry_the_profile(before: str, after: str) -> None:
+    page = pages.make_page(new_notebook(cells=[new_markdown_cell(before)]), "tiny", ["here"])
+    assert page.cells[0].source == after
+
+
+def test_labels_are_found_in_text_outputs_and_figures() -> None:
+    table = _shown(text_markdown=":::{table} T\n:name: tab-a\n:::")
+    cell = _ran("plot()", outputs=[table])
+    cell.metadata["mystnb"] = {"figure": {"name": "fig-a", "caption": "see {numref}`tab-a`"}}
+    notebook = new_notebook(cells=[new_markdown_cell("$$ x $$ (eq-a)\n\n(sec-a)=\n# T"), cell])
+    found = pages.labels(notebook)
+    assert found == {"tab-a", "fig-a", "eq-a", "sec-a"}
+    page = pages.make_page(notebook, "tiny", found)
+    assert page.cells[1].metadata["mystnb"]["figure"] == {
+        "name": "fig-a-tiny",
+        "caption": "see {numref}`tab-a-tiny`",
+    }
+    assert cell.metadata["mystnb"]["figure"]["name"] == "fig-a", "the notebook was changed"
+
+
+def test_headings_leave_fenced_blocks_out() -> None:
+    text = "# One\n\n```python\n# no heading\n```\n\n## Two"
+    assert pages.headings(new_notebook(cells=[new_markdown_cell(text)])) == [(1, "One"), (2, "Two")]
+
+
+def test_links_to_a_missing_table_are_refused(tmp_path: Path) -> None:
+    page = new_notebook(cells=[new_markdown_cell("[no](../runs/tiny/tables/no.csv)")])
+    with pytest.raises(pages.PageError, match=r"tables/no\.csv"):
+        pages.link_files(page, tmp_path, tmp_path)
+
+
+# Contents
+
+
+def test_every_notebook_of_every_run_is_in_the_contents() -> None:
+    table = toc.contents(["a", "b"], ["c"], ["01_x", "02_y"])
+    files = [chapter["file"] for part in table["parts"] for chapter in part["chapters"]]
+    assert [f for f in files if f[0] in "abc" and "/" in f] == [
+        "a/index", "a/01_x", "a/02_y", "b/index", "b/01_x", "b/02_y", "c/index",
+    ]  # fmt: skip
+    assert len(files) == len(set(files))
+    for name in toc.BEFORE_RUNS + toc.AFTER_RUNS:
+        assert (REPOSITORY / "book" / f"{name}.md").exists()
+
+
+def test_the_scorecard_waits_for_all_others() -> None:
+    names = ["01_penalty", "02_training", "03_cooccurrence", "07_scorecard"]
+    assert toc.upstream("07_scorecard", names) == names[:3]
+    assert toc.upstream("03_cooccurrence", names) == ["02_training"]
+    assert toc.upstream("03_cooccurrence", ["03_cooccurrence"]) == []
+    assert toc.upstream("01_penalty", names) == []
+
+
+# Execution
+
+
+def test_a_failing_notebook_is_no_page_and_leaves_its_traceback(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = _repository(tmp_path / "repository", extra='raise ValueError("as planned")')
+    with pytest.raises(execute.ExecutionError, match="as planned") as caught:
+        execute.execute(root / "notebooks" / "01_first.py", run)
+    assert "01_first.log" in str(caught.value)
+    log = (run.folder / "logs" / "01_first.log").read_text()
+    assert "ValueError" in log and "as planned" in log and "\x1b" not in log
+    assert not (run.folder / "notebooks" / "01_first.ipynb").exists()
+    assert "01_first: cell 5/5" in capsys.readouterr().out
+
+
+def test_a_dead_kernel_is_no_page_and_is_not_run_again(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = _repository(tmp_path / "repository", extra="import os\nos._exit(138)")
+    with pytest.raises(execute.ExecutionError):
+        execute.execute(root / "notebooks" / "01_first.py", run)
+    assert not (run.folder / "notebooks" / "01_first.ipynb").exists()
+    assert capsys.readouterr().out.count("cell 1/5") == 1
+
+
+# The rendered book
+
+
+def test_the_book_is_sound(site: Path) -> None:
+    assert check_site(site, REPOSITORY) == []
+
+
+def test_the_same_figure_stands_on_both_profiles_pages(site: Path) -> None:
+    for name in ("tiny", "smollm2-135m"):
+        html = (site / name / "01_first.html").read_text()
+        assert f'id="curve-{name}"' in html
+        assert 'alt="A line that rises from left to right."' in html
+        assert "A heading of the cell</h2>" in html.replace('<a class="headerlink"', "</h2>")
+        assert "after the heading" in html
+        assert "small.csv" in html and "01_first.ipynb" in html
+        assert "Provenance" in html
+
+
+def test_downloads_are_the_run_s_own_files(site: Path) -> None:
+    tables = sorted(path for path in site.rglob("small.csv"))
+    assert tables and {path.read_text() for path in tables} == {"x,y\n1,3.0\n2,4.0\n"}
+    notebook = nbformat.read(next(site.rglob("01_first.ipynb")), as_version=4)
+    assert pages.unfinished(notebook) == "" and "papermill" not in notebook.metadata
+    assert str(Path.home()) not in nbformat.writes(notebook)
+
+
+def test_the_landing_page_speaks_from_the_tables(site: Path) -> None:
+    html = (site / "index.html").read_text()
+    published = yaml.safe_load((REPOSITORY / "book" / "published.yml").read_text())
+    assert "Found on tiny: 3 &lt; 4." in html and "Found on smollm2-135m" in html
+    assert f"{published['gpt2-large']['fuzz_delta_pct']['value']}%" in html
+    assert "its numbers say nothing" in html
+
+
+def test_a_profile_that_was_not_run_says_so(site: Path) -> None:
+    html = (site / "gpt2-large" / "index.html").read_text()
+    assert "has not been run" in html
+    assert "tiny smollm2-135m gpt2-large" in html
+
+
+def test_equations_need_no_network(site: Path) -> None:
+    html = (site / "method.html").read_text()
+    assert "mathjax/tex-mml-chtml.js" in html
+    assert (site / "mathjax" / "tex-mml-chtml.js").stat().st_size > 1_000_000
+    assert (site / "mathjax/output/chtml/fonts/woff-v2/MathJax_Main-Regular.woff").exists()
+
+
+def test_a_run_without_a_headline_says_so(run: Run) -> None:
+    assert "not drawn its conclusions yet" in book._findings(run, link=True)
+
+
+def test_a_book_with_a_dead_reference_is_not_rendered(tmp_path: Path) -> None:
+    root = tmp_path / "repository"
+    (root / "src").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "_config.yml", root)
+    (root / "src" / "references.bib").write_text("")
+    (root / "src" / "_extra").mkdir()
+    (root / "src" / "index.md").write_text("# T\n\n{numref}`nowhere`\n")
+    (root / "src" / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    with pytest.raises(book.BookError, match="nowhere"):
+        book.render(root, root / "src", root)
+
+
+def test_what_a_reader_would_stumble_over_is_found(harmed: Path) -> None:
+    harms = {
+        '<a href="gone.html">x</a>': "links to gone.html, which does not exist",
+        '<a href="index.html#gone">x</a>': "links to index.html#gone, which has no such place",
+        '<a href="../outside.html">x</a>': "links to ../outside.html, outside of the book",
+        '<img src="mathjax" alt="a/b.png">': "no description (alt text: a/b.png)",
+        '<img src="mathjax">': "no description (alt text: none)",
+        "<h4>deep</h4>": "the heading “deep” jumps from level 2 to 4",
+        "<h1>again</h1>": "exactly one title",
+        "<p>TODO: say more</p>": "a placeholder, TODO",
+        "<p>Traceback (most recent call last)</p>": "shows a traceback",
+        "<p>see /home/me/runs</p>": "a path of this machine, /home/me/runs",
+        '<script src="https://cdn.example/x.js"></script>': "loads https://cdn.example/x.js",
+        '<link rel="stylesheet" href="//cdn.example/x.css">': "loads //cdn.example/x.css",
+    }
+    (harmed.parent / "outside.html").write_text("")
+    page = harmed / "method.html"
+    html = page.read_text()
+    assert "</article>" in html
+    page.write_text(html.replace("</article>", "".join(harms) + "</article>", 1))
+    found = check_site(harmed, REPOSITORY)
+    assert all(line.startswith("method.html: ") for line in found)
+    for said in harms.values():
+        assert any(said in line for line in found), (said, found)
+    assert len(found) == len(harms)
+
+
+def test_styles_that_load_from_the_network_are_found(harmed: Path) -> None:
+    (harmed / "_static" / "book.css").write_text('@import url("https://cdn.example/f.css");')
+    assert any("book.css" in line for line in check_site(harmed, REPOSITORY))
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2 of `#rrggbb`."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize(("mode", "ground"), [("light", "#ffffff"), ("dark", "#121212")])
+def test_our_colours_can_be_read(mode: str, ground: str) -> None:
+    css = (REPOSITORY / "book" / "_static" / "book.css").read_text()
+    block = css.partition(f'html[data-theme="{mode}"] {{')[2].partition("}")[0]
+    colours = dict(
+        part.strip().removeprefix("--book-").split(": ") for part in block.split(";") if ":" in part
+    )
+    grounds = [ground, colours.pop("note"), colours.pop("stripe")]
+    for name, colour in colours.items():
+        for behind in grounds:
+            light, dark = sorted((_luminance(colour), _luminance(behind)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (mode, name, behind)

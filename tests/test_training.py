@@ -1,0 +1,350 @@
+"""Hand-written gradients against float64 autograd; equal arms, exact resume, clear errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from metasae_lib import Profile, Run, kernels, training
+from metasae_lib.dictionary import BatchTopK, denormalise, normalise
+from metasae_lib.errors import ArtefactError, TrainingError
+from metasae_lib.kernels import Pull
+from metasae_lib.penalty import decomposability_penalty, penalty_pull
+from metasae_lib.profile import ArmSpec
+from metasae_lib.training import Learner, Settings, Trainer
+
+D = 24
+
+
+class Stream:
+    """Stands for activations.BatchStream: sparse sums of fixed directions, by step alone."""
+
+    def __init__(self, run: Run, order_seed: int = 0) -> None:
+        self.residuals = Residuals(run, "train")
+        self.b = run.profile.training.batch_tokens
+        self.atoms = torch.randn(60, D, generator=torch.Generator().manual_seed(5))
+
+    def batch(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 + step)
+        weights = torch.rand(self.b, 60, generator=generator)
+        weights = weights * (torch.rand(self.b, 60, generator=generator) < 0.06)
+        noise = torch.randn(self.b, D, generator=generator) / 20
+        return weights @ self.atoms + noise
+
+
+class Residuals:
+    """Stands for activations.Residuals."""
+
+    d, inputs = D, ("synthetic",)
+
+    def __init__(self, run: Run, role: str) -> None: ...
+
+
+@pytest.fixture
+def synthetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "BatchStream", Stream)
+    monkeypatch.setattr(training, "Residuals", Residuals)
+
+
+SMALL = {
+    "dictionary.n_features": 96,
+    "dictionary.k": 4,
+    "dictionary.n_meta_features": 12,
+    "dictionary.meta_k": 2,
+    "training.batch_tokens": 64,
+    "training.train_tokens": 64 * 60,
+    "training.k_aux": 16,
+    "training.checkpoint_every": 7,
+    "training.seeds": [0],
+}
+
+
+def small(**overrides: object) -> Profile:
+    return Profile.load("tiny", SMALL | {k.replace("__", "."): v for k, v in overrides.items()})
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+# --------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("form", [kernels.COMPILED, kernels.PLAIN])
+@pytest.mark.parametrize("n_dead", [0, 3, 40])
+@pytest.mark.parametrize("lambda2", [None, 0.3])
+def test_gradients_agree_with_float64_autograd(
+    form: kernels.Kernels, n_dead: int, lambda2: float | None
+) -> None:
+    """Eq. 3 with AuxK, written plainly, differentiated by autograd in float64."""
+    b, d, n, k, k_aux, weight = 50, 24, 96, 5, 8, 1 / 32
+    generator = torch.Generator().manual_seed(n_dead)
+    sae = BatchTopK(d, n, k, seed=1)
+    sae.b_dec.data += torch.randn(d, generator=generator) / 5
+    settings = Settings(3e-4, dtype=torch.float32, k_aux=k_aux, aux_weight=weight, dead_after=1)
+    # Silent features: far enough below the others that the batch does not select them.
+    sae.W_enc.data[:, :n_dead] *= 1e-2
+    z = normalise(torch.randn(b, d, generator=generator))[0]
+    W_hat = torch.randn(n, d, generator=generator) / 5
+
+    exact = BatchTopK(d, n, k, seed=1).double().requires_grad_()
+    exact.W_enc.data.copy_(sae.W_enc)
+    exact.b_dec.data.copy_(sae.b_dec)
+    exact.W_dec.data.copy_(sae.W_dec)
+    x = z.double()
+    acts = exact.encode(x)
+    error = x - exact.decode(acts)
+    loss = error.square().mean()
+    dead = (acts == 0).all(0).nonzero()[:, 0]
+    assert len(dead) >= n_dead
+    aux = torch.zeros(())
+    if len(dead):
+        pre = exact.pre_activations(x)[:, dead].relu()
+        kept = torch.zeros_like(pre).scatter(1, pre.topk(min(k_aux, len(dead)), 1).indices, 1.0)
+        aux = (error.detach() - (pre * kept) @ exact.W_dec[dead]).square().mean()
+        loss = loss + weight * aux
+    pull = None
+    if lambda2 is not None:
+        loss = loss + lambda2 * decomposability_penalty(exact.W_dec, W_hat.double(), 1.0)
+        difference = sae.W_dec - W_hat
+        factor = penalty_pull(difference.square().sum(1), lambda2, 1.0)
+        pull = Pull(difference, factor)
+    loss.backward()
+    assert exact.W_dec.grad is not None and exact.W_enc.grad is not None
+    along = (exact.W_dec.grad * exact.W_dec).sum(1, keepdim=True) * exact.W_dec
+    expected = (exact.W_enc.grad.T, (exact.W_dec.grad - along).detach(), exact.b_dec.grad)
+
+    learner = Learner(sae, settings)
+    learner.kernels = form
+    losses = learner.step(z, pull)
+    # After one step from zero the first moment is (1 - beta1) times the gradient.
+    moments = (learner.moments[0], learner.moments[2], learner.moments_b[0])
+    for moment, gradient in zip(moments, expected, strict=True):
+        assert gradient is not None
+        mine = moment.double() / 0.1
+        assert (mine - gradient).norm() <= 1e-5 * gradient.norm()
+    assert losses.l2.item() == pytest.approx(error.square().mean().item(), rel=1e-6)
+    assert losses.aux.item() == pytest.approx(aux.item(), rel=1e-5)
+    assert losses.dead == len(dead)
+
+
+def test_a_run_of_steps_is_that_of_torch_optim_adam() -> None:
+    """Thirty steps beside autograd, torch's Adam, and unit rows by projection, in float64."""
+    sae, peer = BatchTopK(16, 40, 3, seed=2), BatchTopK(16, 40, 3, seed=2).double()
+    peer.requires_grad_()
+    learner = Learner(sae, Settings(1e-3, dtype=torch.float32, aux_weight=0.0))
+    optimiser = torch.optim.Adam(peer.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        z = torch.randn(32, 16, generator=generator)
+        learner.step(z)
+        optimiser.zero_grad()
+        (z.double() - peer.decode(peer.encode(z.double()))).square().mean().backward()
+        with torch.no_grad():
+            grad, rows = peer.W_dec.grad, peer.W_dec
+            assert grad is not None
+            grad -= (grad * rows).sum(1, keepdim=True) * rows
+            optimiser.step()
+            rows /= rows.norm(dim=1, keepdim=True)
+    for mine, exact in zip(sae.parameters(), peer.parameters(), strict=True):
+        torch.testing.assert_close(mine.double(), exact.detach(), rtol=0, atol=2e-5)
+
+
+def test_bfloat16_products_stay_near_float32_ones() -> None:
+    z = normalise(torch.randn(256, 32, generator=torch.Generator().manual_seed(0)))[0]
+    moments = []
+    for dtype in (torch.float32, torch.bfloat16):
+        learner = Learner(BatchTopK(32, 128, 8), Settings(1e-3, dtype=dtype, dead_after=1))
+        learner.step(z)
+        moments.append(learner.moments)
+        assert learner.W_dec.dtype == learner.moments[0].dtype == torch.float32
+    for full, low in zip(*moments, strict=True):
+        assert (full - low).norm() < 0.1 * full.norm()
+
+
+def test_penalty_is_that_of_the_denormalised_reconstruction() -> None:
+    profile = small(training__dtype="float32")
+    trainer = Trainer(ArmSpec("joint", 0, 0.3, 0.5), profile, D, torch.device("cpu"))
+    assert trainer.meta is not None
+    pull, penalty = trainer._pull()
+    W = trainer.primary.W_dec.double().requires_grad_()
+    rows, mean, std = normalise(W.detach())
+    meta = trainer.meta.sae.double()
+    W_hat = denormalise(meta.decode(meta.encode(rows)), mean, std)
+    value = decomposability_penalty(W, W_hat, 0.5)
+    (0.3 * value).backward()
+    assert float(penalty) == pytest.approx(value.item(), rel=1e-5)
+    mine = pull.scale[:, None] * pull.direction
+    torch.testing.assert_close(mine.double(), W.grad, rtol=1e-4, atol=1e-9)
+
+
+# --------------------------------------------------------------------------- arms
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_arms_train_and_the_control_is_the_solo_arm(tmp_path: Path) -> None:
+    arms = training.train_arms(Run.open(small(), tmp_path))
+    assert list(arms) == ["solo-seed0", "joint-lambda0.3-sigma1-seed0", "control-sigma1-seed0"]
+    solo, joint, control = arms.values()
+    for mine, other in zip(solo.sae.parameters(), control.sae.parameters(), strict=True):
+        assert mine.detach().numpy().tobytes() == other.detach().numpy().tobytes()
+    assert not torch.equal(solo.sae.W_dec, joint.sae.W_dec)
+    assert solo.meta is None and control.meta is not None and joint.meta is not None
+    for arm in arms.values():
+        assert arm.history["l2"].iloc[-1] < 0.9 * arm.history["l2"].iloc[0]
+        torch.testing.assert_close(arm.sae.W_dec.norm(dim=1), torch.ones(96))
+        assert (arm.history["l0"] == 4).all()
+        assert arm.history["step"].tolist() == list(range(10, 61, 10))
+    assert joint.history["penalty"].iloc[-1] < control.history["penalty"].iloc[-1]
+    assert joint.history["meta_l2"].notna().all()
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_groups_and_added_arms_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = training.train_arms(Run.open(small(), tmp_path / "a"))
+    monkeypatch.setattr(training, "arm_bytes", lambda *_: 2**62)
+    with pytest.raises(TrainingError, match=r"needs .* GiB"):
+        training.train_arms(Run.open(small(), tmp_path / "b"))
+    calls = []
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "BatchStream", Stream)
+    monkeypatch.setattr(training, "Residuals", Residuals)
+    train_group = training._train_group
+
+    def one_by_one(run: Run, places: list, *rest: object) -> None:
+        calls.append(len(places))
+        for place in places:
+            train_group(run, [place], *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "_train_group", one_by_one)
+    training.train_arms(Run.open(small(training__arms=["solo"]), tmp_path / "b"))
+    apart = training.train_arms(Run.open(small(), tmp_path / "b"))
+    assert calls == [1, 2]  # the solo arm was there already
+    for name, arm in together.items():
+        assert weights(arm.folder) == weights(apart[name].folder)
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_more_steps_continue_and_fewer_are_found(tmp_path: Path) -> None:
+    short = Run.open(small(), tmp_path / "a")
+    longer = small(training__train_tokens=64 * 95)
+    before = {name: weights(arm.folder) for name, arm in training.train_arms(short).items()}
+    continued = training.train_arms(Run.open(longer, tmp_path / "a"))
+    direct = training.train_arms(Run.open(longer, tmp_path / "b"))
+    for name, arm in continued.items():
+        assert weights(arm.folder) == weights(direct[name].folder)
+        columns = [column for column in arm.history if column != "seconds"]
+        pd.testing.assert_frame_equal(arm.history[columns], direct[name].history[columns])
+    assert {name: weights(a.folder) for name, a in training.load_arms(short).items()} == before
+
+
+KILLED = """
+import os, random, signal, sys, threading
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from metasae_lib import Run, training
+from test_training import Residuals, Stream, small
+training.BatchStream, training.Residuals = Stream, Residuals
+save, count = training.save_checkpoint, 0
+def counted(*args):
+    global count
+    count += 1
+    if count == int(sys.argv[3]):
+        threading.Timer(random.random() / 20, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return save(*args)
+training.save_checkpoint = counted
+training.train_arms(Run.open(small(), Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_killed_and_resumed_to_the_bit(tmp_path: Path) -> None:
+    whole = training.train_arms(Run.open(small(), tmp_path / "whole"))
+    here = str(Path(__file__).parent)
+    for at in (2, 5):
+        command = [sys.executable, "-c", KILLED, here, str(tmp_path / "killed"), str(at)]
+        assert subprocess.run(command, check=False).returncode == -9
+    resumed = training.train_arms(Run.open(small(), tmp_path / "killed"))
+    for name, arm in whole.items():
+        assert weights(arm.folder) == weights(resumed[name].folder)
+
+
+# --------------------------------------------------------------------------- errors
+
+
+@pytest.mark.usefixtures("synthetic")
+@pytest.mark.parametrize("harm", ["cut", "foreign", "text"])
+def test_a_bad_checkpoint_is_named_and_refused(tmp_path: Path, harm: str) -> None:
+    profile = small(training__arms=["solo"])
+    run = Run.open(profile, tmp_path / "runs")
+    arm = training.train_arms(run)["solo-seed0"]
+    place = training._places(run)[0]
+    path = training.latest_checkpoint(place.state.folder, 60)
+    assert path is not None
+    if harm == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif harm == "text":
+        path.write_text("not a checkpoint")
+    else:
+        trainer = Trainer(place.spec, profile, D, torch.device("cpu"))
+        training.save_checkpoint(trainer, tmp_path, "of another arm", False)
+        (tmp_path / "checkpoint-0.safetensors").replace(path)
+    for file in sorted(arm.folder.rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    with pytest.raises(TrainingError, match=f"{path.name}.*(damaged|another arm).*delete it"):
+        training.train_arms(run)
+
+
+@pytest.mark.usefixtures("synthetic")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_residuals_name_arm_step_and_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    class Broken(Stream):
+        def batch(self, step: int) -> Tensor:
+            x = super().batch(step)
+            x[3, 2] = value if step == 12 else x[3, 2]
+            return x
+
+    monkeypatch.setattr(training, "BatchStream", Broken)
+    with pytest.raises(TrainingError, match=r"arm solo-seed0, step 13, batch 12: the residuals"):
+        training.train_arms(Run.open(small(), tmp_path))
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_a_full_disk_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.open(small(training__arms=["solo"]), tmp_path)
+    save_file, count = training.save_file, 0
+
+    def full(*args: object, **kwargs: object) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError(28, "No space left on device")
+        save_file(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "save_file", full)
+    with pytest.raises(ArtefactError, match="disk is full"):
+        training.train_arms(run)
+    state = training._places(run)[0].state.folder
+    assert training.latest_checkpoint(state, 60) == state / "checkpoint-14.safetensors"
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_missing_arms_are_named(tmp_path: Path) -> None:
+    run = Run.open(small(), tmp_path)
+    with pytest.raises(TrainingError, match=r"3 of 3 arms .*\(solo-seed0, joint"):
+        training.load_arms(run)
