@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metasae_lib import cooccurrence, counting
+from metasae_lib import Run, cooccurrence, counting, thresholds
 from metasae_lib.cooccurrence import (
     CooccurrenceCounter,
     Counts,
@@ -27,7 +28,9 @@ from metasae_lib.cooccurrence import (
     summarise,
     top_matches,
 )
+from metasae_lib.dictionary import BatchTopK, normalise
 from metasae_lib.errors import MeasureError
+from metasae_lib.profile import ArmSpec
 
 
 def brute(a: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
@@ -381,3 +384,101 @@ def test_dictionaries_of_other_residuals_are_refused_by_name(tmp_path) -> None: 
     with pytest.raises(MeasureError, match=r"joint-lambda0\.3.*hook is blocks\.17.*blocks\.18"):
         check_comparable(*arms)
     check_comparable(arms[0], arms[0])
+
+
+# --------------------------------------------------------------------------- scans of a run
+
+
+class FakeResiduals:
+    """Five chunks of made-up residuals; `stop` chunks may be read before it is killed."""
+
+    device = torch.device("cpu")
+    n_chunks, n_tokens, stop = 5, 5 * 300, 10**9
+
+    def __init__(self, run: Run, role: str, subject: object = None) -> None:
+        self.role = role
+        self.inputs = {"role": role}
+
+    def chunk(self, index: int) -> torch.Tensor:
+        if self.role == "scan" and index >= FakeResiduals.stop:
+            raise KeyboardInterrupt
+        generator = torch.Generator().manual_seed(index + 100 * (self.role == "scan"))
+        return torch.randn(300, 16, generator=generator)
+
+
+@pytest.fixture
+def arms(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    for module in (cooccurrence, thresholds):
+        monkeypatch.setattr(module, "Residuals", FakeResiduals)
+    monkeypatch.setattr(FakeResiduals, "stop", 10**9)
+    found = {}
+    for spec in (ArmSpec("solo", 0), ArmSpec("joint", 1, 0.3, 1.0)):
+        sae = BatchTopK(16, 60, 4, seed=spec.seed)
+        folder = run.folder / spec.name
+        sae.save(folder / "sae", {"model_name": "m", "hook_name": "h"})
+        found[spec.name] = SimpleNamespace(spec=spec, sae=sae, folder=folder)
+    return found
+
+
+def firing_by_hand(run: Run, sae: BatchTopK) -> np.ndarray:
+    chunks = torch.cat([FakeResiduals(run, "scan").chunk(i) for i in range(5)])
+    pre = thresholds.pre_activations(sae, normalise(chunks)[0], torch.bfloat16)
+    return (pre > sae.threshold).numpy()
+
+
+def test_scan_equals_brute_force_also_after_a_kill(
+    run: Run, arms: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cooccurrence, "_CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(FakeResiduals, "stop", 3)
+    with pytest.raises(KeyboardInterrupt):
+        cooccurrence.scan_arms(run, arms)
+    read = []
+    monkeypatch.setattr(FakeResiduals, "stop", 10**9)
+    chunk = FakeResiduals.chunk
+    monkeypatch.setattr(
+        FakeResiduals, "chunk", lambda self, i: read.append((self.role, i)) or chunk(self, i)
+    )
+    counts = cooccurrence.scan_arms(run, arms)
+    assert read == [("scan", 3), ("scan", 4)]  # neither calibrated nor scanned again
+    for name, arm in arms.items():
+        fired = firing_by_hand(run, arm.sae)
+        assert np.array_equal(counts[name].n11, brute(fired))
+        assert np.array_equal(counts[name].n1, fired.sum(0))
+        assert counts[name].n_tokens == 1500
+        assert 2 < counts[name].l0 < 8  # k is 4
+    read.clear()
+    again = cooccurrence.scan_arms(run, arms)
+    assert not read and np.array_equal(again["solo-seed0"].n11, counts["solo-seed0"].n11)
+
+
+def test_counts_under_other_thresholds_equal_brute_force(run: Run, arms: dict[str, Any]) -> None:
+    cooccurrence.scan_arms(run, arms)
+    calibration = thresholds.calibrate_arms(run, arms)["solo-seed0"]
+    inputs = cooccurrence.scan_inputs(run, FakeResiduals(run, "scan"))  # type: ignore[arg-type]
+    arm = arms["solo-seed0"]
+    made = run.artefact("counts", {"arm": arm.folder.name, **inputs}, cooccurrence.VERSION)
+    chunks = torch.cat([FakeResiduals(run, "scan").chunk(i) for i in range(5)])
+    pre = thresholds.pre_activations(arm.sae, normalise(chunks)[0], torch.bfloat16)
+    for name, theta in (
+        ("base", calibration.thresholds["rate"]),
+        ("scale-0.9", calibration.thresholds["rate"] * np.float32(0.9)),
+        ("scale-1.1", calibration.thresholds["rate"] * np.float32(1.1)),
+        ("rule-eer", calibration.thresholds["eer"]),
+        ("rule-global", calibration.thresholds["global"]),
+    ):
+        fired = (pre > theta).numpy()
+        counts = cooccurrence.load_counts(made, name)
+        assert np.array_equal(counts.n11, brute(fired)), name
+        assert made.info["l0"][name] == pytest.approx(fired.sum() / 1500)
+
+
+def test_cross_counts_equal_brute_force_and_are_kept(run: Run, arms: dict[str, Any]) -> None:
+    a, b = arms.values()
+    cross = cooccurrence.cross_counts(run, a, b)
+    fired = [firing_by_hand(run, arm.sae) for arm in (a, b)]
+    assert np.array_equal(cross.n11, brute(*fired))
+    assert np.array_equal(cross.n1_a, fired[0].sum(0))
+    assert np.array_equal(cross.n1_b, fired[1].sum(0))
+    again = cooccurrence.cross_counts(run, a, b)
+    assert np.array_equal(again.n11, cross.n11) and again.n_tokens == 1500

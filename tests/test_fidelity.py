@@ -98,7 +98,7 @@ def test_ce_overhead_is_paired_over_rows_and_kept_positions(
     tokens = SimpleNamespace(rows=lambda role: rows)
     monkeypatch.setattr(fidelity, "load_tokens", lambda run: tokens)
     arm = SimpleNamespace(spec=ArmSpec("solo", 0), sae=sae, folder=Path("arm"))
-    run.profile.training.dtype = "float32"
+    monkeypatch.setattr(fidelity, "product_dtype", lambda run: torch.float32)
     ours = fidelity._entropies(run, {"solo": arm}, FakeSubject(x))["solo"]  # type: ignore
     n = run.profile.evaluation.ce_rows
     assert ours["ce_rows"] == n and ours["ce_tokens"] == n * 3  # positions 1..3 of 5

@@ -121,6 +121,34 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
             null_mean_abs=np.array([5e-4, 1e-3]),
         )
     ),
+    "split_counts": lambda: figures.split_counts(
+        pd.DataFrame(
+            {
+                "role": ["null", "joint", "same start"],
+                "a": "solo-seed0",
+                "b": "joint-seed1",
+                "splits": [3, 20, 0],
+                "merges": [4, 18, 0],
+            }
+        )
+    ),
+    "sense_information": lambda: figures.sense_information(
+        ARMS.assign(word=["too", "let", "too", "let"], share=[0.1, 0.9, 0.2, -0.1], chance=0.05)
+    ),
+    "recovery": lambda: figures.recovery(
+        pd.DataFrame(
+            [(a, p, a / 2, a / 3) for a in (0.0, 0.1, 1.0) for p in ("senses", "correlated")] * 2,
+            columns=["lambda2", "pair", "recovered", "blending"],
+        )
+    ),
+    "phi_against_recovery": lambda: figures.phi_against_recovery(
+        ARMS.assign(
+            lambda2=[0, 0, 0.3, 0],
+            mean_abs_phi=0.01,
+            recovered=[0.9, 0.8, 0.1, 0.9],
+            atoms_mean_abs_phi=0.012,
+        )
+    ),
     "scorecard_overview": lambda: figures.scorecard_overview(
         pd.DataFrame(
             {

@@ -151,7 +151,7 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
         ({"text.source": "fineweb"}, ["text.source", "hf:<dataset>"]),
         ({"text.roles.scan": 0}, ["text.roles.scan", "at least 1"]),
         ({"text.roles.contexts": 100}, ["text.roles.contexts", "one row"]),
-        ({"text.roles.train": 9_000_000}, ["text.roles", "9,060,000", "lower a role"]),
+        ({"text.roles.train": 9_000_000}, ["text.roles.train", "9,000,000", "lower it"]),
         ({"evaluation.ce_rows": 300}, ["evaluation.ce_rows", "236 rows", "text.roles.scan"]),
         ({"name": "other"}, ["name cannot be overridden"]),
         ("{'training.k_aux': 1}", ["overrides must map", "papermill"]),

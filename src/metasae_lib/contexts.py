@@ -240,6 +240,11 @@ class Contexts:
             if self._segment[feature, k] >= 0
         ]
 
+    def activations(self, feature: int) -> Array:
+        """Every activation above the threshold in the kept segments, (m,)."""
+        values = self._acts[feature]
+        return values[values > 0]
+
     def split(self, feature: int, explain: int, score: int) -> tuple[list[Example], list[Example]]:
         """Disjoint examples for the explainer and for the scorer, each over all quantiles.
 

@@ -30,18 +30,12 @@ import numpy as np
 from metasae_lib import embedded
 from metasae_lib.embedded import Document
 from metasae_lib.errors import CorpusError
-from metasae_lib.profile import ROLES, Profile, Role
+from metasae_lib.profile import ROLE_SHARES, ROLES, Profile, Role
 from metasae_lib.progress import progress
 from metasae_lib.run import Artefact, Run, atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Share of the documents of each role, by their hash. Fixed, so that no role's size moves another's
-# documents; near the proportions that the profiles ask for.
-ROLE_SHARES: dict[Role, float] = {
-    "train": 0.60, "calibration": 0.05, "scan": 0.25, "contexts": 0.10
-}  # fmt: skip
 
 _VERSION = 1
 # Longer texts are shuffled in pieces (of one role all the same), so that a role is not filled by a

@@ -21,6 +21,7 @@ from metasae_lib.kernels import top_mask
 from metasae_lib.run import atomic_write
 
 _EPS = 1e-5
+_FORMAT = "6.54.12"  # the SAELens whose format this is: from 6.0 on, metadata are kept
 _OWN = "metasae"  # the section of cfg.json's metadata that is ours
 
 
@@ -120,7 +121,7 @@ class Dictionary(nn.Module):
             "apply_b_dec_to_input": True,
             "normalize_activations": "layer_norm",
             "reshape_activations": "none",
-            "metadata": {**(metadata or {}), _OWN: self._own()},
+            "metadata": {"sae_lens_version": _FORMAT, **(metadata or {}), _OWN: self._own()},
         }
         with atomic_write(folder / "sae_weights.safetensors") as path:
             save_file({name: w.cpu() for name, w in weights.items()}, path)
@@ -179,3 +180,22 @@ class BatchTopK(Dictionary):
         positive = self.pre_activations(z).relu()
         keep = top_mask(positive.detach().flatten(), self.k * z.shape[0]).view_as(positive)
         return positive * keep
+
+
+class JumpReLU(Dictionary):
+    """Keeps each pre-activation above its feature's own threshold (Rajamanoharan et al. 2024).
+
+    k: the mean activations per input that training aims at. Thresholds are part of the dictionary
+    from the start.
+    """
+
+    kind = "jumprelu"
+    threshold: Tensor
+
+    def __init__(self, d_in: int, n_features: int, k: int, seed: int = 0) -> None:
+        super().__init__(d_in, n_features, k, seed)
+        self.threshold = torch.full((n_features,), 1e-3)
+
+    def encode(self, z: Tensor) -> Tensor:
+        """The same in training and after. z: (b, d) normalised. Returns (b, n)."""
+        return self.encode_threshold(z)

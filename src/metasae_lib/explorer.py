@@ -10,18 +10,33 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
+from metasae_lib.contexts import Contexts
+from metasae_lib.cooccurrence import (
+    Counts,
+    CrossCounts,
+    cross_scan,
+    phi,
+    scan_arms,
+    top_matches,
+)
 from metasae_lib.errors import MeasureError
+from metasae_lib.matching import hungarian
 from metasae_lib.profile import repository_folders
-from metasae_lib.run import atomic_write
+from metasae_lib.run import Run, atomic_write
+
+if TYPE_CHECKING:
+    from metasae_lib.training import Arm
 
 MAX_FILE_BYTES = 3 * 2**20
 _PART = 4096  # features in a part of the index
@@ -29,6 +44,9 @@ _BLOCK = 64  # features in a block of cards
 _PAGE = ("index.html", "explorer.css", "explorer.js")
 _COLUMNS = ("rate", "max", "fuzz", "explanation", "partner", "phi", "second")
 _TOKENS = 5  # shown for a feature in the index
+_PEAKS = 10  # strongest segments whose peaks name a feature
+_BINS = 20
+_NEAR, _CROSS = 8, 5  # neighbours shown within the arm, and in the other one
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,133 @@ class ArmPage:
     near: Sequence[Sequence[tuple[int, float]]]
     cross: Sequence[Sequence[tuple[int, float]]]
     contexts: Sequence[Sequence[Context]]
+
+
+def peak_tokens(contexts: Contexts) -> list[list[str]]:
+    """The tokens on which each feature is strongest, the most telling first; [] for silent ones.
+
+    Of the strongest segments, each gives its peak token the segment's strength as weight.
+    """
+    found = []
+    for feature in range(contexts.n_features):
+        weight: Counter[str] = Counter()
+        for example in contexts.top(feature, _PEAKS):
+            weight[example.pieces[example.peak]] += example.strength  # type: ignore[assignment]
+        found.append([token for token, _ in weight.most_common(_TOKENS)])
+    return found
+
+
+def collect(
+    run: Run,
+    arms: Mapping[str, Arm],
+    contexts: Mapping[str, Contexts],
+    main: tuple[str, str],
+    explanations: pd.DataFrame | None = None,
+    n_contexts: tuple[int, int] = (6, 2),
+) -> list[ArmPage]:
+    """Everything that the explorer shows of the arms with contexts, `main` (solo, joint) first.
+
+    Every arm is matched with the solo arm of `main`, and that one with the joint arm. Arms with
+    the same weights as an earlier one are left out: a control at λ₂ = 0 is the solo arm again.
+    explanations: columns arm, feature, explanation, fuzz, where there are any. n_contexts: shown
+    for a feature of the two main arms, and of the others.
+    """
+    names: list[str] = []
+    for name in [*main, *(name for name in contexts if name not in main)]:
+        if not any(torch.equal(arms[name].sae.W_dec, arms[other].sae.W_dec) for other in names):
+            names.append(name)
+    others = {name: main[1] if name == main[0] else main[0] for name in names}
+    counts = scan_arms(run, {name: arms[name] for name in names})
+    cross = cross_scan(run, arms, list(others.items()))
+    pages = []
+    for name in names:
+        tokens = peak_tokens(contexts[name])
+        shown = n_contexts[name not in main]
+        pages.append(
+            ArmPage(
+                name=name,
+                title=name,
+                other=others[name],
+                features=_features(
+                    name, arms[name], arms[others[name]], counts[name], contexts[name],
+                    cross[name, others[name]], explanations,
+                ),
+                tokens=tokens,
+                histograms=[_histogram(contexts[name], i) for i in range(len(tokens))],
+                near=_neighbours(_within(counts[name]), _NEAR, itself=True),
+                cross=_neighbours(cross[name, others[name]], _CROSS),
+                contexts=[
+                    [Context(e.pieces, e.acts) for e in contexts[name].top(i, shown)]
+                    for i in range(len(tokens))
+                ],
+            )
+        )  # fmt: skip
+    return pages
+
+
+def _features(
+    name: str,
+    arm: Arm,
+    other: Arm,
+    counts: Counts,
+    contexts: Contexts,
+    cross: CrossCounts,
+    explanations: pd.DataFrame | None,
+) -> pd.DataFrame:
+    n = len(counts.n1)
+    rows, partners, cosines = hungarian(arm.sae.W_dec, other.sae.W_dec)
+    frame = pd.DataFrame(
+        {
+            "rate": counts.rates,
+            "max": [max(contexts.activations(i), default=np.nan) for i in range(n)],
+            "threshold": arm.sae.threshold.cpu() if arm.sae.threshold is not None else np.nan,
+            "partner": pd.Series(partners, rows, float),
+            "cosine": pd.Series(cosines, rows),
+            "phi": pd.Series(_phi_at(cross, rows, partners), rows),
+        }
+    )
+    matches = top_matches(cross, 2)
+    frame["second"] = matches[matches["rank"] == 1].set_index("feature").phi
+    told = pd.DataFrame({"feature": [], "explanation": [], "fuzz": []})
+    if explanations is not None:
+        told = explanations[explanations.arm == name]
+    told = told.drop_duplicates("feature").set_index("feature")[["explanation", "fuzz"]]
+    frame = frame.join(told)
+    frame["explanation"] = [e if isinstance(e, str) else None for e in frame.explanation]
+    return frame
+
+
+def _phi_at(cross: CrossCounts, rows: NDArray[Any], columns: NDArray[Any]) -> NDArray[np.float64]:
+    values = [
+        phi(cross.n11[[[i]], [[j]]], cross.n1_a[[i]], cross.n1_b[[j]], cross.n_tokens)[0, 0]
+        for i, j in zip(rows, columns, strict=True)
+    ]
+    return np.array(values)
+
+
+def _within(counts: Counts) -> CrossCounts:
+    return CrossCounts(counts.n11, counts.n1, counts.n1, counts.n_tokens)
+
+
+def _neighbours(
+    cross: CrossCounts, count: int, itself: bool = False
+) -> list[list[tuple[int, float]]]:
+    """The (feature, φ) pairs with the largest |φ| of every feature, strongest first."""
+    found = top_matches(cross, count + itself)
+    if itself:
+        found = found[found.feature != found.match]
+    near: list[list[tuple[int, float]]] = [[] for _ in cross.n1_a]
+    for feature, match, value in zip(found.feature, found.match, found.phi, strict=True):
+        if len(near[feature]) < count:
+            near[feature].append((int(match), float(value)))
+    return near
+
+
+def _histogram(contexts: Contexts, feature: int) -> list[int]:
+    values = contexts.activations(feature)
+    if not len(values):
+        return []
+    return [int(n) for n in np.histogram(values, _BINS, (0, float(values.max())))[0]]
 
 
 def write(

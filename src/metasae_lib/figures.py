@@ -19,6 +19,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
@@ -233,6 +234,9 @@ def training_curve(
     ax.set(xlabel="training tokens (millions)", ylabel=label)
     if log:
         ax.set_yscale("log")
+        # Plain numbers: a loss rarely spans more than one power of ten.
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_formatter(ScalarFormatter())
     _legend(ax)
 
 
@@ -249,7 +253,7 @@ def fidelity(figure: Figure, frame: pd.DataFrame) -> None:
     axes[0].set(xlabel="L2 (share of unit variance)", yticks=list(places.values()))
     axes[0].set_yticklabels(list(places))
     axes[1].set_xlabel("CE overhead (% of the model's CE)")
-    _legend(axes[1])
+    _legend(axes[0], loc="upper center", bbox_to_anchor=(1, -0.18), ncols=4)
 
 
 @_styled(7.0, 3.0)
@@ -308,8 +312,8 @@ def density_difference(figure: Figure, frame: pd.DataFrame) -> None:
     ax.set_xscale("symlog", linthresh=1e-3)
     peak = frame.difference.abs().max()
     if peak > 0:
-        ax.set_yscale("symlog", linthresh=peak / 1000)
-    ax.legend()
+        ax.set_yscale("symlog", linthresh=peak / 100)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 @_styled(7.2, 4.4)
@@ -490,6 +494,103 @@ def phi_by_rate(figure: Figure, frame: pd.DataFrame) -> None:
             ax.plot(part.rate, part.null_mean_abs, "--", color=PINK, linewidth=1,
                     label="same rates, independent")  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="firing rate (per token)", ylabel="mean |φ|")
+    _legend(ax)
+
+
+# --- 05_case_studies -------------------------------------------------------------------------
+
+_ROLES = {"joint": "solo and joint", "same start": "same start", "null": "solo and solo"}
+
+
+@_styled(7.0, 3.4)
+def split_counts(figure: Figure, frame: pd.DataFrame) -> None:
+    """How many features split, and how many merge, in each pair of dictionaries.
+
+    Columns: role (joint, same start, null), a, b, splits, merges. Between two solo dictionaries
+    neither direction has a meaning; how many there are is what seeds do.
+    """
+    ax = figure.subplots()
+    order = [role for role in _ROLES if (frame.role == role).any()]
+    frame = frame.sort_values("role", key=lambda r: r.map(order.index), kind="stable")
+    place = np.arange(len(frame))
+    for shift, column, colour, hatch in ((-0.2, "splits", BLUE, ""), (0.2, "merges", ORANGE, "//")):
+        bars = ax.barh(place + shift, frame[column], 0.38, color=colour, hatch=hatch,
+                       edgecolor="white", label=column)  # fmt: skip
+        ax.bar_label(bars, padding=3)
+    ax.set_yticks(place, [f"{_ROLES[r.role]}: {r.a[-5:]}, {r.b[-5:]}" for r in frame.itertuples()])
+    ax.invert_yaxis()
+    ax.margins(x=0.1)
+    ax.set_xlabel("features that come apart in several of the other dictionary")
+    ax.legend(loc="best")
+
+
+@_styled(7.0, 4.2)
+def sense_information(figure: Figure, frame: pd.DataFrame) -> None:
+    """How much of a word's sense the best single feature tells, by kind of arm.
+
+    Columns: word, kind, share (of what there is to know, above chance), chance (the 95% quantile of
+    shuffled senses on the same scale).
+    """
+    ax = figure.subplots()
+    words = list(dict.fromkeys(frame.word))
+    for kind in _kinds(frame):
+        colour, marker = _look(kind)
+        part = frame[frame.kind == kind]
+        rows = [words.index(w) for w in part.word]
+        ax.plot(part.share, rows, marker, color=colour, label=kind, alpha=0.8)
+        ax.plot(part.chance, rows, "|", color=PINK, markersize=14, label="shuffled senses, 95%")
+    _zero(ax, "x")
+    ax.set_yticks(range(len(words)), words)
+    ax.invert_yaxis()
+    ax.set_xlabel("sense information of the best feature, 0 chance, 1 all of it")
+    _legend(ax, loc="upper center", bbox_to_anchor=(0.45, 1.12), ncols=4)
+
+
+# --- 06_ground_truth -------------------------------------------------------------------------
+
+
+@_styled(8.0, 3.6)
+def recovery(figure: Figure, frame: pd.DataFrame) -> None:
+    """Recovered atoms and blending of a world with known atoms, along λ₂.
+
+    Columns: lambda2 (0: solo), pair (kind of pair), recovered (share of atoms), blending; a row a
+    seed. Lines join the means.
+    """
+    axes = figure.subplots(1, 2)
+    settings = sorted(frame.lambda2.unique())
+    labels = ["solo" if value == 0 else f"{value:g}" for value in settings]
+    for ax, column in zip(axes, ("recovered", "blending"), strict=True):
+        for (pair, part), (colour, marker) in zip(frame.groupby("pair"), _SERIES, strict=False):
+            at = [settings.index(value) for value in part.lambda2]
+            ax.plot(at, part[column], marker, color=colour, alpha=0.35, markersize=5)
+            mean = part.groupby("lambda2")[column].mean()
+            ax.plot(range(len(settings)), mean, marker + "-", color=colour, label=pair)
+        ax.set_xticks(range(len(settings)), labels)
+        ax.set_xlabel("λ₂")
+    axes[0].set_ylabel("share of atoms recovered")
+    axes[0].set_ylim(-0.03, 1.03)
+    axes[1].set_ylabel("blending with the pair's other atom")
+    axes[1].axhline(0.5, color=BLACK, linewidth=0.8, linestyle=":")
+    axes[1].legend()
+
+
+@_styled(5.6, 3.6)
+def phi_against_recovery(figure: Figure, frame: pd.DataFrame) -> None:
+    """mean |φ| of a dictionary's features against the share of atoms that it recovers.
+
+    Columns: lambda2, kind, mean_abs_phi, recovered, atoms_mean_abs_phi; a row a dictionary.
+    """
+    ax = figure.subplots()
+    for kind in _kinds(frame):
+        colour, marker = _look(kind)
+        part = frame[frame.kind == kind]
+        ax.plot(part.recovered, part.mean_abs_phi, marker, color=colour, label=kind)
+        for row in part.drop_duplicates("lambda2").itertuples():
+            label = "" if row.lambda2 == 0 else f"λ₂ {row.lambda2:g}"
+            ax.annotate(label, (row.recovered, row.mean_abs_phi), (5, 4), fontsize=9,
+                        textcoords="offset points")  # fmt: skip
+    ax.axhline(frame.atoms_mean_abs_phi.mean(), color=PINK, linestyle="--", label="the true atoms")
+    ax.set(xlabel="share of atoms recovered", ylabel="mean |φ| of the features")
     _legend(ax)
 
 

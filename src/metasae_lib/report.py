@@ -681,8 +681,8 @@ def _fidelity(run: Run) -> dict[str, Measured]:
 
 
 def _scatter(column: pd.Series, arms: pd.DataFrame) -> float:
-    """95% reach of the difference of two arms that differ in their seed alone; nan with one seed."""
-    return 1.96 * math.sqrt(2) * column[arms.kind == "solo"].std()
+    """95% reach of the difference of two arms that only their seeds tell apart; nan with one."""
+    return 1.96 * math.sqrt(2) * float(column[arms.kind == "solo"].std())
 
 
 def _within(value: float, reach: float) -> Measured:
@@ -733,8 +733,9 @@ def _cooccurrence(run: Run) -> dict[str, Measured]:
                 }
     if run.has_table("grid"):
         phi = run.load_table("phi")
-        seeds = 100 * _scatter(phi.mean_abs, phi) / phi[phi.kind == "solo"].mean_abs.mean()
-        ours |= _grid(run, run.load_table("grid"), seeds)
+        mean = float(phi[phi.kind == "solo"].mean_abs.mean())
+        by_seed = 100 * _scatter(phi.mean_abs, phi) / mean
+        ours |= _grid(run, run.load_table("grid"), by_seed)
     return ours
 
 

@@ -46,7 +46,8 @@ def sensitivity(
     """mean |φ| of every arm under other choices than the profile's, one row each.
 
     Columns: arm, kind, group, variant, scale (of θ, or nan), l0, n_pairs, mean_abs,
-    null_mean_abs, change_pct (of mean_abs, against the variant "base" of the same group and arm).
+    null_mean_abs, change_pct (of mean_abs, against the variant "base" of the same group and arm);
+    nan where fewer than two features are left.
     Groups, each with a base of its own:
 
     - `thresholds`: every θ scaled, and the other rules, counted in the scan over the pairs of
@@ -82,7 +83,7 @@ def sensitivity(
             with atomic_write(artefact.folder / "sensitivity.csv") as path:
                 frame.to_csv(path, index=False)
             artefact.finish()
-        frame = pd.read_csv(artefact.folder / "sensitivity.csv", float_precision="round_trip")
+        frame = pd.read_csv(artefact.folder / "sensitivity.csv")
     base = frame[frame.variant == "base"].set_index(["arm", "group"]).mean_abs
     reference = base.loc[pd.MultiIndex.from_frame(frame[["arm", "group"]])].to_numpy()
     frame["change_pct"] = 100 * (frame.mean_abs / reference - 1)
@@ -114,7 +115,8 @@ def _row(
     features: NDArray[np.bool_] | None = None,
     l0: float | None = None,
 ) -> pd.DataFrame:
-    summary = summarise(counts, features, (0.5,))
+    alive = counts.alive if features is None else counts.alive & features
+    summary = summarise(counts, features, (0.5,)) if alive.sum() > 1 else None
     scale = float(variant.removeprefix("scale-")) if variant.startswith("scale-") else np.nan
     return pd.DataFrame(
         {
@@ -123,9 +125,9 @@ def _row(
             "variant": variant,
             "scale": 1.0 if (group, variant) == ("thresholds", "base") else scale,
             "l0": counts.l0 if l0 is None else l0,
-            "n_pairs": summary.n_pairs,
-            "mean_abs": summary.mean_abs,
-            "null_mean_abs": summary.null_mean_abs,
+            "n_pairs": summary.n_pairs if summary else 0,
+            "mean_abs": summary.mean_abs if summary else np.nan,
+            "null_mean_abs": summary.null_mean_abs if summary else np.nan,
         }
     )
 

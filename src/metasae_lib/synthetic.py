@@ -127,7 +127,7 @@ def train(world: World, specs: Sequence[ArmSpec], profile: Profile) -> dict[str,
 
 
 def blending(rows: Tensor, own: Tensor, partner: Tensor) -> Tensor:
-    """How much of each row is another atom's: |c_p| / (|c_o| + |c_p|) of row ≈ c_o own + c_p partner.
+    """How much of each row is another atom's: |c_p| / (|c_o| + |c_p|), row ≈ c_o own + c_p partner.
 
     All (m, d). Returns (m,): 0 for a pure row, 0.5 for an equal blend, towards 1 for a row that is
     the partner's. The fit is by least squares, so a shared component of two senses is no blend.
@@ -141,7 +141,7 @@ def recovery(W_dec: Tensor, world: World) -> pd.DataFrame:
     """How well decoder rows (n, d) match the atoms one to one (Hungarian, by cosine).
 
     One row an atom: atom, kind, cosine (with its row; 0 if it got none), recovered (cosine of
-    `RECOVERED` at least), blending (of its row with the other atom of the pair; nan if it got none).
+    `RECOVERED` at least), blending (of its row with the pair's other atom; nan if it got none).
     """
     rows, atoms, cosines = hungarian(W_dec, world.atoms)
     n = len(world.atoms)

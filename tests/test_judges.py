@@ -1,0 +1,462 @@
+"""Judges: strict parsing, nothing asked twice, a real HTTP server that fails in every way."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from metasae_lib import judges
+from metasae_lib.contexts import Example
+from metasae_lib.judges import (
+    AskOnce,
+    HttpJudge,
+    InProcessJudge,
+    JudgeError,
+    LexicalJudge,
+    Question,
+    marked,
+    parse,
+)
+
+
+def example(text: str, acts: Sequence[float] | None = None) -> Example:
+    pieces = tuple(f" {word}" for word in text.split())
+    return Example(tuple(range(len(pieces))), pieces, tuple(acts or [0.0] * len(pieces)), 0)
+
+
+def detection(number: int) -> Question:
+    return Question("detection", "numbers", (example(f"text number {number}"),))
+
+
+# --------------------------------------------------------------------------- questions
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "value"),
+    [
+        ("fuzzing", "A", 0),
+        ("fuzzing", " b.\n", 1),
+        ("fuzzing", "Answer: B", 1),
+        ("fuzzing", "Text A", 0),
+        ("fuzzing", "**A**", 0),
+        ("fuzzing", "A strange text", None),
+        ("fuzzing", "A or B", None),
+        ("fuzzing", "C", None),
+        ("fuzzing", "", None),
+        ("detection", "Yes", True),
+        ("detection", "no!", False),
+        ("detection", "No, it does", None),
+        ("detection", "not", None),
+        ("strength", "7", 7.0),
+        ("strength", "7.5.", 7.5),
+        ("strength", "Answer: 10", 10.0),
+        ("strength", "11", None),
+        ("strength", "-3", None),
+        ("strength", "7 of 10", None),
+        ("strength", "nan", None),
+        ("strength", "٣", None),
+        ("explain", "Words about rain.\nMore.", "Words about rain."),
+        ("explain", "  ", None),
+        ("explain", "x" * 401, None),
+    ],
+)
+def test_parse_takes_the_answer_and_nothing_else(task: Any, answer: str, value: Any) -> None:
+    found = parse(Question(task, "", ()), answer)
+    assert found == value and type(found) is type(value)
+    assert parse(Question(task, "", ()), None) is None
+
+
+def test_prompts_say_what_is_asked() -> None:
+    texts = example("one two"), example("three four")
+    assert "A: one two\nB: three four\n" in Question("fuzzing", "numbers", texts).prompt
+    assert "Text: one two" in Question("strength", "numbers", texts[:1]).prompt
+    assert "unknown" in Question("detection", "", texts[:1]).prompt
+    prompt = Question("explain", "", (example("it was too hot", [0, 0, 4, 2.5]),)).prompt
+    assert "- it was «too hot»" in prompt
+
+
+def test_marked_marks_half_of_the_strength() -> None:
+    assert marked(example("a b c d", [1, 2, 0, 4])) == "a «b» c «d»"
+    assert marked(example("a b")) == "a b"
+
+
+# --------------------------------------------------------------------------- asking once
+
+
+class Counting:
+    """Answers "yes", except None for what is in `silent`; stops after `limit` answers."""
+
+    def __init__(self, limit: int = 10**9) -> None:
+        self.identity: dict[str, Any] = {"judge": "counting"}
+        self.asked: Counter[str] = Counter()
+        self.silent: set[str] = set()
+        self.limit = limit
+
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
+        for index in reversed(range(len(questions))):
+            if self.asked.total() == self.limit:
+                raise KeyboardInterrupt
+            prompt = questions[index].prompt
+            self.asked[prompt] += 1
+            yield index, None if prompt in self.silent else f"yes {prompt[-40:]}"
+
+
+def test_a_killed_asking_goes_on_without_asking_twice(tmp_path: Path) -> None:
+    questions = [detection(k) for k in range(50)]
+    judge = Counting(limit=20)
+    with pytest.raises(KeyboardInterrupt):
+        AskOnce(judge, tmp_path / "answers.sqlite").answers(questions)
+    judge.limit = 10**9
+    again = AskOnce(judge, tmp_path / "answers.sqlite")
+    assert len(again) == 20
+    answers = again.answers([*questions, *questions[:5]])  # a prompt that comes twice, too
+    assert all(a == f"yes {q.prompt[-40:]}" for q, a in zip(questions, answers, strict=False))
+    assert answers[50:] == answers[:5]
+    assert set(judge.asked.values()) == {1}
+
+
+def test_every_prompt_and_answer_is_in_the_table(tmp_path: Path) -> None:
+    AskOnce(Counting(), tmp_path / "a.sqlite").answers([detection(1)])
+    with closing(sqlite3.connect(tmp_path / "a.sqlite")) as table:
+        rows = table.execute("SELECT task, prompt, answer FROM answers").fetchall()
+    prompt = detection(1).prompt
+    assert rows == [("detection", prompt, f"yes {prompt[-40:]}")]
+
+
+def test_what_got_no_answer_is_asked_again_next_time(tmp_path: Path) -> None:
+    judge = Counting()
+    judge.silent = {detection(1).prompt}
+    once = AskOnce(judge, tmp_path / "a.sqlite")
+    assert once.answers([detection(1)]) == [None]
+    judge.silent = set()
+    assert once.answers([detection(1)]) != [None]
+
+
+def test_judges_do_not_share_answers(tmp_path: Path) -> None:
+    AskOnce(Counting(), tmp_path / "a.sqlite").answers([detection(1)])
+    other = Counting()
+    other.identity = {"judge": "another"}
+    AskOnce(other, tmp_path / "a.sqlite").answers([detection(1)])
+    assert other.asked.total() == 1
+
+
+def test_a_foreign_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.sqlite").write_text("this is no database, and long enough to be seen as such")
+    with pytest.raises(JudgeError, match=r"a\.sqlite is no table of answers"):
+        AskOnce(Counting(), tmp_path / "a.sqlite")
+
+
+# --------------------------------------------------------------------------- lexical
+
+
+def test_the_lexical_explanation_by_hand() -> None:
+    firing = tuple(example(f"so {word} x", [0, 3, 1]) for word in ("too", "too", "also"))
+    silent = tuple(example("so it goes") for _ in range(3))
+    question = Question("explain", "", firing, silent)
+    ((_, answer),) = LexicalJudge().ask([question])
+    assert answer is not None
+    explanation = json.loads(answer)
+    # too: (2 + ½) / (3 + 1) peaks, (0 + ½) / (15 + 1) elsewhere; x and so are never a peak.
+    assert explanation["tokens"] == {"too": 3.0, "also": 2.48}
+    assert explanation["cut"] == 0.0
+
+
+# --------------------------------------------------------------------------- in-process
+
+
+@pytest.fixture(scope="module")
+def small_judge(tmp_path_factory: pytest.TempPathFactory) -> InProcessJudge:
+    """A random Llama of 2 layers in float32 with a vocabulary of words."""
+    folder = tmp_path_factory.mktemp("model")
+    words = ["<unk>", "Words", "to", "look", "for", ":", "any", "text", ".", "Text", "red", "green"]
+    words += [f"w{i}" for i in range(20)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    judge = InProcessJudge(f"folder:{folder}", batch_tokens=100)
+    judge._model.float()
+    return judge
+
+
+def test_packed_likelihoods_equal_one_text_at_a_time(small_judge: InProcessJudge) -> None:
+    texts = [" ".join(f"w{(k * i) % 20}" for i in range(1, 4 + k)) for k in range(9)]
+    pairs = [(e, t) for e in ("red", "green red", "") for t in texts]
+    found = small_judge._log_likelihoods(sorted(pairs))
+    for explanation, text in pairs:
+        prompt = small_judge._ids(f"Words to look for: {explanation or 'any text'}.\nText:")
+        ids = torch.tensor([prompt + small_judge._ids(text)])
+        with torch.no_grad():
+            logp = small_judge._model(ids).logits[0].log_softmax(-1)
+        alone = sum(float(logp[i - 1, ids[0, i]]) for i in range(len(prompt), ids.shape[1]))
+        assert found[explanation, text] == pytest.approx(alone, abs=1e-3)
+
+
+def test_the_in_process_judge_needs_no_parsing_and_has_no_order(
+    small_judge: InProcessJudge,
+) -> None:
+    a, b = example("w1 w2 w3"), example("w4 w5 w6")
+    questions = [
+        Question("fuzzing", "red", (a, b)),
+        Question("fuzzing", "red", (b, a)),
+        Question("strength", "red", (a,)),
+        Question("detection", "red", (a,)),
+        Question("detection", "red", (b,)),
+        Question("fuzzing", "", (a, b)),
+        Question("detection", "", (a,)),
+    ]
+    raw = dict(small_judge.ask(questions))
+    values = [parse(q, raw[k]) for k, q in enumerate(questions)]
+    assert {values[0], values[1]} == {0, 1}
+    assert isinstance(values[2], float) and isinstance(values[3], bool)
+    assert (values[2] > 5) is values[3]
+    assert values[5:] == [None, None]  # an empty explanation is evidence for nothing
+    assert dict(small_judge.ask(questions)) == raw
+    turned = dict(small_judge.ask(questions[::-1]))
+    assert [turned[6 - k] for k in range(7)] == [raw[k] for k in range(7)]
+
+
+# --------------------------------------------------------------------------- HTTP
+
+
+class Server:
+    """An OpenAI-compatible server on loopback. `fault(prompt, attempt)` names a way to fail."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.attempts: Counter[str] = Counter()
+        self.good: Counter[str] = Counter()
+        self.headers: list[dict[str, str]] = []
+        self.faults: Counter[str] = Counter()
+        self.most = self.active = 0
+        self.delay = 0.0
+        self.lock = threading.Lock()
+        self.released = threading.Event()
+        self.start(port)
+
+    def start(self, port: int) -> None:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                server.handle(self)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http.daemon_threads = True
+        self.port = self.http.server_address[1]
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def fault(self, prompt: str, attempt: int) -> str:
+        return ""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
+        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+        prompt = body["messages"][0]["content"]
+        with self.lock:
+            self.attempts[prompt] += 1
+            self.headers.append(dict(request.headers))
+            self.active += 1
+            self.most = max(self.most, self.active)
+            fault = self.fault(prompt, self.attempts[prompt])
+            self.faults[fault] += 1
+        time.sleep(self.delay)
+        try:
+            self.respond(request, prompt, fault)
+        except OSError:
+            pass  # the client has gone
+        finally:
+            with self.lock:
+                self.active -= 1
+
+    def respond(self, request: BaseHTTPRequestHandler, prompt: str, fault: str) -> None:
+        content = "yes" if int(prompt.split("text number ")[1].split()[0]) % 2 else "no"
+        choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+        answer = json.dumps({"choices": [choice]}).encode()
+        status = 200
+        if fault == "hang":
+            self.released.wait(20)
+            return
+        if fault in ("500", "429", "404", "400"):
+            # The body says the opposite of the truth: nobody may read it.
+            status = int(fault)
+        if fault in ("500", "429"):
+            answer = answer.replace(b"yes", b"YES!").replace(b"no", b"yes").replace(b"YES!", b"no")
+        if fault == "garbage":
+            answer = b"<html>yes</html>"
+        if fault == "shape":
+            answer = b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}'
+        if fault == "reset":
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            request.connection.close()
+            return
+        request.send_response(status)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(answer)))
+        request.end_headers()
+        if fault == "cut":
+            request.wfile.write(answer[: len(answer) // 2])
+            return
+        if fault == "drip":
+            for byte in answer:
+                request.wfile.write(bytes([byte]))
+                request.wfile.flush()
+                if self.released.wait(0.3):
+                    return
+        request.wfile.write(answer)
+        if status == 200 and not fault:
+            with self.lock:
+                self.good[prompt] += 1
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    one = Server()
+    yield one
+    one.released.set()
+    one.stop()
+
+
+def judge_at(server: Server, **changes: Any) -> HttpJudge:
+    settings = {"timeout": 2, "pause": 0.01, "patience": 30} | changes
+    return HttpJudge(server.url, "a-model", **settings)
+
+
+def truth(numbers: Sequence[int]) -> list[str]:
+    return ["yes" if k % 2 else "no" for k in numbers]
+
+
+def test_two_hundred_faults_and_a_restart_cost_nothing(server: Server, tmp_path: Path) -> None:
+    kinds = ["hang", "500", "cut", "garbage", "shape", "429", "reset", "drip"]
+    server.fault = (  # type: ignore[method-assign]
+        lambda prompt, attempt: (
+            kinds[int(prompt.split("text number ")[1].split()[0]) % len(kinds)]
+            if attempt == 1
+            else ""
+        )
+    )
+    questions = [detection(k) for k in range(200)]
+    once = AskOnce(judge_at(server, parallel=32), tmp_path / "answers.sqlite")
+    done: list[list[str | None]] = []
+    asking = threading.Thread(target=lambda: done.append(once.answers(questions)))
+    asking.start()
+    while server.good.total() < 60:
+        time.sleep(0.01)
+    server.stop()  # the server dies, and comes back later
+    time.sleep(0.5)
+    server.start(server.port)
+    asking.join(100)
+    assert done and done[0] == truth(range(200))  # no question lost, none from a broken answer
+    assert sum(server.faults[kind] for kind in kinds) == 200
+    assert len(server.good) == 200 and set(server.good.values()) == {1}  # none asked twice
+    attempts = server.attempts.total()
+    assert once.answers(questions) == done[0]
+    assert server.attempts.total() == attempts  # all remembered
+
+
+def test_a_question_that_always_fails_costs_only_itself(server: Server) -> None:
+    def fault(prompt: str, attempt: int) -> str:
+        return {"3": "500", "5": "400"}.get(prompt.split("text number ")[1].split()[0], "")
+
+    server.fault = fault  # type: ignore[method-assign]
+    judge = judge_at(server, tries=3)
+    answers = dict(judge.ask([detection(k) for k in range(8)]))
+    assert answers[3] is None and answers[5] is None
+    assert [answers[k] for k in (0, 1, 2, 4, 6, 7)] == truth((0, 1, 2, 4, 6, 7))
+    assert server.attempts[detection(3).prompt] == 3
+    assert server.attempts[detection(5).prompt] == 1  # a prompt that it refuses is not repeated
+
+
+def test_requests_run_in_parallel_up_to_the_limit(server: Server) -> None:
+    server.delay = 0.1
+    started = time.monotonic()
+    assert len(dict(judge_at(server, parallel=8).ask([detection(k) for k in range(40)]))) == 40
+    assert server.most <= 8
+    assert time.monotonic() - started < 0.5 * 40 * 0.1
+
+
+def test_a_server_that_stays_away_stops_with_a_sentence(tmp_path: Path) -> None:
+    gone = Server()
+    gone.stop()
+    judge = judge_at(gone, patience=0.2)
+    with pytest.raises(JudgeError, match="gave no answer for 0 s: start it and run again"):
+        AskOnce(judge, tmp_path / "a.sqlite").answers([detection(1)])
+
+
+def test_a_wrong_model_name_stops_at_once(server: Server) -> None:
+    server.fault = lambda prompt, attempt: "404"  # type: ignore[method-assign]
+    with pytest.raises(JudgeError, match=r"answered 404 .*a-model"):
+        dict(judge_at(server, parallel=2).ask([detection(k) for k in range(100)]))
+    assert server.attempts.total() <= 4
+
+
+def test_the_budget_counts_repeated_requests(server: Server, tmp_path: Path) -> None:
+    server.fault = lambda prompt, attempt: "500" if attempt == 1 else ""  # type: ignore[method-assign]
+    once = AskOnce(judge_at(server, budget=9, parallel=1), tmp_path / "a.sqlite")
+    with pytest.raises(JudgeError, match="budget"):
+        once.answers([detection(k) for k in range(20)])
+    assert server.attempts.total() == 9
+    assert len(once) == 4  # kept
+
+
+def test_the_key_comes_from_the_environment_and_stays_there(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(judges.KEY_VARIABLE, "secret-7f3a")
+    judge = judge_at(server)
+    AskOnce(judge, tmp_path / "answers.sqlite").answers([detection(1)])
+    assert server.headers[0]["Authorization"] == "Bearer secret-7f3a"
+    assert "secret-7f3a" not in json.dumps(judge.identity) + repr(vars(judge))
+    for path in tmp_path.iterdir():
+        assert b"secret-7f3a" not in path.read_bytes()
+    with pytest.raises(JudgeError, match="without TLS") as error:
+        HttpJudge("http://judge.example/v1")
+    assert "secret-7f3a" not in str(error.value)
+
+
+def test_addresses_are_checked() -> None:
+    assert HttpJudge()._parts.hostname == "127.0.0.1"
+    for url in ("ftp://127.0.0.1", "127.0.0.1:8000", "http://name:word@127.0.0.1"):
+        with pytest.raises(JudgeError, match="not an http address"):
+            HttpJudge(url)
+
+
+def test_an_explanation_that_was_cut_off_is_none() -> None:
+    def body(content: str) -> bytes:
+        choice = {"message": {"content": content}, "finish_reason": "length"}
+        return json.dumps({"choices": [choice]}).encode()
+
+    assert judges._content(body("They all are about"), "explain") == ""
+    assert judges._content(body("They are words. And"), "explain") == "They are words. And"
+    assert judges._content(body("A because the"), "fuzzing") == "A because the"
