@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"small": (576, 4096, 32, 2048, 15), "large": (1280, 20480, 64, 4096, 5)}
+SIZES = {"small": (576, 4096, 32, 2048, 11), "large": (1280, 20480, 64, 4096, 5)}
 WARM_UP = 3
 JOINT_PERIOD = 10  # a meta phase follows every tenth primary step: average over whole periods
 
@@ -34,6 +34,9 @@ class Worker:
             [python, str(worker), name, dtype, *map(str, sizes)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
         )  # fmt: skip
+
+    def wait(self) -> None:
+        """Until it has imported its library and made its data."""
         while self._read() != "ready":
             pass
 
@@ -72,6 +75,8 @@ def main() -> None:
         for dtype in ("bfloat16", "float32")
     ]
     joint = Worker(sys.executable, "ours, joint", "bfloat16", d, n, k, b, dead)
+    for worker in [*workers, joint]:
+        worker.wait()
     for turn in range(WARM_UP + rounds):
         for worker in workers:
             seconds = worker.step()
@@ -81,7 +86,7 @@ def main() -> None:
     pairs = []
     for _ in range(JOINT_PERIOD):  # the first period warms up
         joint.step()
-    for _ in range(2 if size == "large" else 4):
+    for _ in range(2):
         turns = [(solo.step(), joint.step()) for _ in range(JOINT_PERIOD)]
         pairs.append(sum(j for _, j in turns) / sum(s for s, _ in turns))
     for worker in [*workers, joint]:

@@ -19,10 +19,10 @@
 # rule (`published.verdict`) reads them. The second half of the page needs no run at all. It takes
 # the paper's own numbers and asks whether they fit each other.
 #
-# What a verdict means: a value **agrees** if ours lies within a stated tolerance of the printed one
-# and, where the paper claims an effect, our interval excludes *no effect*. It has the **same
-# direction, different size** if our whole interval misses the tolerance but lies on the paper's side
-# of zero. It **disagrees** if the interval misses it and shows no such direction. Everything between
+# What a verdict means: a value **agrees** if ours lies within a stated tolerance of the printed
+# one and, where the paper claims an effect, our interval excludes *no effect*. It has the **same
+# direction, different size** if our whole interval misses the tolerance but lies on the paper's
+# side of zero. It **disagrees** if the interval misses it and shows no such direction. Everything between
 # is **inconclusive**. On a model other than the paper's, only comparisons between two dictionaries
 # of one model are judged; an absolute value is *not comparable*, however near or far it lies.
 

@@ -13,16 +13,22 @@ import torch
 from scipy import sparse, stats
 
 from metasae_lib import senses
+from metasae_lib.cooccurrence import CooccurrenceCounter
 from metasae_lib.errors import MeasureError
 from metasae_lib.senses import (
     WORDS,
     Occurrence,
+    belongs,
     bootstrap_difference,
+    case_study,
     firing_at,
     label,
     mutual_information,
     occurrences,
+    quoted,
     sense_information,
+    side_by_side,
+    split_sentence,
 )
 
 
@@ -183,3 +189,50 @@ def test_firing_is_read_at_the_right_tokens(monkeypatch: pytest.MonkeyPatch) -> 
     z = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
     np.testing.assert_allclose(acts.toarray(), torch.where(z > 0.5, z, 0), rtol=1e-5)
     assert firing_at(run, {"a": SimpleNamespace(sae=sae)}, "scan", [])["a"].shape == (0, 6)
+
+
+def study(solo: np.ndarray, joint: np.ndarray, places: np.ndarray, labels: np.ndarray) -> Any:
+    cross, own = CooccurrenceCounter(solo.shape[1], joint.shape[1]), CooccurrenceCounter(2)
+    cross.update(solo, joint)
+    own.update(solo)
+    at = (sparse.csr_array(fired[places].astype(float)) for fired in (solo, joint))
+    return case_study(cross.cross_counts(), own.counts(), *at, labels, ["also", "excess"])
+
+
+def test_a_word_that_splits_by_sense_is_found_and_one_that_does_not_is_not() -> None:
+    """A word on tokens 0-99; solo feature 1 fires on all of them, joint 0 and 2 on the senses."""
+    solo, joint = np.zeros((5000, 2), bool), np.zeros((5000, 4), bool)
+    solo[:100, 1] = solo[1000:2000, 0] = True
+    joint[:50, 0] = joint[50:100, 2] = joint[1000:1500, 3] = True
+    places, labels = np.arange(100), np.repeat([0, 1], 50)
+    table = study(solo, joint, places, labels)
+    assert table.feature.tolist()[:3] == [1, 0, 2]
+    by_hand = np.corrcoef(solo[:, 1], joint[:, 0])[0, 1]
+    assert table.phi[1] == pytest.approx(by_hand) and table.phi_word[0] == pytest.approx(1)
+    assert table.also.tolist()[:3] == [1, 1, 0] and table.sense.tolist()[:3] == [
+        "",
+        "also",
+        "excess",
+    ]
+    assert "splits as in the paper" in split_sentence("too", table)
+    blended = study(solo, solo[:, [1, 0, 0, 0]], places, labels)
+    assert "does not split" in split_sentence("too", blended)
+    assert "no joint partner" in split_sentence("too", blended)
+    one_sense = study(solo & (np.arange(5000) < 50)[:, None], joint, places, labels)
+    assert "already belongs to one sense, “also”" in split_sentence("too", one_sense)
+
+
+def test_a_sense_needs_most_of_a_features_firing() -> None:
+    assert belongs([0.8, 0.2], ["a", "b"]) == "a"
+    assert belongs([0.7, 0.3], ["a", "b"]) == ""
+    assert belongs([0.0, 0.0], ["a", "b"]) == ""
+
+
+def test_contexts_stand_side_by_side_and_cannot_be_markup() -> None:
+    found = [Occurrence(0, i, f"<script>`|*{i} ", "too", "\nnext") for i in range(4)]
+    acts = {"solo 1": np.array([0.0, 2.0, 1.0, 0.0]), "joint 2": np.zeros(4)}
+    table = side_by_side(found, np.array([0, 1, 1, -1]), ["also", "excess"], acts, per_sense=1)
+    assert table.sense.tolist() == ["also", "excess"]
+    assert table.context[1] == "`<script>ˋ|*1 【too】 next`"
+    assert table["solo 1"][1] == 2 and np.isnan(table["solo 1"][0])
+    assert quoted("a\n\n b") == "`a b`"

@@ -12,8 +12,9 @@ The steps are apart: `prepare` draws the material, a judge answers, `score` read
 
 from __future__ import annotations
 
+import html
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -384,13 +385,25 @@ def judge_of(profile: Profile) -> Judge:
     return HttpJudge(auto.url, auto.model, auto.parallel)
 
 
-def remembered(run: Run, judge: Judge, asking: int = 0) -> Answers:
+def answers_for(run: Run, judge: Judge, asking: int = 0) -> Answers:
     """A judge's answers, kept with their prompts in the run's artefacts: nothing is asked twice.
 
-    asking: another number is another table, for a test-retest that must not remember.
+    asking: another number is another table, for a test-retest that must not remember. The lexical
+    judge is asked anew each time: it takes no time, and prompts do not hold all that it looks at.
     """
+    if isinstance(judge, LexicalJudge):
+        return answers_of(judge)
     about = judge.identity | ({"asking": asking} if asking else {})
     return AskOnce(judge, run.artefact("answers", about).folder / "answers.sqlite").answers
+
+
+def explanations_of(
+    profile: Profile, judge: Judge, made: Sequence[Material], answers: Answers
+) -> list[str | None]:
+    """Explanations by the profile's explainer: the judge itself, or the lexical judge's tokens."""
+    if isinstance(judge, LexicalJudge) or profile.autointerp.explainer == "judge":
+        return explain(made, answers)
+    return [in_words(text) for text in explain(made, answers_of(LexicalJudge()))]
 
 
 # --------------------------------------------------------------------------- controls
@@ -444,6 +457,24 @@ def control_table(
     return pd.concat(frames, ignore_index=True)
 
 
+def examine(run: Run, contexts: Contexts, judge: Judge, features: int = 30) -> pd.DataFrame:
+    """`control_table` of a judge on one arm's text: planted features, and some of its own.
+
+    The lexical judge cannot read sentences, so it explains the planted features itself.
+    """
+    plan, answers = plan_of(run.profile), answers_for(run, judge)
+    known = planted(contexts, plan, copies=3)
+    if isinstance(judge, LexicalJudge):
+        own_words = explain([material for material, _ in known], answers)
+        known = [(m, text or "") for (m, _), text in zip(known, own_words, strict=True)]
+    usable = contexts.usable(plan.examples, plan.examples)
+    sample = np.random.default_rng(plan.seed).permutation(usable)[:features]
+    made = materials(contexts, sample, plan)
+    texts = explanations_of(run.profile, judge, made, answers)
+    own = [(m, text) for m, text in zip(made, texts, strict=True) if text is not None]
+    return control_table(known, own, answers, answers_for(run, judge, asking=1))
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a judge can be believed on one score, and what that rests on."""
@@ -473,7 +504,9 @@ def judge_verdict(controls: pd.DataFrame, score_name: str = "fuzzing") -> Verdic
     part = controls[controls.group == "planted"]
     by = {name: frame.reset_index(drop=True) for name, frame in part.groupby("condition")}
     # Where a judge could not answer it has shown nothing: that is chance.
-    right, wrong = (by[name][score_name].fillna(CHANCE[score_name]) for name in ("right", "shuffled"))
+    right, wrong = (
+        by[name][score_name].fillna(CHANCE[score_name]) for name in ("right", "shuffled")
+    )
     checks: list[tuple[bool, str]] = []
     above = _interval(right - CHANCE[score_name])
     checks.append(
@@ -614,3 +647,196 @@ def bootstrap_mean(
     )
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+# --------------------------------------------------------------------------- what pages show
+
+
+def score_features(
+    run: Run, contexts: Contexts, features: Iterable[int], judge: Judge
+) -> pd.DataFrame:
+    """Explain and score features of one arm as the profile says; `score` has the columns."""
+    plan, answers = plan_of(run.profile), answers_for(run, judge)
+    made = materials(contexts, features, plan)
+    return score(made, explanations_of(run.profile, judge, made, answers), answers)
+
+
+def score_pairs(
+    run: Run,
+    contexts: Mapping[str, Contexts],
+    asked: Mapping[str, pd.DataFrame],
+    judges: Mapping[str, Judge],
+) -> pd.DataFrame:
+    """`score_features` for every judge over its pairs of features.
+
+    contexts: by kind, `solo` and `joint`. asked: pairs by judge. Columns as `score`, and judge and
+    kind.
+    """
+    return pd.concat(
+        [
+            score_features(run, mine, pairs[kind], judges[judge]).assign(judge=judge, kind=kind)
+            for judge, pairs in asked.items()
+            for kind, mine in contexts.items()
+        ],
+        ignore_index=True,
+    )
+
+
+def kept_pairs(pairs: pd.DataFrame, thresholds: Sequence[float]) -> pd.DataFrame:
+    """How many matched pairs several cosine thresholds keep. Columns: cosine, pairs, share."""
+    kept = [int((pairs.cosine >= threshold).sum()) for threshold in thresholds]
+    return pd.DataFrame(
+        {"cosine": thresholds, "pairs": kept, "share": [k / len(pairs) for k in kept]}
+    )
+
+
+def verdict_table(controls: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Every judge's verdict on every score. controls: `control_table` by judge.
+
+    Columns: judge, score, able, because.
+    """
+    verdicts = [
+        (judge, judge_verdict(frame, name)) for judge, frame in controls.items() for name in SCORES
+    ]
+    return pd.DataFrame(
+        {
+            "judge": [judge for judge, _ in verdicts],
+            "score": [verdict.score for _, verdict in verdicts],
+            "able": [verdict.able for _, verdict in verdicts],
+            "because": ["; ".join(verdict.reasons) for _, verdict in verdicts],
+        }
+    )
+
+
+def first_line(verdicts: pd.DataFrame, judge: str) -> str:
+    """What a page has to say before anything else about the judge that its results rest on."""
+    mine = verdicts[verdicts.judge == judge].set_index("score")
+    words = "able" if mine.able["fuzzing"] else "unable"
+    line = f"**The {judge} judge is {words} to judge by fuzzing**: {mine.because['fuzzing']}."
+    others = [f"{name}: {'able' if mine.able[name] else 'unable'}" for name in SCORES[1:]]
+    if not mine.able["fuzzing"]:
+        line += " So its fuzzing scores below say nothing about the dictionaries."
+    return f"{line} By its other scores ({', '.join(others)})."
+
+
+def compare_all(
+    asked: Mapping[str, pd.DataFrame], scores: pd.DataFrame, resamples: int
+) -> pd.DataFrame:
+    """`compare` for every judge and score, over its matched pairs and over the same features
+    paired at random.
+
+    asked: pairs by judge. scores: frames of `score` with the columns judge and kind (solo, joint).
+    Columns: judge, pairs (`matched`, `random`), score, and those of `compare`.
+    """
+    rows = []
+    for judge, pairs in asked.items():
+        mine = scores[scores.judge == judge]
+        solo, joint = (mine[mine.kind == kind] for kind in ("solo", "joint"))
+        random = pairs.assign(joint=pairs.joint.sample(frac=1, random_state=0).to_numpy())
+        for which, chosen in (("matched", pairs), ("random", random)):
+            for name in SCORES:
+                found = compare(chosen, solo, joint, name, resamples)
+                rows.append({"judge": judge, "pairs": which, "score": name} | found)
+    return pd.DataFrame(rows)
+
+
+def figure_2(asked: Mapping[str, pd.DataFrame], scores: pd.DataFrame) -> pd.DataFrame:
+    """`density_difference` of fuzzing scores over each judge's pairs, with a column judge."""
+    frames = []
+    for judge, pairs in asked.items():
+        mine = scores[scores.judge == judge].set_index("feature")
+        both = pd.DataFrame(
+            {kind: pairs[kind].map(mine[mine.kind == kind].fuzzing) for kind in ("solo", "joint")}
+        ).dropna()
+        if len(both):
+            frames.append(density_difference(both.solo, both.joint).assign(judge=judge))
+    columns = ["score", "difference", "low", "high", "judge"]
+    return pd.concat(frames) if frames else pd.DataFrame(columns=columns)
+
+
+def density_difference(
+    solo: ArrayLike, joint: ArrayLike, bins: int = 20, resamples: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Figure 2: density of the joint scores minus that of the solo ones, on [-1, 1].
+
+    solo, joint: (n,) scores of matched pairs. Columns: score (bin centre), difference (per unit of
+    score), low and high (95%, pairs resampled).
+    """
+    a, b = np.asarray(solo, np.float64), np.asarray(joint, np.float64)
+    edges = np.linspace(-1, 1, bins + 1)
+    places = [np.clip(np.digitize(x, edges) - 1, 0, bins - 1) for x in (a, b)]
+    change = np.zeros((len(a), bins))
+    change[np.arange(len(a)), places[1]] += 1
+    change[np.arange(len(a)), places[0]] -= 1
+    change /= edges[1] - edges[0]
+    generator = np.random.default_rng(seed)
+    draws = [change[generator.integers(len(a), size=len(a))].mean(axis=0) for _ in range(resamples)]
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    return pd.DataFrame(
+        {
+            "score": (edges[:-1] + edges[1:]) / 2, "difference": change.mean(axis=0),
+            "low": low, "high": high,
+        }
+    )  # fmt: skip
+
+
+def published_values(found: dict[str, float], matched: int) -> pd.DataFrame:
+    """A fuzzing comparison (`compare`) under the ids of the paper's values (§5.2, §4).
+
+    Columns: id, value, low, high, words.
+    """
+    nothing = float("nan")
+    solo = found.get("solo", nothing)
+    percent = [100 * found.get(name, nothing) / solo for name in ("delta", "low", "high")]
+    share = [100 * found.get(name, nothing) for name in ("higher", "higher_low", "higher_high")]
+    rows = {
+        "fuzz_joint_mean": (found.get("joint", nothing), nothing, nothing),
+        "fuzz_solo_mean": (solo, nothing, nothing),
+        "fuzz_paired_delta": tuple(found.get(name, nothing) for name in ("delta", "low", "high")),
+        "fuzz_delta_pct": tuple(percent) if solo > 0 else (nothing,) * 3,
+        "fuzz_paired_t": (found.get("t", nothing), nothing, nothing),
+        "fuzz_paired_p": (found.get("p", nothing), nothing, nothing),
+        "fuzz_joint_higher_pct": tuple(share),
+        "matched_pairs": (float(matched), nothing, nothing),
+    }
+    return pd.DataFrame(
+        [
+            {"id": f"gpt2-large.{name}", "value": value, "low": low, "high": high, "words": ""}
+            for name, (value, low, high) in rows.items()
+        ]
+    )
+
+
+def highlighted(example: Example) -> str:
+    """An example as HTML, its tokens shaded by activation. Its text is escaped: it is the web's."""
+    parts = []
+    for piece, act in zip(example.pieces, example.acts, strict=True):
+        text = html.escape(piece)
+        if act > 0 and piece:
+            shade = 0.25 + 0.75 * act / example.strength
+            text = (
+                f'<mark style="background:rgba(230,159,0,{shade:.2f});color:inherit" '
+                f'title="{act:.2f}">{text}</mark>'
+            )
+        parts.append(text)
+    return "".join(parts)
+
+
+def examples_page(contexts: Contexts, frame: pd.DataFrame, examples: int = 3) -> str:
+    """Features with their explanation, scores and strongest examples, as HTML.
+
+    frame: columns feature, explanation, fuzzing, spearman, detection.
+    """
+    parts = []
+    for row in frame.to_dict("records"):
+        text = html.escape(str(row["explanation"])) if row["explanation"] else "no explanation"
+        lines = "".join(
+            f"<li>… {highlighted(example)} …</li>"
+            for example in contexts.top(int(row["feature"]), examples)
+        )
+        parts.append(
+            f"<p><strong>Feature {row['feature']}</strong>: {text}<br>"
+            f"fuzzing {row['fuzzing']:+.2f}, Spearman {row['spearman']:+.2f}, "
+            f"detection {row['detection']:.2f}</p><ul>{lines}</ul>"
+        )
+    return "".join(parts)

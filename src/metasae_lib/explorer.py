@@ -156,7 +156,7 @@ def _features(
     frame = pd.DataFrame(
         {
             "rate": counts.rates,
-            "max": [max(contexts.activations(i), default=np.nan) for i in range(n)],
+            "max": [_largest(contexts.activations(i)) for i in range(n)],
             "threshold": arm.sae.threshold.cpu() if arm.sae.threshold is not None else np.nan,
             "partner": pd.Series(partners, rows, float),
             "cosine": pd.Series(cosines, rows),
@@ -172,6 +172,10 @@ def _features(
     frame = frame.join(told)
     frame["explanation"] = [e if isinstance(e, str) else None for e in frame.explanation]
     return frame
+
+
+def _largest(values: NDArray[Any]) -> float:
+    return float(values.max()) if len(values) else np.nan
 
 
 def _phi_at(cross: CrossCounts, rows: NDArray[Any], columns: NDArray[Any]) -> NDArray[np.float64]:

@@ -621,7 +621,71 @@ def scorecard_overview(figure: Figure, frame: pd.DataFrame) -> None:
         ax.bar_label(bars, labels, label_type="center", color="white" if dark else BLACK)
         left += width
     ax.invert_yaxis()
-    ax.margins(x=0.03)
+    ax.set_xlim(0, 1.03 * left.max())
     ax.set_xlabel("published values")
     ax.grid(False)
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=3)
+
+
+# --- 04_autointerp ---------------------------------------------------------------------------
+
+
+@_styled(8.4, 3.6)
+def judge_controls(figure: Figure, frame: pd.DataFrame) -> None:
+    """What a judge makes of right, shuffled and empty explanations: one panel a score.
+
+    Columns: group, condition, score, mean, low, high, chance.
+    """
+    panels = list(frame.groupby("score", sort=False))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    rows = list(dict.fromkeys(zip(frame.group, frame.condition, strict=True)))
+    for ax, (name, part) in zip(axes, panels, strict=True):
+        for group, (colour, marker) in zip(("planted", "features"), _SERIES, strict=False):
+            for row in part[part.group == group].itertuples():
+                y = -rows.index((row.group, row.condition))
+                ax.plot([row.low, row.high], [y, y], color=colour)
+                ax.plot(row.mean, y, marker, color=colour, label=group)
+        ax.axvline(part.chance.iloc[0], color=RED, linestyle="--", linewidth=1.2, label="chance")
+        ax.set_xlabel(f"{name} score")
+    axes[0].set_yticks([-i for i in range(len(rows))], [f"{g}: {c}" for g, c in rows])
+    axes[0].margins(y=0.15)
+    handles, labels = axes[0].get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=3)
+
+
+@_styled(7.0, 3.8)
+def fuzzing_difference(figure: Figure, frame: pd.DataFrame) -> None:
+    """Figure 2: density of fuzzing scores in the joint arm minus that in the solo arm.
+
+    Columns: score (bin centre), difference, low, high (95%), judge; one colour a judge.
+    """
+    ax = figure.subplots()
+    judges = frame.groupby("judge", sort=False)
+    for (judge, part), (colour, _) in zip(judges, _SERIES, strict=False):
+        ax.step(part.score, part.difference, where="mid", color=colour, label=judge)
+        ax.fill_between(
+            part.score, part.low, part.high, step="mid", color=colour, alpha=0.2, linewidth=0
+        )
+    _zero(ax)
+    ax.set(xlabel="fuzzing score", ylabel="difference of density, joint − solo")
+    ax.legend(title="judge")
+
+
+@_styled(8.4, 3.4)
+def scores_together(figure: Figure, frame: pd.DataFrame) -> None:
+    """The three scores against each other, one dot a feature. Columns: kind, fuzzing, spearman,
+    detection. Scores take few values, so dots are spread a little."""
+    axes = figure.subplots(1, 3)
+    generator = np.random.default_rng(0)
+    names = ("fuzzing", "spearman", "detection")
+    for ax, (x, y) in zip(axes, ((0, 1), (0, 2), (1, 2)), strict=True):
+        for kind in _kinds(frame):
+            part, (colour, marker) = frame[frame.kind == kind], _look(kind)
+            spread = generator.uniform(-0.02, 0.02, size=(2, len(part)))
+            ax.plot(
+                part[names[x]] + spread[0], part[names[y]] + spread[1], marker, color=colour,
+                label=kind, markersize=3, alpha=0.35,
+            )  # fmt: skip
+        ax.set(xlabel=names[x], ylabel=names[y])
+    _legend(axes[0])

@@ -135,7 +135,9 @@ def parse(question: Question, answer: str | None) -> Value | None:
     if question.task == "explain":
         line = text.splitlines()[0].strip() if text else ""
         return line if 0 < len(line) <= _EXPLANATION_LIMIT else None
-    found = re.fullmatch(r"(?:answer|text)?\W*?(-?\w+(?:\.\d+)?)\W*", text, re.IGNORECASE | re.ASCII)
+    found = re.fullmatch(
+        r"(?:answer|text)?\W*?(-?\w+(?:\.\d+)?)\W*", text, re.IGNORECASE | re.ASCII
+    )
     word = found.group(1).lower() if found else ""
     if question.task == "fuzzing":
         return {"a": 0, "b": 1}.get(word)

@@ -18,7 +18,8 @@ def hungarian(W_a: Any, W_b: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[A
     W_a: (n_a, d), W_b: (n_b, d) decoder rows, tensors or arrays, of any non-zero length; all of
     the smaller dictionary's features are matched. Returns rows (m,), cols (m,) and cosines (m,)
     float32 with m = min(n_a, n_b), rows ascending. Cosines are float32, so that the sum is the
-    largest up to about 1e-6 a pair. Memory: 12 bytes n_a n_b. Raises MeasureError.
+    largest up to about 1e-6 a pair. Memory: 12 bytes n_a n_b. At 20,480 features about 15 s on
+    two cores for dictionaries that half match. Raises MeasureError.
     """
     a, b = (torch.as_tensor(W).detach().float().cpu() for W in (W_a, W_b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
@@ -30,6 +31,7 @@ def hungarian(W_a: Any, W_b: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[A
         if not W.isfinite().all() or (W.norm(dim=1) == 0).any():
             raise MeasureError("a decoder row is zero or not finite: it has no direction to match")
     unit_a, unit_b = (W / W.norm(dim=1, keepdim=True) for W in (a, b))
-    cosine = (unit_a @ unit_b.T).numpy()
-    rows, cols = linear_sum_assignment(cosine, maximize=True)
-    return rows, cols, np.clip(cosine[rows, cols], -1, 1)
+    # SciPy works in float64 and would make one more copy to maximise.
+    cost = (unit_a @ unit_b.T).neg_().double().numpy()
+    rows, cols = linear_sum_assignment(cost)
+    return rows, cols, np.clip(-cost[rows, cols], -1, 1).astype(np.float32)

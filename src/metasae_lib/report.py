@@ -489,7 +489,7 @@ def scorecard_sentence(card: pd.DataFrame) -> str:
     """How many of the paper's results this run can judge, and how they stand."""
     results = card[card.section.isin(["result", "table 1", "case study"])]
     counts = results.group.value_counts()
-    judged = [f"{counts[g]} {g}" for g in COMPARED if g in counts]
+    judged = [f"{counts[g]} “{g}”" for g in COMPARED if g in counts]
     total = sum(int(counts.get(g, 0)) for g in COMPARED)
     return (
         f"Of the {len(results)} results that the paper prints, this run judges **{total}**"

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
 from metasae_lib.activations import Residuals
+from metasae_lib.cooccurrence import Counts, CrossCounts, phi, top_matches
 from metasae_lib.dictionary import normalise
 from metasae_lib.errors import MeasureError
 from metasae_lib.profile import Role
@@ -24,6 +26,9 @@ from metasae_lib.thresholds import pre_activations, product_dtype
 
 if TYPE_CHECKING:
     from metasae_lib.training import Arm
+
+PURE = 0.8  # share of one sense from which a feature belongs to it
+WEAKEST = 0.173  # the smallest |φ| that the paper counts as a part of a split (Table 5)
 
 
 @dataclass(frozen=True)
@@ -294,3 +299,107 @@ def bootstrap_difference(
 def _entropy(sizes: NDArray[Any]) -> float:
     share = sizes[sizes > 0] / sizes.sum()
     return float(-(share * np.log2(share)).sum())
+
+
+def case_study(
+    cross: CrossCounts,
+    solo: Counts,
+    fires_solo: sparse.csr_array,
+    fires_joint: sparse.csr_array,
+    labels: NDArray[np.int64],
+    names: Sequence[str],
+    n_partners: int = 3,
+) -> pd.DataFrame:
+    """A table like the paper's Tables 2-5 for any word: its solo feature and that one's partners.
+
+    cross and solo: counts of the scan. fires_*: (m, n) firing on the word's m places in the same
+    scan. labels (m,): sense of each place, -1 for none; names: of the senses. The solo feature is
+    the one whose firing has the largest φ with the word itself. Columns: sae, feature, phi (with
+    the solo feature), phi_word, rate, `<sense>` (share of its places on which the feature fires),
+    sense (to which the feature belongs, "" if to none: see `belongs`).
+    """
+    places = fires_solo.astype(bool).sum(axis=0)
+    with_word = phi(places[:, None], solo.n1, [len(labels)], solo.n_tokens)[:, 0]
+    feature = int(np.nan_to_num(with_word, nan=-np.inf).argmax())
+    one = CrossCounts(
+        np.asarray(cross.n11[[feature]]), cross.n1_a[[feature]], cross.n1_b, cross.n_tokens
+    )
+    partners = top_matches(one, n_partners)
+    rows = [("solo", feature, np.nan, fires_solo, solo.n1[feature])]
+    rows += [
+        ("joint", int(match), float(value), fires_joint, cross.n1_b[match])
+        for match, value in zip(partners.match, partners.phi, strict=True)
+    ]
+    table = []
+    for sae, index, value, fires, n1 in rows:
+        fired = np.asarray(fires[:, [index]].todense()).ravel() != 0
+        shares = [
+            float(fired[labels == s].mean()) if (labels == s).any() else 0.0
+            for s in range(len(names))
+        ]
+        word = phi(np.array([[fired.sum()]]), [n1], [len(labels)], solo.n_tokens)[0, 0]
+        table.append(
+            {
+                "sae": sae,
+                "feature": index,
+                "phi": value,
+                "phi_word": float(word),
+                "rate": float(n1 / solo.n_tokens),
+                **dict(zip(names, shares, strict=True)),
+                "sense": belongs(shares, names),
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def belongs(shares: Sequence[float], names: Sequence[str]) -> str:
+    """The sense that makes `PURE` or more of a feature's firing, all senses equally weighted."""
+    total = sum(shares)
+    best = int(np.argmax(shares))
+    return names[best] if total > 0 and shares[best] >= PURE * total else ""
+
+
+def split_sentence(word: str, table: pd.DataFrame) -> str:
+    """Whether a table of `case_study` shows what the paper saw, in words drawn from it."""
+    solo, joint = table[table.sae == "solo"].iloc[0], table[table.sae == "joint"]
+    parts = joint[(joint.phi >= WEAKEST) & (joint.sense != "")].drop_duplicates("sense")
+    if len(parts) > 1 and solo.sense == "":
+        told = "; ".join(f"{row.feature} is for “{row.sense}”" for row in parts.itertuples())
+        return (
+            f"**“{word}” splits as in the paper**: solo feature {solo.feature} fires on several "
+            f"senses, and of its joint partners {told}."
+        )
+    if solo.sense != "":
+        why = f"the solo feature {solo.feature} already belongs to one sense, “{solo.sense}”"
+    elif len(parts) == 1:
+        row = parts.iloc[0]
+        why = f"only joint feature {row.feature} belongs to one sense, “{row.sense}”"
+    else:
+        why = f"no joint partner of solo feature {solo.feature} belongs to one sense"
+    return f"**“{word}” does not split as in the paper**: {why}."
+
+
+def side_by_side(
+    found: Sequence[Occurrence],
+    labels: NDArray[np.int64],
+    names: Sequence[str],
+    acts: Mapping[str, NDArray[Any]],
+    per_sense: int = 3,
+) -> pd.DataFrame:
+    """The same contexts under several features: the first places of each sense, activations beside.
+
+    acts: by heading, (m,). Columns: sense, context (quoted), one a heading.
+    """
+    rows = []
+    for sense, name in enumerate(names):
+        for i in np.flatnonzero(labels == sense)[:per_sense]:
+            one = found[i]
+            text = f"{one.before[-40:]}【{one.word}】{one.after[:30]}"
+            values = {heading: float(a[i]) or None for heading, a in acts.items()}
+            rows.append({"sense": name, "context": quoted(text), **values})
+    return pd.DataFrame(rows, columns=["sense", "context", *acts])
+
+
+def quoted(text: str) -> str:
+    """Text of a corpus as a code span: nothing in it is read as Markdown or HTML."""
+    return "`" + re.sub(r"\s+", " ", text).replace("`", "ˋ").strip() + "`"

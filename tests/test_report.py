@@ -1,0 +1,179 @@
+"""What notebooks show: the run they open, numbers and tables as text, conclusions as computed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from metasae_lib import Profile, Run, report
+from metasae_lib.errors import ArtefactError, MeasureError, PublishedError
+from metasae_lib.published import load_published
+
+ROOT = Path(__file__).parents[1]
+HEADLINE = "gpt2-large.table1.lambda0.3-sigma1.d_mean_abs_phi_pct"
+
+
+@pytest.fixture
+def full(run: Run) -> Run:
+    """A run of `tiny` with the tables that 02 and 03 save, made up so that answers are known."""
+    arms = pd.DataFrame(
+        [
+            ("solo-seed0", "solo", 0, None, None, 0.100, 2.0, 0.08, 3),
+            ("solo-seed1", "solo", 1, None, None, 0.101, 2.1, 0.08, 2),
+            ("joint-lambda0.3-sigma1-seed0", "joint", 0, 0.3, 1.0, 0.110, 2.6, 0.10, 1),
+            ("joint-lambda0.3-sigma1-seed1", "joint", 1, 0.3, 1.0, 0.111, 2.7, 0.10, 0),
+            ("control-sigma1-seed0", "control", 0, 0.0, 1.0, 0.100, 2.0, 0.08, 3),
+        ],
+        columns=["arm", "kind", "seed", "lambda2", "sigma_sq", "l2", "ce_overhead_pct",
+                 "ce_overhead_nats", "dead"],
+    ).assign(ce_baseline=4.0)  # fmt: skip
+    phi = arms[["arm", "kind", "seed", "lambda2", "sigma_sq"]].assign(
+        mean_abs=[2.00e-3, 2.02e-3, 1.90e-3, 1.91e-3, 2.00e-3],
+        low=1.8e-3, high=2.1e-3, n_pairs=100, share_negative=0.7, median=-1e-4, maximum=0.2,
+    )  # fmt: skip
+    draws = np.random.default_rng(0).normal(0, 1e-5, (5, 400))
+    replicates = {arm: m + d for arm, m, d in zip(phi.arm, phi.mean_abs, draws, strict=True)}
+    grid = report.grid_changes(run, phi, arms, replicates)
+    run.save_table("arms", arms, "made up")
+    run.save_table("phi", phi, "made up")
+    run.save_table("grid", grid, "made up")
+    run.save_table("effects", report.effects(run, phi, grid), "made up")
+    run.save_table("control", pd.DataFrame({"bit_for_bit": [True]}), "made up")
+    return run
+
+
+@pytest.mark.parametrize("place", ["", "notebooks", "src/metasae_lib"])
+def test_a_relative_runs_dir_means_the_same_everywhere(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened = []
+    monkeypatch.chdir(ROOT / place)
+    monkeypatch.setattr(Run, "open", lambda profile, runs_dir: opened.append(runs_dir))
+    report.open_run("tiny", {}, "../runs")
+    report.open_run("tiny", {}, str(tmp_path))
+    assert opened == [ROOT / "runs", tmp_path]
+
+
+def test_overrides_reach_the_run(tmp_path: Path) -> None:
+    run = report.open_run("tiny", {"training.lambda2": [0.5]}, str(tmp_path))
+    assert run.name == f"tiny-{Profile.load('tiny', {'training.lambda2': [0.5]}).overrides_hash}"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.3, "0.3"), (1.0, "1"), (-7.5, "−7.5"), (0.09701, "0.097"), (2.27e-3, "2.27e−3"),
+        (5e-16, "5e−16"), (209e6, "209,000,000"), (1234.5, "1,234"), (51.62, "51.6"), (0, "0"),
+        (None, "—"), (math.nan, "—"), ("Adam", "Adam"), (True, "yes"), (np.bool_(False), "no"),
+        (math.inf, "∞"), (np.int64(12), "12"), (np.float32(0.5), "0.5"),
+    ],
+)  # fmt: skip
+def test_numbers(value: object, text: str) -> None:
+    assert report.number(value) == text
+
+
+def test_tables_are_numbered_and_keep_their_bars() -> None:
+    text = report.table(pd.DataFrame({"mean |φ|": [0.5], "b": ["x|y"]}), "A caption", "tab-a").data
+    lines = text.splitlines()
+    assert lines[:3] == [":::{table} A caption", ":name: tab-a", ""]
+    assert lines[3:6] == ["| mean \\|φ\\| | b |", "| --- | --- |", "| 0.5 | x\\|y |"]
+    assert lines[6] == ":::"
+
+
+def test_reading_never_claims_more_than_the_interval() -> None:
+    assert "rises" in report.reading(1.0, 3.0, -7.5)
+    assert "direction" in report.reading(-9.0, -5.0, -7.5)
+    assert "lies within" in report.reading(-9.0, -5.0, -7.5)
+    assert "not the size" in report.reading(-3.0, -1.0, -7.5)
+    assert "cannot tell" in report.reading(-3.0, 2.0, -7.5)
+    assert "excludes the paper" in report.reading(-3.0, 2.0, -7.5)
+    assert "does not exclude" in report.reading(-9.0, 2.0, -7.5)
+
+
+def test_an_empty_run_says_why_nothing_is_there(run: Run) -> None:
+    card = report.run_scorecard(run).set_index("id")
+    assert len(card) == len(load_published().values)
+    results = card[card.section.isin(["result", "table 1", "case study"])]
+    assert set(results.group) == {"not run", "not printed"}
+    assert (card.verdict.str.len() > len("not run: ")).all()
+    assert card.loc["gpt2-large.setup.optimizer", "verdict"] == "as in the paper"
+    assert card.loc["gpt2-large.setup.k", "ours"] == run.profile.dictionary.k
+    assert "05_case_studies" in card.loc["gpt2-large.case.too.solo-2827.fuzz", "verdict"]
+    sentences = report.headline(run, report.run_scorecard(run))["sentences"]
+    assert "small run" in sentences[0] and "**0**" in sentences[-1]
+
+
+def test_scorecard_of_a_run_with_results(full: Run) -> None:
+    card = report.run_scorecard(full).set_index("id")
+    assert card.loc[HEADLINE, "ours"] == pytest.approx(-5.0)
+    # Features: 1.96 √2 · 1e-5 / 2e-3; seeds: 1.96 √2 · 1.414e-5 / 2.01e-3; in quadrature.
+    features, seeds = 1.96 * math.sqrt(2) * 0.5, 1.96 * math.sqrt(2) * 100 * math.sqrt(2) / 201
+    reach = card.loc[HEADLINE, "high"] - card.loc[HEADLINE, "ours"]
+    assert reach == pytest.approx(math.hypot(features, seeds), rel=0.1)
+    assert card.loc[HEADLINE, "group"] == "inconclusive"  # reaches the paper's -7.5 ± 1.3
+    assert card.loc["gpt2-large.table1.lambda0.3-sigma1.d_l2_pct", "ours"] == pytest.approx(10)
+    assert card.loc["gpt2-large.joint_minus_solo_ce_points", "ours"] == pytest.approx(0.6)
+    assert card.loc["gpt2-large.joint_minus_solo_ce_points", "verdict"] == "agrees"
+    assert card.loc["gpt2-large.lambda0_control", "verdict"] == "agrees"
+    assert card.loc["gpt2-large.solo_l2", "group"] == "other model: not comparable"
+    assert card.loc["gemma-2-9b.selected", "verdict"].startswith("not run: this profile trains one")
+    assert "grid" in card.loc["gpt2-large.table1.lambda1-sigma3.d_l2_pct", "verdict"]
+    assert card.loc["artefact.figure-1b", "verdict"] == "made"
+
+
+def test_effects_and_conclusion(full: Run) -> None:
+    effects = full.load_table("effects").set_index("comparison").change_pct
+    assert effects["seed 0, over features"] == pytest.approx(-5)
+    assert effects["seed 1, over features"] == pytest.approx(100 * (1.91 / 2.02 - 1))
+    assert effects["first joint, other solo seeds"] == pytest.approx(100 * (1.90 / 2.02 - 1))
+    assert effects["all seeds, over seeds"] == pytest.approx(100 * (1.905 / 2.01 - 1))
+    first, second = report.conclusion(full)
+    assert "−5.0%" in first and "−5.2%" in first
+    assert second.startswith("So ")
+    headline = report.headline(full, report.run_scorecard(full))
+    assert any("bit for bit" in sentence for sentence in headline["sentences"])
+    assert sum(headline["verdicts"].values()) == len(load_published().values)
+
+
+def test_table_1_has_a_row_for_each_setting(full: Run) -> None:
+    rows = report.table_1(full).data.splitlines()[5:-1]
+    assert len(rows) == 9
+    assert "−7.5" in rows[4] and "−5 (" in rows[4]
+
+
+def test_the_three_blocks(full: Run) -> None:
+    shown = report.paper_against_ours(full, "*.solo_l2", label="tab-x").data
+    assert shown.startswith("## Paper against ours\n") and "0.097" in shown
+    assert report.provenance(full).data.startswith("## Provenance\n")
+    links = report.downloads(full, "arms").data
+    assert links.startswith("## Downloads\n") and "/tables/arms.csv): arm, kind" in links
+    with pytest.raises(PublishedError, match="matches"):
+        report.paper_against_ours(full, "*.nothing", label="tab-x")
+    with pytest.raises(ArtefactError, match="no table 'nothing'"):
+        report.downloads(full, "nothing")
+
+
+def test_a_profile_without_both_arms_cannot_be_compared(tmp_path: Path) -> None:
+    run = report.open_run("tiny", {"training.arms": ["solo"]}, str(tmp_path))
+    with pytest.raises(MeasureError, match="no joint arm"):
+        report.compared_arms(run)
+
+
+def test_pairs_by_their_rarer_feature() -> None:
+    by_rate = pd.DataFrame(
+        {"group_a": [0, 0, 1], "group_b": [0, 1, 1], "rate_a": [0.1, 0.1, 0.2],
+         "n_pairs": [1, 3, 2], "mean_abs": [4.0, 8.0, 5.0], "null_mean_abs": [1.0, 1.0, 2.0]}
+    )  # fmt: skip
+    found = report.by_rarer(by_rate)
+    assert list(found.mean_abs) == [7.0, 5.0]
+    assert list(found.rate) == [0.1, 0.2]
+
+
+def test_flattening_compares_the_last_two_tenths() -> None:
+    history = pd.DataFrame({"arm": "a", "step": range(10, 110, 10), "l2": 1.0})
+    history.loc[history.step == 100, "l2"] = 0.99
+    assert report.flattening(history)["a"] == pytest.approx(-1.0)
