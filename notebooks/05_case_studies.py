@@ -18,11 +18,12 @@
 # them words whose senses come apart: *too* as excess and as "also", *let* as suggestion and as
 # permission, *cookies*, *flash* (§5.4, §6, App. E). Four chosen examples can show that splitting
 # happens; they cannot show that joint training *causes* it. Two dictionaries of the same kind, from
-# two seeds, split each other's features as well, and a feature that is split seen from one side is a
-# merge seen from the other.
+# two seeds, split each other's features as well, and a feature that is split seen from one side is
+# a merge seen from the other.
 #
-# So this page counts first, in both directions and against a pair of solo dictionaries, and looks at
-# examples afterwards. If the paper is right, the counts lean to splits and the examples show senses.
+# So this page counts first, in both directions and against a pair of solo dictionaries, and looks
+# at examples afterwards. If the paper is right, the counts lean to splits and the examples show
+# senses.
 
 # %% tags=["parameters"]
 profile = "smollm2-135m"  # a file of profiles/, without .yml
@@ -109,14 +110,16 @@ report.table(
 # %% [markdown]
 # ## The strongest candidates
 #
-# The paper's own list: solo features ranked by their φ with the second-strongest joint partner, both
-# dictionaries from the first seed.
+# The paper's own list: solo features ranked by their φ with the second-strongest joint partner,
+# both dictionaries from the first seed.
 
 # %%
 candidates = splitting.find(cross[solo, joint], sides[solo], sides[joint], rule)
 told = pd.DataFrame(columns=["arm", "feature", "explanation", "fuzz"])
-if run.has_table("explanations"):
-    told = run.load_table("explanations")
+if run.has_table("autointerp_scores"):  # of several judges, the one with a language model
+    scores = run.load_table("autointerp_scores").sort_values("judge", key=lambda j: j == "lexical")
+    told = scores.assign(arm=scores.kind.map({"solo": solo, "joint": joint}), fuzz=scores.fuzzing)
+    told = told.drop_duplicates(["arm", "feature"])
 for side, arm in (("feature", solo), ("partner", joint)):
     named = told[told.arm == arm][["feature", "explanation", "fuzz"]]
     named = named.rename(columns={"feature": side, "explanation": f"{side}_explanation",
@@ -138,8 +141,8 @@ display(
 #
 # φ is a correlation, and correlations constrain each other: two features that both correlate with a
 # third one must correlate with *each other* at least by
-# $\varphi_a\varphi_b - \sqrt{(1-\varphi_a^2)(1-\varphi_b^2)}$. Where that is above zero, the two fire
-# together more often than by chance: they cannot be two senses that exclude each other.
+# $\varphi_a\varphi_b - \sqrt{(1-\varphi_a^2)(1-\varphi_b^2)}$. Where that is above zero, the two
+# fire together more often than by chance: they cannot be two senses that exclude each other.
 
 # %%
 published = load_published().frame()
@@ -166,8 +169,8 @@ display(
 # %% [markdown]
 # ## Tables 2 to 5: the paper's words in this model
 #
-# For each word: the solo feature whose firing follows the word most closely, and its strongest joint
-# partners. Senses have no labels; each stands on a stated pattern in the neighbouring words
+# For each word: the solo feature whose firing follows the word most closely, and its strongest
+# joint partners. Senses have no labels; each stands on a stated pattern in the neighbouring words
 # (`senses.WORDS`), *also* for instance on a full stop or comma after *too*. A feature belongs to a
 # sense if 80% of its firing does, senses equally weighted. *cookies* and *flash* are the paper's
 # words on Gemma, and are looked up on Gemma profiles.
@@ -212,8 +215,8 @@ Markdown("\n\n".join(verdicts))
 # A fixed list of words with several senses, fixed before any result: how much does the best single
 # feature of each dictionary tell of the sense (mutual information)? An atomic feature would be an
 # indicator of one sense and tell everything. The best of many features always tells something, so
-# the null shuffles senses among the places and takes the best feature again. Places are those of all
-# held-out text; words with fewer than 15 places of either sense are left out.
+# the null shuffles senses among the places and takes the best feature again. Places are those of
+# all held-out text; words with fewer than 15 places of either sense are left out.
 
 # %%
 rows, few = [], []
@@ -248,18 +251,18 @@ Markdown(f"Too rare in this run's held-out text: {', '.join(few) or 'none'}.")
 
 # %% mystnb={"figure": {"name": "fig-senses", "caption": "How much the best single feature of each dictionary tells of a word's sense: 0 is what shuffled senses give, 1 is everything. Each mark is a dictionary. If joint training separates senses, its squares lie to the right of the solo circles, word after word."}, "image": {"alt": "Dot plot with one row per word: share of the sense information in the best feature of each solo and joint dictionary, and the 95% quantile of the shuffled null."}}
 by_kind = info.pivot_table(index="word", columns="kind", values="share")
+sense_sentence = "No word of the list is frequent enough in this run's held-out text."
 if len(info):
-    display(figures.sense_information(info))
-    change, higher = (by_kind.joint - by_kind.solo), (by_kind.joint > by_kind.solo)
-    spread = 2 * change.std() / np.sqrt(len(change)) if len(change) > 1 else np.nan
+    change = by_kind.joint - by_kind.solo
+    spread = 2 * change.std() / np.sqrt(len(change))
+    clear = abs(change.mean()) > spread
     sense_sentence = (
-        f"Joint features tell more of the sense for {int(higher.sum())} of {len(by_kind)} words; "
-        f"the mean share changes by {change.mean():+.3f} (twice its standard error over words: "
-        f"{spread:.3f})."
+        f"Joint features tell more of the sense for {int((change > 0).sum())} of {len(change)} "
+        f"words. The mean share changes by {change.mean():+.3f}, with twice its standard error over "
+        f"words at {spread:.3f}: "
+        + ("a difference." if clear else "not a difference that these words can show.")
     )
-else:
-    sense_sentence = "No word of the list is frequent enough in this run's held-out text."
-Markdown(sense_sentence)
+display(Markdown(sense_sentence), *([figures.sense_information(info)] if len(info) else []))
 
 # %% [markdown]
 # ## Steering: take it out, or double it
@@ -298,8 +301,8 @@ display(
     Markdown(f"Text: {senses.quoted(''.join(example.pieces[: example.peak + 1]))} …"),
     report.table(
         changes.assign(token=changes.token.map(senses.quoted)).head(10),
-        f"Next token after steering solo feature {feature} and joint feature {partner}: probability, "
-        "and its change in percentage points",
+        f"Next token after steering solo feature {feature} and joint feature {partner}: "
+        "probability, and its change in percentage points",
         "tab-steering",
     ),
 )
@@ -307,9 +310,9 @@ display(
 # %% [markdown]
 # ## The feature explorer
 #
-# Every feature of every arm, with its contexts, its partner in the other dictionary and the features
-# it fires with: search, filter, and share the address of what you find. It is a page of its own that
-# needs no server.
+# Every feature of every arm, with its contexts, its partner in the other dictionary and the
+# features it fires with: search, filter, and share the address of what you find. It is a page of
+# its own in the book that needs no server.
 
 # %%
 pages = explorer.collect(run, arms, text, (solo, joint), told if len(told) else None)
@@ -322,13 +325,14 @@ display(
 )
 
 # %%
-ours = pd.DataFrame(values, columns=["id", "value"]).assign(low=np.nan, high=np.nan, words="")
+cases = published.loc[published.section == "case study", ["id"]]
+ours = cases.merge(pd.DataFrame(values, columns=["id", "value"]), how="left")
+ours = ours.assign(low=np.nan, high=np.nan, words="")
 run.save_table("case_study_values", ours, "φ of our joint partners, in the order of the paper's")
 sentences = [found.sentence(), *verdicts, sense_sentence]
 run.save_json("case_study_sentences", [s.replace("**", "") for s in sentences])
 display(
     Markdown("## What a reader may conclude\n\n" + "\n".join(f"- {s}" for s in sentences)),
-    Markdown("## Paper against ours"),
     report.paper_against_ours(run, "*.case.*", label="tab-paper-05"),
     report.provenance(run),
     report.downloads(

@@ -17,6 +17,7 @@ from metasae_lib import autointerp as ai
 from metasae_lib.contexts import Example
 from metasae_lib.errors import MeasureError
 from metasae_lib.judges import LexicalJudge, Question
+from metasae_lib.published import load_published
 
 WORDS = [f" w{i}" for i in range(40)]
 
@@ -261,3 +262,58 @@ def test_pairs_needed_at_the_papers_effect() -> None:
     spread = 0.0175 * math.sqrt(20456) / 8.12
     assert 0.0175 / spread == pytest.approx(0.057, abs=0.0005)
     assert ai.pairs_needed(spread) == pytest.approx((1.96 + 0.8416) ** 2 / 0.0568**2, rel=0.01)
+
+
+def test_density_difference_by_hand() -> None:
+    frame = ai.density_difference([-1, 0, 0.5, 1], [1, 0, 0.5, 1], bins=4, resamples=50)
+    assert list(frame.score) == [-0.75, -0.25, 0.25, 0.75]
+    # One of four pairs moved from the first bin to the last; bins are half a unit wide.
+    assert list(frame.difference) == [-0.5, 0, 0, 0.5]
+    assert (frame.low <= frame.difference).all() and (frame.difference <= frame.high).all()
+
+
+def test_comparisons_and_figure_2_of_every_judge() -> None:
+    made, answers = materials(), ai.answers_of(Oracle())
+    right = ai.score(made, [WORDS[m.feature % 12] for m in made], answers)
+    half = [WORDS[(m.feature + m.feature % 2) % 12] for m in made]  # odd ones are wrong
+    frames = [
+        ai.score(made, half, answers).assign(judge="oracle", kind="solo"),
+        right.assign(judge="oracle", kind="joint"),
+    ]
+    scores = pd.concat(frames, ignore_index=True)
+    pairs = pd.DataFrame({"solo": range(24), "joint": range(24), "cosine": 1.0})
+    compared = ai.compare_all({"oracle": pairs}, scores, 100).set_index(["pairs", "score"])
+    detection = compared.loc[("matched", "detection")]
+    assert detection["solo"] == 0.75 and detection["joint"] == 1 and detection["delta"] == 0.25
+    assert detection["n"] == 24 and detection["ties"] == 12 and detection["higher"] == 1
+    assert compared.loc[("matched", "fuzzing"), "lost"] == 12  # unanswered, counted
+    assert set(ai.figure_2({"oracle": pairs}, scores).judge) == {"oracle"}
+    assert ai.figure_2({"oracle": pairs[:0]}, scores).empty
+
+
+def test_the_first_line_says_whether_the_judge_is_able() -> None:
+    verdicts = ai.verdict_table({"oracle": controls(), "mumbler": controls("mumbles")})
+    assert list(verdicts.able) == [True] * 3 + [False] * 3
+    assert ai.first_line(verdicts, "oracle").startswith("**The oracle judge is able to judge")
+    line = ai.first_line(verdicts, "mumbler")
+    assert line.startswith("**The mumbler judge is unable to judge")
+    assert "say nothing about the dictionaries" in line
+
+
+def test_published_values_have_the_papers_ids() -> None:
+    published = load_published()
+    found = {"solo": 0.23, "joint": 0.248, "delta": 0.0175, "low": 0.01, "high": 0.03, "t": 8.12,
+             "p": 5e-16, "higher": 0.516, "higher_low": 0.5, "higher_high": 0.53}  # fmt: skip
+    rows = ai.published_values(found, 20456).set_index("id")
+    for value_id, row in rows.iterrows():
+        assert row.value == pytest.approx(published[str(value_id)], rel=0.01)
+    assert {i for i in published.values if ".fuzz_" in i and i.startswith("gpt2-large.")} - {
+        "gpt2-large.setup.fuzz_features_per_config"
+    } == set(rows.index) - {"gpt2-large.matched_pairs"}
+    assert ai.published_values({"n": 0, "lost": 3}, 5).value.isna().sum() == 7
+
+
+def test_text_of_the_web_is_escaped() -> None:
+    nasty = Example((1, 2), ("<script>", '"&'), (2.0, 0.0), 0)
+    shown = ai.highlighted(nasty)
+    assert "<script>" not in shown and "&lt;script&gt;</mark>&quot;&amp;" in shown

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from metasae_lib import Profile, Run, contexts
+from metasae_lib import autointerp as ai
 from metasae_lib.contexts import Contexts, Layout, Pieces, collect
 from metasae_lib.dictionary import BatchTopK, normalise
 from metasae_lib.errors import MeasureError
@@ -265,3 +266,31 @@ def test_segments_with_words(stage: Stage) -> None:
 def test_a_window_that_does_not_fit_is_refused(stage: Stage) -> None:
     with pytest.raises(MeasureError, match="does not fit rows of 20"):
         collect(stage.run, {"arm": stage.arm}, window=21)
+
+
+def test_material_of_collected_features(stage: Stage) -> None:
+    found = stage.collect(keep=40)
+    plan = ai.Plan(explain=10, score=5, rounds=4)
+    features = found.usable(plan.examples, plan.examples)[:4]
+    for material in ai.materials(found, features, plan):
+        examples = [*material.explain.examples, *material.examples]
+        assert len({e.segment for e in examples}) == 15
+        assert all(found.fires_in(material.feature, e.segment) for e in examples)
+        silent = [*material.silent, *material.explain.against]
+        assert len({e.segment for e in silent}) == 15
+        assert not any(found.fires_in(material.feature, e.segment) for e in silent)
+    with pytest.raises(MeasureError, match="fires almost everywhere"):
+        ai.materials(found, [1], ai.Plan(explain=10, score=30))
+
+
+def test_planted_features_fire_on_their_words(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = stage.collect()
+    words = tuple({Pieces(TOKENIZER)([int(i)])[0].strip() for i in stage.rows[0]} - {"", "�"})
+    monkeypatch.setattr(ai, "PLANTED", {"some words": words, "no words": ("qqqq",)})
+    made = ai.planted(found, ai.Plan(), copies=2)
+    assert [text for _, text in made] == ["some words"] * 2
+    used = [e.segment for m, _ in made for e in (*m.explain.examples, *m.examples)]
+    assert len(set(used)) == 30
+    assert all(e.strength == 0 for m, _ in made for e in m.silent)

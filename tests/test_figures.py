@@ -149,6 +149,31 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
             atoms_mean_abs_phi=0.012,
         )
     ),
+    "judge_controls": lambda: figures.judge_controls(
+        pd.DataFrame(
+            [
+                (group, condition, score, 0.5, 0.4, 0.6, 0.0)
+                for group in ("planted", "features")
+                for condition in ("right", "shuffled", "empty")
+                for score in ("fuzzing", "spearman", "detection")
+            ],
+            columns=["group", "condition", "score", "mean", "low", "high", "chance"],
+        )
+    ),
+    "fuzzing_difference": lambda: figures.fuzzing_difference(
+        pd.DataFrame(
+            {
+                "score": [-0.5, 0.5] * 2,
+                "difference": [-0.1, 0.1] * 2,
+                "low": -0.2,
+                "high": 0.2,
+                "judge": ["lexical"] * 2 + ["in-process"] * 2,
+            }
+        )
+    ),
+    "scores_together": lambda: figures.scores_together(
+        ARMS.assign(fuzzing=[-1, 0, 0.5, 1], spearman=[0, 0.1, np.nan, 1], detection=0.5)
+    ),
     "scorecard_overview": lambda: figures.scorecard_overview(
         pd.DataFrame(
             {

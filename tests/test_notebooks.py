@@ -75,9 +75,7 @@ def test_ends_with_the_three_blocks(notebook: Any) -> None:
 def test_every_figure_has_label_caption_and_description(notebook: Any) -> None:
     labels = []
     for cell in code(notebook):
-        draws = "figures." in cell.source.splitlines()[-1] or re.search(
-            r"^figures\.", cell.source, re.MULTILINE
-        )
+        draws = re.search(r"\bfigures\.[a-z_0-9]+\(", cell.source)
         described = cell.metadata.get("mystnb", {})
         assert bool(draws) == bool(described), cell.source
         if described:

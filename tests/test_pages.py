@@ -18,12 +18,11 @@ from metasae_lib import Profile, Run
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "workflow"))
 
+import book  # noqa: E402
 import execute  # noqa: E402
 import pages  # noqa: E402
 import toc  # noqa: E402
 from check_site import check_site  # noqa: E402
-
-import book  # noqa: E402
 
 NOTEBOOK = """\
 # %% [markdown]

@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import toc
 import yaml
-from check_site import check_site
 from nbformat.v4 import new_markdown_cell
+
+import toc
+from check_site import check_site
+from metasae_lib import Profile, Run, report
+from metasae_lib.errors import ArtefactError, MetaSAEError
 from pages import (
     ANSI,
     LINES_SHOWN,
@@ -33,9 +36,6 @@ from pages import (
     tables_used,
     without_machine,
 )
-
-from metasae_lib import Profile, Run, report
-from metasae_lib.errors import ArtefactError, MetaSAEError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # One file with TeX input and HTML output; its fonts are looked for beside it.
@@ -53,7 +53,7 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     `root` holds book/, notebooks/ and profiles/. PageError or BookError for what must not be shown.
     """
     shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(root / "book", staging)
+    shutil.copytree(root / "book", staging, ignore=shutil.ignore_patterns("explorer"))
     _copy_mathjax(staging / "_extra" / "mathjax")
     generated = staging / "generated"
     generated.mkdir()
@@ -128,6 +128,9 @@ def _stage_run(run: Run, notebooks: Sequence[str], sources: Path, folder: Path) 
         nbformat.write(without_machine(notebook), folder / "executed" / f"{name}.ipynb")
         shutil.copyfile(sources / f"{name}.py", folder / "executed" / f"{name}.py")
     (folder / "index.md").write_text(_run_page(run, executed), encoding="utf-8")
+    explorer = run.folder / "explorer"  # finished pages: Sphinx copies them as they are
+    if explorer.is_dir():
+        shutil.copytree(explorer, folder.parent / "_extra" / "explorer" / run.profile.name)
 
 
 def _add_banner(page: nbformat.NotebookNode, profile: Profile) -> None:

@@ -23,13 +23,13 @@ from typing import Any
 import jupytext
 import nbformat
 import papermill
-from pages import ANSI, LINES_SHOWN, code_cells, unfinished
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from metasae_lib import Profile, Run
 from metasae_lib.errors import MetaSAEError
 from metasae_lib.run import atomic_write
+from pages import ANSI, LINES_SHOWN, code_cells, unfinished
 
 ATTEMPTS = 3  # kernels that start at once collide now and then
 HEARTBEAT_SECONDS = 30

@@ -926,7 +926,7 @@ def cross_scan(
                     np.save(path, cross.n11)
                 with atomic_write(folder / "n1.npz") as path:
                     np.savez(path, a=cross.n1_a, b=cross.n1_b)
-                artefacts[pair].finish({"n_tokens": cross.n_tokens})
+                artefacts[pair].finish({"n_tokens": cross.n_tokens}, shared_by=len(missing))
         return {pair: _load_cross(artefact) for pair, artefact in artefacts.items()}
 
 

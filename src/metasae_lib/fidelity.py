@@ -162,7 +162,8 @@ def measure_arms(run: Run, arms: Mapping[str, Arm], subject: Subject | None = No
             for name in missing:
                 dead = int((calibrations[name].selected == 0).sum())
                 artefacts[name].finish(
-                    {"fidelity": {**errors[name], **entropies[name], "dead": dead}}
+                    {"fidelity": {**errors[name], **entropies[name], "dead": dead}},
+                    shared_by=len(missing),
                 )
         measured = {name: one.info["fidelity"] for name, one in artefacts.items()}
     return pd.DataFrame(

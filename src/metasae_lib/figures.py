@@ -253,7 +253,8 @@ def fidelity(figure: Figure, frame: pd.DataFrame) -> None:
     axes[0].set(xlabel="L2 (share of unit variance)", yticks=list(places.values()))
     axes[0].set_yticklabels(list(places))
     axes[1].set_xlabel("CE overhead (% of the model's CE)")
-    _legend(axes[0], loc="upper center", bbox_to_anchor=(1, -0.18), ncols=4)
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
 
 @_styled(7.0, 3.0)
@@ -641,10 +642,10 @@ def judge_controls(figure: Figure, frame: pd.DataFrame) -> None:
     rows = list(dict.fromkeys(zip(frame.group, frame.condition, strict=True)))
     for ax, (name, part) in zip(axes, panels, strict=True):
         for group, (colour, marker) in zip(("planted", "features"), _SERIES, strict=False):
-            for row in part[part.group == group].itertuples():
-                y = -rows.index((row.group, row.condition))
-                ax.plot([row.low, row.high], [y, y], color=colour)
-                ax.plot(row.mean, y, marker, color=colour, label=group)
+            for row in part[part.group == group].to_dict("records"):
+                y = -rows.index((group, row["condition"]))
+                ax.plot([row["low"], row["high"]], [y, y], color=colour)
+                ax.plot(row["mean"], y, marker, color=colour, label=group)
         ax.axvline(part.chance.iloc[0], color=RED, linestyle="--", linewidth=1.2, label="chance")
         ax.set_xlabel(f"{name} score")
     axes[0].set_yticks([-i for i in range(len(rows))], [f"{g}: {c}" for g, c in rows])

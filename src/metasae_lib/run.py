@@ -77,11 +77,12 @@ class Artefact:
             raise ArtefactError(f"{self.folder.name} is not finished: run the step that makes it")
         return self._read()
 
-    def finish(self, extra: Mapping[str, Any] | None = None) -> None:
+    def finish(self, extra: Mapping[str, Any] | None = None, shared_by: int = 1) -> None:
         """Declare the folder's files final: sizes, hashes and provenance, written last.
 
         The entries of `extra` stand beside the others in `info`. `seconds` counts from the
-        opening of the lock; a stage that resumes may give its own total in `extra`.
+        opening of the lock, divided among `shared_by` artefacts that one pass makes; a stage that
+        resumes may give its own total in `extra`.
         """
         for left_over in self.folder.rglob(".*.tmp*"):
             left_over.unlink()
@@ -96,7 +97,7 @@ class Artefact:
             "version": self.version,
             "inputs": self.inputs,
             "files": files,
-            "seconds": round(time.monotonic() - self._started, 3),
+            "seconds": round((time.monotonic() - self._started) / shared_by, 3),
             "date": _now(),
             "commit": commit(),
             "hardware": hardware(),
@@ -265,6 +266,11 @@ class Run:
         path = self.folder / "manifest.json"
         _write_json(path, {"profile_hash": self.profile.hash, "tables": tables, "values": values})
         return path
+
+    def stages(self) -> list[tuple[str, float]]:
+        """(stage, seconds spent making it) of every finished artefact of the run."""
+        made = [self._read(path) for path in self._artefacts()]
+        return [(info["stage"], info["seconds"]) for info in made]
 
     def _artefacts(self) -> list[Path]:
         """`artefact.json` of every finished artefact that the run has asked for."""

@@ -97,7 +97,31 @@ WORDS: dict[str, tuple[Sense, ...]] = {
     ),
     "well": (
         Sense("also", before=r"\bas "),
-        Sense("in a good way", before=r"\b(very|so|doing|do|did|works?|worked|pretty|really) "),
+        Sense("in a good way", before=r"\b(very|so|do|doing|did|works?|worked|pretty|go|be|it) "),
+    ),
+    "over": (
+        Sense("during", after=r"\s+the (past|last|next|coming|course|years|weekend)\b"),
+        Sense("more than", after=r"\s+([$£€]?\d|a (million|hundred|thousand|third|quarter))"),
+    ),
+    "about": (
+        Sense("roughly", after=r"\s+([$£€]?\d|a (third|quarter|dozen)|half|one|two|three)\b"),
+        Sense("concerning", after=r"\s+(the|his|her|their|how|what|it|this|that|our|my)\b"),
+    ),
+    "back": (
+        Sense("return", after=r"\s+(to|in|from|into|home|on)\b"),
+        Sense("rear", before=r"\b(the|his|her|my|their) "),
+    ),
+    "even": (
+        Sense("although", after=r"\s+(if|though|when|as)\b"),
+        Sense("to a degree", after=r"\s+(more|better|less|the|a|worse|greater|higher|in)\b"),
+    ),
+    "since": (
+        Sense("after", after=r"\s+(then|\d{4}|last|january|may|june|july|september|october|the)\b"),
+        Sense("because", after=r"\s+(it|he|she|we|they|you|this|there|i)\b"),
+    ),
+    "means": (
+        Sense("instrument", before=r"\b(by|the|other|any|all|no) "),
+        Sense("signifies", after=r"\s+(that|it|we|a|he|they|you|more)\b"),
     ),
     "like": (
         Sense("wish", before=r"\b(would|i|you|we|they|d|people|to) "),

@@ -290,7 +290,7 @@ def calibrate_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Calibration]:
             arm.sae.to(residuals.device)
         if missing:
             for name, result in _calibrate(run, residuals, missing).items():
-                _save(artefacts[name], result)
+                _save(artefacts[name], result, len(missing))
         results = {name: _load(artefact) for name, artefact in artefacts.items()}
     for name, arm in arms.items():
         theta = results[name].threshold(run.profile.evaluation.threshold_rule)
@@ -323,11 +323,12 @@ def _calibrate(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[
     return results
 
 
-def _save(artefact: Artefact, result: Calibration) -> None:
+def _save(artefact: Artefact, result: Calibration, n_arms: int) -> None:
     arrays: dict[str, Any] = {rule: theta.numpy() for rule, theta in result.thresholds.items()}
     with atomic_write(artefact.folder / "thresholds.npz") as path:
         np.savez(path, selected=result.selected, cutoffs=result.cutoffs, **arrays)
-    artefact.finish({"n_tokens": result.n_tokens, "off_by": result.off_by})
+    about = {"n_tokens": result.n_tokens, "off_by": result.off_by}
+    artefact.finish(about, shared_by=n_arms)
 
 
 def _load(artefact: Artefact) -> Calibration:
