@@ -252,10 +252,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(plan_text(Profile.load(options.profile), names))
         else:
             profiles = [Profile.load(name) for name in options.profiles]
-            from metasae_lib import subject  # loads torch
+            from metasae_lib.subject import fetch as fetch_model  # loads torch
 
             for profile in profiles:
-                subject.fetch(profile)
+                fetch_model(profile)
     except MetaSAEError as error:
         print(error, file=sys.stderr)
         return 2

@@ -518,7 +518,8 @@ def split_counts(figure: Figure, frame: pd.DataFrame) -> None:
         bars = ax.barh(place + shift, frame[column], 0.38, color=colour, hatch=hatch,
                        edgecolor="white", label=column)  # fmt: skip
         ax.bar_label(bars, padding=3)
-    ax.set_yticks(place, [f"{_ROLES[r.role]}: {r.a[-5:]}, {r.b[-5:]}" for r in frame.itertuples()])
+    names = zip(frame.role, frame.a, frame.b, strict=True)
+    ax.set_yticks(place, [f"{_ROLES[role]}: {a[-5:]}, {b[-5:]}" for role, a, b in names])
     ax.invert_yaxis()
     ax.margins(x=0.1)
     ax.set_xlabel("features that come apart in several of the other dictionary")
