@@ -168,7 +168,9 @@ for kind, mine in scores[scores.judge == best].groupby("kind", sort=False):
     display(HTML(f"<p>The {kind} arm</p>{page}"))
 
 # %%
-headline = fuzz[fuzz.judge == best].iloc[0].dropna().to_dict()
+mine = (verdicts.judge == auto.judge) & (verdicts.score == "fuzzing")
+believed = bool(verdicts.able[mine].all())  # a judge that failed gives the paper's values no answer
+headline = fuzz[fuzz.judge == auto.judge].iloc[0].dropna().to_dict() if believed else {}
 values = ai.published_values(headline, int((pairs.cosine >= auto.cosine).sum()))
 run.save_table(
     "autointerp_values", values, "The paper's auto-interpretability values on this model"

@@ -180,6 +180,7 @@ numbers = {"too": 2, "let": 3} | (
     {"cookies": 4, "flash": 5} if "gemma" in run.profile.model.source else {}
 )
 ids, verdicts, values = tokens.rows("scan"), [], []
+heading = {"phi": "φ with the solo feature", "phi_word": "φ with the word", "sense": "belongs to"}
 two = {name: arms[name] for name in (solo, joint)}
 for word, number in numbers.items():
     places = senses.occurrences(ids, tokens.tokenizer, word, int(run.profile.text.skip_first))
@@ -201,7 +202,8 @@ for word, number in numbers.items():
     beside = {head: a.toarray().ravel() for head, a in heads.items()}
     display(
         Markdown(f"### “{word}”"),
-        report.table(study, f"Table {number} for this model: “{word}”", f"tab-{word}"),
+        report.table(study.rename(columns=heading), f"Table {number} for this model: “{word}”",
+                     f"tab-{word}"),
         report.table(theirs[["feature", "value", "note"]], f"The paper's Table {number}: joint "
                      "features, φ with its solo feature, sense", f"tab-{word}-paper"),
         report.table(senses.side_by_side(places, labels, names, beside),

@@ -317,3 +317,9 @@ def test_text_of_the_web_is_escaped() -> None:
     nasty = Example((1, 2), ("<script>", '"&'), (2.0, 0.0), 0)
     shown = ai.highlighted(nasty)
     assert "<script>" not in shown and "&lt;script&gt;</mark>&quot;&amp;" in shown
+
+
+def test_a_score_without_a_control_is_not_believed() -> None:
+    table = controls().assign(spearman=math.nan)
+    verdict = ai.judge_verdict(table, "spearman")
+    assert not verdict.able and "nothing to score" in verdict.words

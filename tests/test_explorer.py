@@ -9,14 +9,19 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from metasae_lib import explorer
+from metasae_lib.cooccurrence import CooccurrenceCounter
+from metasae_lib.dictionary import BatchTopK
 from metasae_lib.errors import MeasureError
-from metasae_lib.explorer import MAX_FILE_BYTES, ArmPage, Context, write
+from metasae_lib.explorer import MAX_FILE_BYTES, ArmPage, Context, collect, peak_tokens, write
 
 HOSTILE = "<script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
 
@@ -260,6 +265,80 @@ def test_an_arm_whose_parts_differ_is_refused(tmp_path: Path) -> None:
         write(tmp_path, [ArmPage(**fields)], "tiny", "", "")
     with pytest.raises(MeasureError, match="not in the explorer"):
         write(tmp_path, [arm("solo-seed0", "joint-seed0")], "tiny", "", "")
+
+
+class FakeContexts:
+    """Three features: one that peaks on two tokens, one on one, one that never fires."""
+
+    n_features = 3
+    examples = (
+        [(" big", 5.0), (" small", 2.0), (" small", 2.0), (" small", 2.0)], [(" one", 1.0)], [],
+    )  # fmt: skip
+
+    def top(self, feature: int, count: int) -> list[Any]:
+        return [
+            SimpleNamespace(pieces=("x", token), acts=(0.0, act), peak=1, strength=act)
+            for token, act in self.examples[feature][:count]
+        ]
+
+    def activations(self, feature: int) -> np.ndarray:
+        return np.array([act for _, act in self.examples[feature]])
+
+
+def test_peaks_are_weighed_by_strength() -> None:
+    assert peak_tokens(FakeContexts()) == [[" small", " big"], [" one"], []]
+
+
+def test_what_is_collected_is_what_was_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two dictionaries, the second the first with its features turned round, and a copy."""
+    fired = np.random.default_rng(0).random((500, 3)) < [0.5, 0.2, 0.1]
+    solo = BatchTopK(16, 3, 1, seed=0)
+    joint, copy = BatchTopK(16, 3, 1), BatchTopK(16, 3, 1, seed=0)
+    joint.W_dec.data = solo.W_dec.data.flip(0)
+    for sae in (solo, joint, copy):
+        sae.threshold = torch.tensor([0.5, torch.inf, 0.5])
+
+    def counted(name: str) -> np.ndarray:
+        return fired if name == "solo" else fired[:, ::-1].copy()
+
+    def scan(run: Any, arms: Any) -> dict[str, Any]:
+        counters = {name: CooccurrenceCounter(3) for name in arms}
+        for name, counter in counters.items():
+            counter.update(counted(name))
+        return {name: counter.counts() for name, counter in counters.items()}
+
+    def cross(run: Any, arms: Any, pairs: Any) -> dict[Any, Any]:
+        counters = {pair: CooccurrenceCounter(3, 3) for pair in pairs}
+        for (a, b), counter in counters.items():
+            counter.update(counted(a), counted(b))
+        return {pair: counter.cross_counts() for pair, counter in counters.items()}
+
+    monkeypatch.setattr(explorer, "scan_arms", scan)
+    monkeypatch.setattr(explorer, "cross_scan", cross)
+    arms = {
+        name: SimpleNamespace(sae=sae)
+        for name, sae in (("solo", solo), ("copy", copy), ("joint", joint))
+    }
+    told = pd.DataFrame(
+        {"arm": ["solo"], "feature": [1], "explanation": ["ones"], "fuzz": [0.5], "more": [1]}
+    )
+    contexts = {name: FakeContexts() for name in arms}
+    pages = collect(None, arms, contexts, ("solo", "joint"), told)  # type: ignore[arg-type]
+    assert [page.name for page in pages] == ["solo", "joint"]  # the copy is the solo arm again
+    features = pages[0].features
+    assert features.partner.tolist() == [2, 1, 0]
+    np.testing.assert_allclose(features.phi, 1)
+    np.testing.assert_allclose(features.rate, fired.mean(0))
+    assert features.explanation.fillna("").tolist() == ["", "ones", ""] and features.fuzz[1] == 0.5
+    assert features["max"].tolist()[:2] == [5, 1] and np.isnan(features["max"][2])
+    correlation = np.corrcoef(fired.T)
+    (first, value), _ = pages[0].near[0]
+    assert value == pytest.approx(correlation[0, first]) and first != 0
+    assert abs(value) == pytest.approx(np.abs(correlation[0, 1:]).max())
+    assert sum(pages[0].histograms[0]) == 4 and pages[0].histograms[2] == []
+    assert max(write(tmp_path / "explorer", pages, "x", "", "").values()) < MAX_FILE_BYTES
 
 
 # The least WCAG contrast of any text with what lies behind it, translucent layers blended.

@@ -507,6 +507,9 @@ def judge_verdict(controls: pd.DataFrame, score_name: str = "fuzzing") -> Verdic
     right, wrong = (
         by[name][score_name].fillna(CHANCE[score_name]) for name in ("right", "shuffled")
     )
+    if by["right"][score_name].isna().all() and not by["right"].unreadable.any():
+        why = "the planted features give it nothing to score, such as strengths that differ"
+        return Verdict(score_name, False, (why,))
     checks: list[tuple[bool, str]] = []
     above = _interval(right - CHANCE[score_name])
     checks.append(

@@ -169,9 +169,7 @@ def _features(
     if explanations is not None:
         told = explanations[explanations.arm == name]
     told = told.drop_duplicates("feature").set_index("feature")[["explanation", "fuzz"]]
-    frame = frame.join(told)
-    frame["explanation"] = [e if isinstance(e, str) else None for e in frame.explanation]
-    return frame
+    return frame.join(told)
 
 
 def _largest(values: NDArray[Any]) -> float:

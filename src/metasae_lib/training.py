@@ -14,7 +14,6 @@ part in e_hat), and p_i of Eq. 2. The second term reaches b_dec through the enco
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -560,7 +560,7 @@ def _groups(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        free = psutil.virtual_memory().available  # what the page cache holds can be had
     budget = _MEMORY_SHARE * free - step_bytes(profile, d_in)
     group: list[_Place] = []
     held = 0
