@@ -155,7 +155,7 @@ solo, best = means.loc[0.0], means.drop(0.0).recovered.idxmax()
 gain = means.recovered[best] - solo.recovered
 scatter = scores[scores.lambda2 == 0].recovered.std()
 verdict = (
-    "more atoms" if gain > 2 * scatter else "fewer atoms" if gain < -2 * scatter else "as many"
+    "more" if gain > 2 * scatter else "fewer" if gain < -2 * scatter else "no clear difference"
 )
 rank = scores[["mean_abs_phi", "recovered"]].corr("spearman").iloc[0, 1]
 below = means.drop(0.0)

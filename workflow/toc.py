@@ -10,6 +10,7 @@ from typing import Any
 # A notebook reads tables that these have saved. One that is not named waits for none.
 AFTER = {
     "03_cooccurrence": ["02_training"],
+    "04_autointerp": ["02_training"],
     "05_case_studies": ["02_training", "04_autointerp"],
 }
 # The scorecard compares everything there is, so it waits for every other notebook.
