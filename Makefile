@@ -7,16 +7,21 @@ GPU      ?= h100
 BIN      := .venv/bin
 READY    := .venv/ready
 
-.PHONY: book test lint lab bench plan lock clean
+.PHONY: book test browser lint lab bench plan lock clean
 .DELETE_ON_ERROR:
 
 book: $(READY)
 	$(BIN)/python -m metasae_lib fetch $(PROFILES)
 	$(BIN)/python workflow/build.py $(PROFILES)
 
-test: lint
+test: lint browser
 	$(BIN)/python -m metasae_lib fetch tiny
 	$(BIN)/pytest
+
+# Pages are tested in a real browser.
+browser:
+	@command -v chromium google-chrome >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium >/dev/null) \
+	  || (echo "The pages are tested in a browser: install chromium, then run make test again" && exit 1)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -180,6 +180,6 @@ display(
     report.provenance(run),
     report.downloads(
         run, "autointerp_controls", "autointerp_features", "autointerp_scores",
-        "autointerp_compared", "figure_2",
+        "autointerp_compared", "autointerp_verdicts", "figure_2",
     ),
 )  # fmt: skip
