@@ -7,7 +7,7 @@ GPU      ?= h100
 BIN      := .venv/bin
 READY    := .venv/ready
 
-.PHONY: book test browser lint lab bench plan lock clean
+.PHONY: book test browser lint lab bench peers plan lock clean
 .DELETE_ON_ERROR:
 
 book: $(READY)
@@ -34,6 +34,13 @@ lab: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/$(BENCH).py
+
+# The libraries that benchmarks measure against; a torchvision that does not match torch breaks their imports.
+peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --requirement benchmarks/peers/requirements.txt
+	.venv-peers/bin/pip uninstall --quiet --yes torchvision
+	.venv-peers/bin/python benchmarks/saelens_roundtrip.py
 
 plan: $(READY)
 	$(BIN)/python -m metasae_lib plan $(PROFILE) --gpu $(GPU)
