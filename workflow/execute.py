@@ -71,12 +71,14 @@ class Reporter:
             self.say(f"{self.cell}, {minutes:.1f} min{self._progress()}")
 
     def _progress(self) -> str:
-        """The last state that the library's progress bar wrote, if it wrote one."""
+        """The last state that the library's progress bars wrote, if they wrote one."""
         try:
-            states = re.split(r"[\r\n]+", self.progress_file.read_text(errors="replace").strip())
+            text = self.progress_file.read_text(errors="replace").replace("\0", "")
         except OSError:
             return ""
-        return f" · {states[-1]}" if states[-1] else ""
+        # Bars within bars move the cursor; a finished one is wiped out with blanks.
+        states = [state for state in re.split(r"[\r\n]|\x1b\[A", text) if state.strip()]
+        return f" · {states[-1].strip()}" if states else ""
 
 
 class ReportingEngine(NBClientEngine):
