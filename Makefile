@@ -7,7 +7,7 @@ GPU      ?= h100
 BIN      := .venv/bin
 READY    := .venv/ready
 
-.PHONY: book test browser lint lab bench peers plan lock clean
+.PHONY: book test browser lint lab bench peers plan keep lock clean
 .DELETE_ON_ERROR:
 
 book: $(READY)
@@ -53,6 +53,15 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --editable .
 	$(BIN)/jupytext-config --settings-file .venv/share/jupyter/lab/settings/overrides.json set-default-viewer python
 	touch $@
+
+# Keep the small tables of a run in results/, each with its provenance, and one picture of them.
+KEPT := arms phi grid effects headline_by_choice scorecard verdict_counts autointerp_verdicts split_counts recovery
+keep: $(READY)
+	mkdir -p results/$(PROFILE)
+	cd runs/$(PROFILE) && cp $(foreach table,$(KEPT),tables/$(table).csv tables/$(table).json) values/headline.json ../../results/$(PROFILE)
+	$(BIN)/python -c 'import pandas as pd; from metasae_lib import figures as f; \
+	  effects = pd.read_csv("results/$(PROFILE)/effects.csv"); \
+	  f.effect(effects, {"the paper, −7.5%": f.HEADLINE, "its four seeds, −2.3%": -2.3}).savefig("results/$(PROFILE)/effect.png", dpi=100)'
 
 # Resolve pyproject.toml anew. GPU libraries are left out of the lock: torch itself pins the ones it was built with.
 lock:
