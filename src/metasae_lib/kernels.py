@@ -26,9 +26,10 @@ from torch import Tensor
 # Reassociation lets a dot product use vector lanes, contraction gives fused multiply-add. Both are
 # fixed when the loop is compiled. The rest of "fastmath" stays off: NaN must remain NaN. Python's
 # check for a division by zero would keep a loop from using vector lanes.
+# numba's cache stays off: what it loads is optimised once more than what it has just compiled, and
+# differs in the last bits, so that a resumed training would not equal one that was never killed.
 _FLOAT = {"reassoc", "contract", "nsz"}
 _LOOP: dict[str, Any] = {
-    "cache": True,
     "nogil": True,
     "fastmath": _FLOAT,
     "error_model": "numpy",
