@@ -82,13 +82,11 @@ class Browser:
             time.sleep(0.02)
         return time.monotonic() - started
 
-    def open(self, page: Path, hash_: str = "") -> float:
-        """Open a page of the explorer afresh; seconds until it shows its list."""
+    def open(self, page: Path, hash_: str = "") -> None:
+        """Open a page of the explorer afresh, and wait until it shows its list."""
         self.call("Page.navigate", url="about:blank")
-        started = time.monotonic()
         self.call("Page.navigate", url=f"{page.as_uri()}{hash_}")
         self.until(READY)
-        return time.monotonic() - started
 
     def press(self, key: str) -> None:
         text = {"text": key} if len(key) == 1 else {}
