@@ -164,3 +164,37 @@ def test_adam_is_that_of_torch() -> None:
         optimiser.step()
         kernels.adam_step(w, m, v, g, Adam(3e-3, 0.9, 0.99, step))
         torch.testing.assert_close(w, peer.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_thresholds_select_and_pull(dtype: torch.dtype) -> None:
+    """Both forms against a loop over all entries; some lie exactly on a bound."""
+    generator = torch.Generator().manual_seed(0)
+    pre = (torch.randint(-40, 41, (37, 70), generator=generator) / 16).to(dtype)
+    threshold = torch.randint(2, 40, (70,), generator=generator) / 16
+    threshold[::7] += 1e-4
+    error = torch.randn(37, 12, generator=generator)
+    W_dec = torch.randn(70, 12, generator=generator)
+    reach = 1 / 8
+    acts = torch.zeros(37, 70)
+    dots, counts = torch.zeros(70, dtype=torch.float64), torch.zeros(70)
+    for t in range(37):
+        for j in range(70):
+            x, theta = pre[t, j].item(), threshold[j].item()
+            if x > theta:
+                acts[t, j] = x
+            if theta - reach < x <= theta + reach:
+                dots[j] += error[t].double() @ W_dec[j].double()
+                counts[j] += 1
+    codes = kernels.above_threshold(pre, threshold)
+    torch.testing.assert_close(dense(codes, (37, 70)), acts, rtol=0, atol=0)
+    plain = kernels.above_threshold_plain(pre, threshold).acts.float()
+    torch.testing.assert_close(plain, acts, rtol=0, atol=0)
+    assert (codes.col_ptr[1:] - codes.col_ptr[:-1]).tolist() == (acts > 0).sum(0).tolist()
+    for form in (COMPILED, PLAIN):
+        mine, number = form.near_threshold(pre, threshold, reach, error, W_dec)
+        assert torch.equal(number, counts)
+        coarse = form is PLAIN and dtype == torch.bfloat16
+        torch.testing.assert_close(
+            mine.double(), dots, rtol=0.05 if coarse else 1e-5, atol=0.2 if coarse else 1e-5
+        )

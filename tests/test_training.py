@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor
 
 from metasae_lib import Profile, Run, kernels, training
-from metasae_lib.dictionary import BatchTopK, denormalise, normalise
+from metasae_lib.dictionary import BatchTopK, JumpReLU, denormalise, normalise
 from metasae_lib.errors import ArtefactError, TrainingError
 from metasae_lib.kernels import Pull
-from metasae_lib.penalty import decomposability_penalty, penalty_pull
+from metasae_lib.penalty import decomposability_penalty, orthogonality, penalty_pull
 from metasae_lib.profile import ArmSpec
-from metasae_lib.training import Learner, Settings, Trainer
+from metasae_lib.training import JumpReLULearner, Learner, Settings, Trainer
 
 D = 24
 
@@ -25,13 +26,13 @@ D = 24
 class Stream:
     """Stands for activations.BatchStream: sparse sums of fixed directions, by step alone."""
 
-    def __init__(self, run: Run, order_seed: int = 0) -> None:
+    def __init__(self, run: Run) -> None:
         self.residuals = Residuals(run, "train")
         self.b = run.profile.training.batch_tokens
         self.atoms = torch.randn(60, D, generator=torch.Generator().manual_seed(5))
 
-    def batch(self, step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1000 + step)
+    def batch(self, step: int, order: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 + step + 10**6 * order)
         weights = torch.rand(self.b, 60, generator=generator)
         weights = weights * (torch.rand(self.b, 60, generator=generator) < 0.06)
         noise = torch.randn(self.b, D, generator=generator) / 20
@@ -137,6 +138,98 @@ def test_gradients_agree_with_float64_autograd(
     assert losses.dead == len(dead)
 
 
+class Rectangle(torch.autograd.Function):
+    """1 where pre > θ; its derivative by θ is that of a ramp of width `width` (in float64)."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, theta: Tensor, width: float) -> Tensor:
+        ctx.save_for_backward(pre, theta)
+        ctx.width = width
+        return (pre > theta).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[None, Tensor, None]:
+        pre, theta = ctx.saved_tensors
+        window = ((pre - theta).abs() < ctx.width / 2).to(pre.dtype)
+        return None, (-window / ctx.width * grad[0]).sum(0), None
+
+
+@pytest.mark.parametrize("form", [kernels.COMPILED, kernels.PLAIN])
+def test_jumprelu_gradients_agree_with_float64_autograd(form: kernels.Kernels) -> None:
+    """L2 and (L0/k - 1)², with the rectangle's derivative, written plainly."""
+    b, d, n, k = 60, 24, 96, 5
+    sae = JumpReLU(d, n, k, seed=1)
+    settings = Settings(3e-4, dtype=torch.float32, aux_weight=0.0, bandwidth=0.05)
+    learner = JumpReLULearner(sae, settings)
+    learner.kernels, learner.step_count = form, 1  # not the first: thresholds are there
+    generator = torch.Generator().manual_seed(4)
+    sae.threshold.copy_(0.7 + 0.4 * torch.rand(n, generator=generator))
+    z = normalise(torch.randn(b, d, generator=generator))[0]
+
+    W_enc, W_dec = (w.detach().double().requires_grad_() for w in (sae.W_enc, sae.W_dec))
+    b_dec = sae.b_dec.detach().double().requires_grad_()
+    theta = sae.threshold.double().requires_grad_()
+    pre = (z.double() - b_dec) @ W_enc
+    step: Tensor = Rectangle.apply(pre, theta, learner.width)  # type: ignore[assignment]
+    # The gate passes the value of pre where it is open, and moves with θ at height θ.
+    acts = pre * step.detach() + theta.detach() * (step - step.detach())
+    l0 = step.sum() / b
+    l2 = (z.double() - acts @ W_dec - b_dec).square().mean()
+    (l2 + (l0 / k - 1) ** 2).backward()
+    assert W_dec.grad is not None and W_enc.grad is not None and theta.grad is not None
+    along = (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+
+    losses = learner.step(z)
+    moments = (learner.moments[0], learner.moments[2], learner.moments_b[0])
+    expected = (W_enc.grad.T, (W_dec.grad - along).detach(), b_dec.grad)
+    for moment, gradient in zip(moments, expected, strict=True):
+        assert gradient is not None
+        assert (moment.double() / 0.1 - gradient).norm() <= 1e-5 * gradient.norm()
+    mine = learner.moments_t[0].double() / 0.1 / d**0.5
+    assert theta.grad.count_nonzero() > 20
+    assert (mine - theta.grad).norm() <= 1e-5 * theta.grad.norm()
+    assert float(losses.l0) == pytest.approx(l0.item())
+    assert losses.l2.item() == pytest.approx(l2.item(), rel=1e-6)
+
+
+def test_as_released_residual_is_no_constant() -> None:
+    """AuxK's gradient through e, by autograd; rows are unit before the step and drift after it."""
+    b, d, n, k, weight = 50, 24, 96, 5, 0.5
+    sae = BatchTopK(d, n, k, seed=1)
+    sae.W_enc.data[:, :20] *= 1e-2  # silent
+    settings = Settings(
+        1e-2, dtype=torch.float32, k_aux=8, aux_weight=weight, dead_after=1, as_released=True
+    )
+    z = normalise(torch.randn(b, d, generator=torch.Generator().manual_seed(2)))[0]
+    exact = BatchTopK(d, n, k, seed=1).double().requires_grad_()
+    exact.W_enc.data.copy_(sae.W_enc)
+    exact.W_dec.data.copy_(sae.W_dec)
+    acts = exact.encode(z.double())
+    error = z.double() - exact.decode(acts)
+    dead = (acts == 0).all(0).nonzero()[:, 0]
+    pre = exact.pre_activations(z.double())[:, dead].relu()
+    kept = torch.zeros_like(pre).scatter(1, pre.topk(8, 1).indices, 1.0)
+    aux = (error - (pre * kept) @ exact.W_dec[dead]).square().mean()
+    (error.square().mean() + weight * aux).backward()
+    grad, rows = exact.W_dec.grad, exact.W_dec.detach()
+    assert grad is not None and exact.W_enc.grad is not None and exact.b_dec.grad is not None
+    learner = Learner(sae, settings)
+    learner.step(z)
+    projected = grad - (grad * rows).sum(1, keepdim=True) * rows
+    for moment, gradient in (
+        (learner.moments[0], exact.W_enc.grad.T),
+        (learner.moments[2], projected),
+        (learner.moments_b[0], exact.b_dec.grad),
+    ):
+        assert (moment.double() / 0.1 - gradient).norm() <= 1e-5 * gradient.norm()
+    drift = (learner.W_dec.norm(dim=1) - 1).abs()
+    assert 1e-4 < drift.max() < 0.05
+    torch.testing.assert_close(
+        learner.W_dec.double(), rows - 1e-2 * projected / (projected.abs() + 1e-8),
+        rtol=0, atol=2e-5,
+    )  # fmt: skip
+
+
 def test_a_run_of_steps_is_that_of_torch_optim_adam() -> None:
     """Thirty steps beside autograd, torch's Adam, and unit rows by projection, in float64."""
     sae, peer = BatchTopK(16, 40, 3, seed=2), BatchTopK(16, 40, 3, seed=2).double()
@@ -209,6 +302,46 @@ def test_arms_train_and_the_control_is_the_solo_arm(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("synthetic")
+def test_every_kind_of_arm(tmp_path: Path) -> None:
+    """Each is trained, is what its name says, and differs from the solo arm."""
+    kinds = ["solo", "joint", "ablation", "ortsae", "as-released", "critic", "matched-fidelity"]
+    # A strong penalty, so that there is something to match.
+    profile = small(
+        training__arms=kinds, training__lambda2=[30.0], training__seeds=[0, 1],
+        training__order="by_seed",
+    )  # fmt: skip
+    arms = training.train_arms(Run.open(profile, tmp_path))
+    assert list(arms) == [
+        "solo-seed0", "solo-order1-seed1", "joint-lambda30-sigma1-seed0",
+        "joint-lambda30-sigma1-order1-seed1", "jumprelu-seed0", "jumprelu-lambda30-sigma1-seed0",
+        "jumprelu-k2-seed0", "jumprelu-k2-lambda30-sigma1-seed0", "batchtopk-k2-seed0",
+        "batchtopk-k2-lambda30-sigma1-seed0", "ortsae-seed0", "as-released-seed0",
+        "as-released-lambda30-sigma1-seed0", "critic-k1-lambda30-sigma1-seed0",
+        "critic-steps100to10-lambda30-sigma1-seed0", "matched-fidelity-lambda30-sigma1-seed0",
+    ]  # fmt: skip
+    solo = arms.pop("solo-seed0")
+    for name, arm in arms.items():
+        assert not torch.equal(arm.sae.W_dec, solo.sae.W_dec), name
+        assert (arm.meta is not None) == arm.spec.has_meta
+        assert isinstance(arm.sae, JumpReLU if "jumprelu" in name else BatchTopK)
+        assert arm.history["l2"].iloc[-1] < arm.history["l2"].iloc[0]
+    last = {name: arm.history.iloc[-1] for name, arm in arms.items()}
+    assert last["ortsae-seed0"].penalty < orthogonality(solo.sae.W_dec, 96)[0]
+    assert last["batchtopk-k2-seed0"].l0 == 2
+    assert 2 < last["jumprelu-seed0"].l0 < 8 and last["jumprelu-k2-seed0"].l0 < 4
+    # The search: of all k tried, the nearest in L2, and its neighbours are no nearer.
+    matched = arms["matched-fidelity-lambda30-sigma1-seed0"]
+    search = pd.read_csv(matched.folder / "search.csv").set_index("k")
+    target = training.final_l2(arms["joint-lambda30-sigma1-seed0"].history)
+    gaps = (search["l2"] - target).abs()
+    assert matched.sae.k == matched.spec.k == gaps.idxmin() < solo.sae.k
+    for k in range(1, 5):
+        other = small(dictionary__k=k, training__arms=["solo"])
+        l2 = training.final_l2(training.train_arms(Run.open(other, tmp_path))["solo-seed0"].history)
+        assert abs(l2 - target) >= gaps.min()
+
+
+@pytest.mark.usefixtures("synthetic")
 def test_groups_and_added_arms_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,10 +355,10 @@ def test_groups_and_added_arms_change_nothing(
     monkeypatch.setattr(training, "Residuals", Residuals)
     train_group = training._train_group
 
-    def one_by_one(run: Run, places: list, *rest: object) -> None:
+    def one_by_one(run: Run, places: list, *rest: Any) -> None:
         calls.append(len(places))
         for place in places:
-            train_group(run, [place], *rest)  # type: ignore[arg-type]
+            train_group(run, [place], *rest)
 
     monkeypatch.setattr(training, "_train_group", one_by_one)
     training.train_arms(Run.open(small(training__arms=["solo"]), tmp_path / "b"))
@@ -312,7 +445,7 @@ def test_bad_residuals_name_arm_step_and_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     class Broken(Stream):
-        def batch(self, step: int) -> Tensor:
+        def batch(self, step: int, order: int = 0) -> Tensor:
             x = super().batch(step)
             x[3, 2] = value if step == 12 else x[3, 2]
             return x

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metasae_lib import distributed
 from metasae_lib.corpus import load_tokens
 from metasae_lib.profile import Role
 from metasae_lib.progress import progress
@@ -22,6 +23,7 @@ from metasae_lib.run import Artefact, Run, atomic_write
 from metasae_lib.subject import Subject, compute_device, fingerprint, load_subject
 
 _VERSION = 1
+_WHOLE = slice(None)
 
 
 class Residuals:
@@ -59,6 +61,11 @@ class Residuals:
         return self._subject.d_model if shape is None else shape.d_model
 
     @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self._profile.model.dtype)
+        return dtype
+
+    @property
     def n_chunks(self) -> int:
         """Chunks in one pass; the last may be shorter."""
         return -(-len(self._rows) // self._profile.activations.chunk_rows)
@@ -72,7 +79,7 @@ class Residuals:
         if not 0 <= index < self.n_chunks:
             raise IndexError(f"chunk {index} of {self.n_chunks}")
         if self._artefact is None:
-            return self._compute(index)
+            return self._computed_together(index)
         self._fill_cache(self._artefact)
         return self._read(self._artefact, index).to(self.device)
 
@@ -91,10 +98,20 @@ class Residuals:
         rows: np.ndarray = self._rows[index * size : (index + 1) * size]
         return rows
 
-    def _compute(self, index: int) -> Tensor:
-        rows, batch = self._chunk_rows(index), self._profile.model.batch_rows
+    def _computed_together(self, index: int) -> Tensor:
+        """A chunk of which each process of a launcher computes a part, in whole model batches."""
+        rows, batch = len(self._chunk_rows(index)), self._profile.model.batch_rows
+        share = -(-rows // (batch * distributed.world_size())) * batch
+        parts = [slice(i * share, (i + 1) * share) for i in range(distributed.world_size())]
+        mine = self._compute(index, parts[distributed.rank()])
+        kept = self._profile.text.kept_per_row
+        return distributed.joined(mine, [len(range(rows)[part]) * kept for part in parts])
+
+    def _compute(self, index: int, part: slice = _WHOLE) -> Tensor:
+        rows = self._chunk_rows(index)[part]
+        batch = self._profile.model.batch_rows
         first = int(self._profile.text.skip_first)
-        parts = []
+        parts = [torch.empty(0, self.d, dtype=self._dtype, device=self.device)]
         with progress(rows.size, f"residuals {self.role} {index + 1}/{self.n_chunks}") as bar:
             for start in range(0, len(rows), batch):
                 ids = rows[start : start + batch]
@@ -139,23 +156,25 @@ class BatchStream:
     """Shuffled batches of training residuals, for ever; one stream serves every arm.
 
     A pass takes the chunks in their order and shuffles the tokens of each. A batch is a function
-    of (`order_seed`, step) alone, so training resumes at any step; batches run across the ends of
-    chunks and passes. Steps in sequence load each chunk once.
+    of (step, order) alone, so training resumes at any step; batches run across the ends of chunks
+    and passes. Steps in sequence load each chunk once, for all orders.
     """
 
-    def __init__(self, run: Run, order_seed: int = 0, subject: Subject | None = None) -> None:
+    def __init__(self, run: Run, subject: Subject | None = None) -> None:
         self.residuals = Residuals(run, "train", subject)
         self.batch_tokens = run.profile.training.batch_tokens
-        self._order_seed = order_seed
         sizes = [self.residuals.chunk_tokens(i) for i in range(self.residuals.n_chunks)]
         self._ends = list(accumulate(sizes))
         # The last chunk taken from, and the order of its tokens. A batch uses its chunks one after
         # the other, so that the one it ends in is the one that the next batch starts in.
         self._chunk: tuple[int, Tensor] | None = None
-        self._order: tuple[tuple[int, int], Tensor] | None = None
+        self._orders: dict[int, tuple[tuple[int, int], Tensor]] = {}
 
-    def batch(self, step: int) -> Tensor:
-        """Raw residuals (b, d) of training step `step`, from 0; float32."""
+    def batch(self, step: int, order: int = 0) -> Tensor:
+        """Raw residuals (b, d) of training step `step`, from 0; float32.
+
+        order: seed of the order in which the tokens of a chunk are taken.
+        """
         position = step * self.batch_tokens
         end = position + self.batch_tokens
         parts = []
@@ -164,8 +183,8 @@ class BatchStream:
             index = next(i for i, stop in enumerate(self._ends) if offset < stop)
             start = self._ends[index - 1] if index else 0
             taken = min(end - position, self._ends[index] - offset)
-            order = self._shuffled(turn, index)[offset - start : offset - start + taken]
-            parts.append(self._values(index)[order])
+            shuffled = self._shuffled(order, turn, index)
+            parts.append(self._values(index)[shuffled[offset - start : offset - start + taken]])
             position += taken
         return torch.cat(parts).float()
 
@@ -175,12 +194,13 @@ class BatchStream:
             self._chunk = index, self.residuals.chunk(index)
         return self._chunk[1]
 
-    def _shuffled(self, turn: int, index: int) -> Tensor:
+    def _shuffled(self, order: int, turn: int, index: int) -> Tensor:
         """Order of the tokens of a chunk in pass `turn`."""
-        if self._order is None or self._order[0] != (turn, index):
-            name = f"{self._order_seed}/{turn}/{index}".encode()
+        last = self._orders.get(order)
+        if last is None or last[0] != (turn, index):
+            name = f"{order}/{turn}/{index}".encode()
             seed = int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
             generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(self.residuals.chunk_tokens(index), generator=generator)
-            self._order = (turn, index), order.to(self.residuals.device)
-        return self._order[1]
+            places = torch.randperm(self.residuals.chunk_tokens(index), generator=generator)
+            last = self._orders[order] = (turn, index), places.to(self.residuals.device)
+        return last[1]

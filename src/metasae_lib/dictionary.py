@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -47,7 +48,7 @@ def scale_of(std: Tensor) -> Tensor:
     return std + _EPS
 
 
-class Dictionary(nn.Module):
+class Dictionary(nn.Module, ABC):
     """What BatchTopK and JumpReLU share: weights, products, thresholds and files.
 
     W_enc (d, n), W_dec (n, d) with unit rows, b_dec (d,), float32; threshold (n,) or None while
@@ -76,6 +77,10 @@ class Dictionary(nn.Module):
         self.W_dec = nn.Parameter(decoder, requires_grad=False)
         self.b_dec = nn.Parameter(torch.zeros(d_in), requires_grad=False)
         self.register_buffer("threshold", None)
+
+    @abstractmethod
+    def encode(self, z: Tensor) -> Tensor:
+        """The training form. z: (b, d) normalised. Returns (b, n), zero where not kept."""
 
     def pre_activations(self, z: Tensor) -> Tensor:
         """(z - b_dec) W_enc. z: (b, d) normalised. Returns (b, n)."""
@@ -130,7 +135,10 @@ class Dictionary(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Read what :meth:`save` wrote. DictionaryError names a missing, cut or foreign file."""
+        """Read what :meth:`save` wrote; `Dictionary.load` reads either kind.
+
+        DictionaryError names a missing, cut or foreign file.
+        """
         folder = Path(folder)
         path = folder / "cfg.json"
         try:
@@ -140,14 +148,15 @@ class Dictionary(nn.Module):
             shape = int(config["d_in"]), int(config["d_sae"])
         except (OSError, ValueError, KeyError, TypeError):
             raise DictionaryError(f"{path} is missing or not one of ours: save it again") from None
-        if kind != cls.kind:
-            raise DictionaryError(f"{path} holds a {kind} dictionary, not {cls.kind}")
+        kinds = {one.kind: one for one in Dictionary.__subclasses__() if issubclass(one, cls)}
+        if kind not in kinds:
+            raise DictionaryError(f"{path} holds a {kind} dictionary, not {' or '.join(kinds)}")
         path = folder / "sae_weights.safetensors"
         try:
             weights = load_file(path)
         except Exception:  # safetensors raises types of its own on a cut or foreign file
             raise DictionaryError(f"{path} is missing or damaged: save it again") from None
-        sae = cls(*shape, k, seed)
+        sae: Self = kinds[kind](*shape, k, seed)
         expected = {"W_enc": shape, "W_dec": shape[::-1], "b_dec": shape[:1]}
         for name, size in expected.items():
             if name not in weights or tuple(weights[name].shape) != size:

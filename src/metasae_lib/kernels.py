@@ -235,16 +235,33 @@ def batch_topk(pre: Tensor, k: int, bracket: int = 0) -> tuple[Codes, int]:
         found = np.empty(start[-1], patterns.dtype)
         _gather_from(patterns, low, start, cols, found)
     cut, above = _kth_largest(found, k, low, top)
-    row_ptr = np.empty(b + 1, np.int64)
+    codes = _codes(start, cols, found, pre.dtype, n, cut, k - above)
+    # One octave of values is 2^7 patterns of a bfloat16 and 2^23 of a float32: about 4% below.
+    margin = 6 if pre.dtype == torch.bfloat16 else 6 << 16
+    return codes, max(cut - margin, 1)
+
+
+def _codes(
+    start: np.ndarray,
+    cols: np.ndarray,
+    found: np.ndarray,
+    dtype: torch.dtype,
+    n: int,
+    cut: int = 0,
+    ties: int = 0,
+) -> Codes:
+    """Codes of the candidates above `cut` and the first `ties` equal to it (all by default).
+
+    start: (b+1,) where each row's candidates begin in cols and found (patterns), both overwritten.
+    """
+    row_ptr = np.empty(len(start), np.int64)
     col_ptr = np.empty(n + 1, np.int64)
-    m = _keep(start, cols, found, cut, k - above, row_ptr, col_ptr)
+    m = _keep(start, cols, found, cut, ties, row_ptr, col_ptr)
     entries = np.empty(m, np.int32)
     rows = np.empty(m, np.int32)
     _by_feature(row_ptr, cols, col_ptr, entries, rows)
-    acts = torch.from_numpy(found[:m]).view(pre.dtype).float().numpy()
-    # One octave of values is 2^7 patterns of a bfloat16 and 2^23 of a float32: about 4% below.
-    margin = 6 if pre.dtype == torch.bfloat16 else 6 << 16
-    return Codes(row_ptr, cols[:m], acts, col_ptr, entries, rows), max(cut - margin, 1)
+    acts = torch.from_numpy(found[:m]).view(dtype).float().numpy()
+    return Codes(row_ptr, cols[:m], acts, col_ptr, entries, rows)
 
 
 def top_mask(values: Tensor, k: int) -> Tensor:
@@ -443,6 +460,7 @@ def _update_rows(
     direction: np.ndarray,
     pull: np.ndarray,
     adam: tuple[float, float, float, float, float],
+    unit: bool,
     partial: np.ndarray,
 ) -> None:
     n, d = W_dec.shape
@@ -503,12 +521,13 @@ def _update_rows(
             for i in range(d):
                 g_dec[i] -= along * w_dec[i]
             _adam_row(w_dec, m_dec[j], v_dec[j], g_dec, rate, root, beta1, beta2, eps)
-            s = np.float32(0)
-            for i in range(d):
-                s += w_dec[i] * w_dec[i]
-            s = np.float32(1) / np.sqrt(s)
-            for i in range(d):
-                w_dec[i] *= s
+            if unit:
+                s = np.float32(0)
+                for i in range(d):
+                    s += w_dec[i] * w_dec[i]
+                s = np.float32(1) / np.sqrt(s)
+                for i in range(d):
+                    w_dec[i] *= s
 
 
 def update_rows(
@@ -525,6 +544,7 @@ def update_rows(
     extra: Extra,
     pull: Pull | None,
     adam: Adam,
+    unit: bool = True,
 ) -> Tensor:
     """Gradient, Adam step and unit rows of every feature, in place, one row at a time.
 
@@ -536,7 +556,7 @@ def update_rows(
         dL/dW_enc[:, j] = sum_t dL/dpre[t,j] (z[t] - b_dec)     (+ extra)
 
     The component of the decoder's gradient along its row is removed before the step and the row
-    is made a unit vector after it. No (n, d) gradient exists at any time.
+    is made a unit vector after it (if `unit`). No (n, d) gradient exists at any time.
 
     W_enc_low: the encoder in the products' type, renewed; W_enc_T itself if that is float32.
     moments: m and v of W_enc_T, then of W_dec. Returns the gradient that reaches b_dec through the
@@ -554,6 +574,7 @@ def update_rows(
             empty if pull is None else pull.direction.numpy(),
             empty[:, 0] if pull is None else pull.scale.numpy(),
             (*adam.rates(), adam.beta1, adam.beta2, adam.eps),
+            unit,
             partial,
         )  # fmt: skip
     return torch.from_numpy(partial.sum(0))
@@ -581,6 +602,7 @@ def update_rows_plain(
     extra: Extra,
     pull: Pull | None,
     adam: Adam,
+    unit: bool = True,
 ) -> Tensor:
     """Plain form of :func:`update_rows`; holds the (n, d) gradients."""
     m_enc, v_enc, m_dec, v_dec = moments
@@ -602,7 +624,8 @@ def update_rows_plain(
     adam_step(W_enc_T, m_enc, v_enc, g_enc, adam)
     W_enc_low.copy_(W_enc_T)
     adam_step(W_dec, m_dec, v_dec, g_dec, adam)
-    W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+    if unit:
+        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
     return g_b
 
 
@@ -616,6 +639,112 @@ def fired_plain(codes: DenseCodes) -> Tensor:
     return (codes.acts > 0).any(0)
 
 
+# --------------------------------------------------------------------------- JumpReLU
+
+
+@njit(**_PARALLEL)
+def _count_above(patterns: np.ndarray, low: np.ndarray, counts: np.ndarray) -> None:
+    """counts[r] = how many entries of row r reach the bound of their column."""
+    for r in prange(patterns.shape[0]):
+        total = 0
+        for i in range(patterns.shape[1]):
+            total += patterns[r, i] >= low[i]
+        counts[r] = total
+
+
+@njit(**_PARALLEL)
+def _gather_above(
+    patterns: np.ndarray, low: np.ndarray, start: np.ndarray, cols: np.ndarray, found: np.ndarray
+) -> None:
+    """List those entries of every row from position start[r] on."""
+    for r in prange(patterns.shape[0]):
+        p = start[r]
+        for i in range(patterns.shape[1]):
+            if patterns[r, i] >= low[i]:
+                cols[p] = i
+                found[p] = patterns[r, i]
+                p += 1
+
+
+def _least_above(values: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """The least pattern of a type above each value, which must not be negative."""
+    bits = _patterns(values)
+    # A bfloat16 is the upper half of a float32.
+    return (bits >> 16 if dtype == torch.bfloat16 else bits) + 1
+
+
+def above_threshold(pre: Tensor, threshold: Tensor) -> Codes:
+    """The pre-activations above their feature's threshold (JumpReLU).
+
+    pre: (b, n) bfloat16 or float32, contiguous. threshold: (n,) float32, at least 0.
+    """
+    patterns, low = _patterns(pre), _least_above(threshold, pre.dtype)
+    counts = np.empty(len(patterns), np.int64)
+    with _threads(patterns.size):
+        _count_above(patterns, low, counts)
+        start = np.concatenate([[0], np.cumsum(counts)])
+        cols = np.empty(start[-1], np.int32)
+        found = np.empty(start[-1], patterns.dtype)
+        _gather_above(patterns, low, start, cols, found)
+    return _codes(start, cols, found, pre.dtype, patterns.shape[1])
+
+
+def above_threshold_plain(pre: Tensor, threshold: Tensor) -> DenseCodes:
+    """Plain form of :func:`above_threshold`."""
+    return DenseCodes(torch.where(pre > threshold, pre, 0))
+
+
+@njit(**_PARALLEL)
+def _between(
+    patterns: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    error: np.ndarray,
+    W_dec: np.ndarray,
+    dots: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    b, n = patterns.shape
+    d = error.shape[1]
+    for block in prange((n + _ROWS - 1) // _ROWS):
+        for t in range(b):
+            for j in range(block * _ROWS, min(n, (block + 1) * _ROWS)):
+                if low[j] <= patterns[t, j] < high[j]:
+                    s = np.float32(0)
+                    for i in range(d):
+                        s += error[t, i] * W_dec[j, i]
+                    dots[j] += s
+                    counts[j] += 1
+
+
+def near_threshold(
+    pre: Tensor, threshold: Tensor, reach: float, error: Tensor, W_dec: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a threshold's gradient is made of, from entries within `reach` of it.
+
+    pre: (b, n). threshold: (n,), at least `reach`. error: (b, d). W_dec: (n, d). Returns for each
+    feature the sum of error · row over the entries with threshold - reach < pre <=
+    threshold + reach, and their number, both (n,) float32.
+    """
+    dots, counts = torch.zeros_like(threshold), torch.zeros_like(threshold)
+    with _threads(pre.numel()):
+        _between(
+            _patterns(pre), _least_above(threshold - reach, pre.dtype),
+            _least_above(threshold + reach, pre.dtype), error.numpy(), W_dec.numpy(),
+            dots.numpy(), counts.numpy(),
+        )  # fmt: skip
+    return dots, counts
+
+
+def near_threshold_plain(
+    pre: Tensor, threshold: Tensor, reach: float, error: Tensor, W_dec: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Plain form of :func:`near_threshold`."""
+    near = (pre > threshold - reach) & (pre <= threshold + reach)
+    dots = (error.to(pre.dtype) @ W_dec.to(pre.dtype).T) * near
+    return dots.sum(0, dtype=threshold.dtype), near.sum(0).to(threshold.dtype)
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The loops of a training step in one of their two forms."""
@@ -625,7 +754,14 @@ class Kernels:
     fired: Callable[..., Tensor]
     row_topk: Callable[..., Tensor]
     update_rows: Callable[..., Tensor]
+    above_threshold: Callable[..., Any]
+    near_threshold: Callable[..., tuple[Tensor, Tensor]]
 
 
-COMPILED = Kernels(batch_topk, residual, fired, row_topk, update_rows)
-PLAIN = Kernels(batch_topk_plain, residual_plain, fired_plain, row_topk_plain, update_rows_plain)
+COMPILED = Kernels(
+    batch_topk, residual, fired, row_topk, update_rows, above_threshold, near_threshold
+)
+PLAIN = Kernels(
+    batch_topk_plain, residual_plain, fired_plain, row_topk_plain, update_rows_plain,
+    above_threshold_plain, near_threshold_plain,
+)  # fmt: skip

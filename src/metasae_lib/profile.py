@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -152,7 +152,12 @@ class Dictionary(_Section):
 
 
 class Training(_Section):
-    """Optimiser, phases, and the grid of arms (Eq. 2-3 and section 4 of the paper)."""
+    """Optimiser, phases, and the grid of arms (Eq. 2-3 and section 4 of the paper).
+
+    `order`: whether further seeds take the tokens of a chunk in the same order as the first
+    (`shared`), or each in its own (`by_seed`). `meta_posthoc`: settings under which a meta SAE is
+    trained on finished decoders, see :mod:`metasae_lib.posthoc`.
+    """
 
     train_tokens: Count
     batch_tokens: Count
@@ -171,6 +176,12 @@ class Training(_Section):
     seeds: Annotated[list[Seed], Field(min_length=1)]
     arms: Annotated[list[str], Field(min_length=1)]
     checkpoint_every: Count
+    order: Literal["shared", "by_seed"] = "shared"
+    ortsae_weight: Positive = 0.25
+    ortsae_chunk: Annotated[int, Field(ge=2)] = 8192
+    jumprelu_bandwidth: Positive = 1e-3
+    jumprelu_weight: Positive = 1.0
+    meta_posthoc: list[Literal["bussmann", "saebench"]] = []
 
 
 class Evaluation(_Section):
@@ -204,26 +215,51 @@ class Autointerp(_Section):
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """One condition under which a dictionary is trained."""
+    """One condition under which a dictionary is trained; None: as the profile's sections say.
+
+    k: mean activations per input. meta_k, phases (primary, meta steps): of the meta SAE. order:
+    seed of the order in which the tokens of a chunk are taken.
+    """
 
     kind: str
     seed: int
     lambda2: float | None = None
     sigma_sq: float | None = None
+    k: int | None = None
+    meta_k: int | None = None
+    phases: tuple[int, int] | None = None
+    order: int = 0
 
     @property
     def name(self) -> str:
-        """Such as `solo-seed0`, `joint-lambda0.3-sigma1-seed0`, `control-sigma1-seed0`."""
+        """Such as `solo-seed0`, `joint-lambda0.3-sigma1-seed0`, `jumprelu-k16-seed0`."""
         parts = [self.kind]
+        if self.k is not None and self.kind != "matched-fidelity":  # its k is found, not asked for
+            parts.append(f"k{self.k}")
+        if self.kind == "critic":
+            parts += [f"k{self.meta_k}"] if self.meta_k is not None else []
+            parts += ["steps{}to{}".format(*self.phases)] if self.phases is not None else []
         if self.lambda2:  # a control has λ₂ = 0, which its kind already says
             parts.append(f"lambda{self.lambda2:g}")
         if self.sigma_sq is not None:
             parts.append(f"sigma{self.sigma_sq:g}")
+        if self.order:
+            parts.append(f"order{self.order}")
         return "-".join([*parts, f"seed{self.seed}"])
+
+    @property
+    def has_meta(self) -> bool:
+        """Whether a meta SAE is trained along. (A matched-fidelity arm only names its target.)"""
+        return self.sigma_sq is not None and self.kind != "matched-fidelity"
+
+
+def _order(profile: Profile, seed: int) -> int:
+    by_seed = profile.training.order == "by_seed" and seed != profile.training.seeds[0]
+    return seed if by_seed else 0
 
 
 def _solo(profile: Profile) -> list[ArmSpec]:
-    return [ArmSpec("solo", seed) for seed in profile.training.seeds]
+    return [ArmSpec("solo", seed, order=_order(profile, seed)) for seed in profile.training.seeds]
 
 
 def _joint(profile: Profile) -> list[ArmSpec]:
@@ -233,7 +269,9 @@ def _joint(profile: Profile) -> list[ArmSpec]:
         for lambda2 in profile.training.lambda2
         for sigma_sq in profile.training.sigma_sq
     ]
-    return grid + [ArmSpec("joint", seed, *profile.selected) for seed in others]
+    return grid + [
+        ArmSpec("joint", seed, *profile.selected, order=_order(profile, seed)) for seed in others
+    ]
 
 
 def _control(profile: Profile) -> list[ArmSpec]:
@@ -243,11 +281,64 @@ def _control(profile: Profile) -> list[ArmSpec]:
     ]
 
 
-# A further kind of arm is one more function here.
+def _solo_and_joint(profile: Profile, kind: str, **fields: Any) -> list[ArmSpec]:
+    """The first seed without and with the penalty of the selected configuration."""
+    seed = profile.training.seeds[0]
+    return [ArmSpec(kind, seed, **fields), ArmSpec(kind, seed, *profile.selected, **fields)]
+
+
+def _jumprelu(profile: Profile) -> list[ArmSpec]:
+    return _solo_and_joint(profile, "jumprelu")
+
+
+def _ablation(profile: Profile) -> list[ArmSpec]:
+    """With solo and joint, eight configurations: architecture × penalty × (k, k/2).
+
+    The paper names the number of its configurations (§4), not what they are.
+    """
+    half = max(1, profile.dictionary.k // 2)
+    return [
+        *_jumprelu(profile),
+        *_solo_and_joint(profile, "jumprelu", k=half),
+        *_solo_and_joint(profile, "batchtopk", k=half),
+    ]
+
+
+def _ortsae(profile: Profile) -> list[ArmSpec]:
+    return [ArmSpec("ortsae", profile.training.seeds[0])]
+
+
+def _matched_fidelity(profile: Profile) -> list[ArmSpec]:
+    return [ArmSpec("matched-fidelity", profile.training.seeds[0], *profile.selected)]
+
+
+def _as_released(profile: Profile) -> list[ArmSpec]:
+    solo, joint = _solo_and_joint(profile, "as-released")
+    return [solo, replace(joint, meta_k=_released_meta_k(profile), phases=(100, 10))]
+
+
+def _critic(profile: Profile) -> list[ArmSpec]:
+    """The selected configuration with either choice of the released code for its meta SAE."""
+    joint = ArmSpec("critic", profile.training.seeds[0], *profile.selected)
+    return [replace(joint, meta_k=_released_meta_k(profile)), replace(joint, phases=(100, 10))]
+
+
+def _released_meta_k(profile: Profile) -> int:
+    """Half of the text's (8 in the text, 4 in the released code)."""
+    return max(1, profile.dictionary.meta_k // 2)
+
+
+# A further kind of arm is one more function here. An arm that two of them ask for is one arm.
 ARM_KINDS: dict[str, Callable[[Profile], list[ArmSpec]]] = {
     "solo": _solo,
     "joint": _joint,
     "control": _control,
+    "jumprelu": _jumprelu,
+    "ablation": _ablation,
+    "ortsae": _ortsae,
+    "matched-fidelity": _matched_fidelity,
+    "as-released": _as_released,
+    "critic": _critic,
 }
 
 
@@ -329,7 +420,8 @@ class Profile(_Section):
 
     def arms(self) -> list[ArmSpec]:
         """Every arm of the profile, in the order of `training.arms`."""
-        return [spec for kind in self.training.arms for spec in ARM_KINDS[kind](self)]
+        specs = (spec for kind in self.training.arms for spec in ARM_KINDS[kind](self))
+        return list(dict.fromkeys(specs))
 
     @model_validator(mode="after")
     def _fits_together(self) -> Profile:
@@ -410,7 +502,9 @@ def _problems(profile: Profile) -> Iterable[str]:
                 f"training.arms has the unknown kind '{arm}'; "
                 f"the nearest is '{nearest(arm, ARM_KINDS)}'"
             )
-    for key in ("lambda2", "sigma_sq", "seeds", "arms"):
+    if "matched-fidelity" in training.arms and not {"solo", "joint"} <= set(training.arms):
+        yield "training.arms has 'matched-fidelity', which needs 'solo' and 'joint': add them"
+    for key in ("lambda2", "sigma_sq", "seeds", "arms", "meta_posthoc"):
         values = getattr(training, key)
         # Arms are named with six digits, so values that agree in those would share a name.
         shown = [value if isinstance(value, str) else f"{value:g}" for value in values]

@@ -9,6 +9,7 @@ stays as it is, since RMSNorm, unlike LayerNorm, does not ignore the mean.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,11 +180,16 @@ def fetch(profile: Profile) -> None:
 
 
 def compute_device(profile: Profile) -> torch.device:
-    """The device that `device: auto | cpu | cuda` stands for here. Raises `SubjectError`."""
+    """The device that `device: auto | cpu | cuda` stands for here. Raises `SubjectError`.
+
+    A process of a distributed launcher has the GPU of its local rank.
+    """
     available = torch.cuda.is_available()
     if profile.device == "cuda" and not available:
         raise SubjectError("device is cuda, but PyTorch finds no GPU: set device to auto or cpu")
-    return torch.device("cpu" if profile.device == "cpu" or not available else "cuda")
+    if profile.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def fingerprint(profile: Profile) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metasae_lib.cooccurrence import CooccurrenceCounter, phi
-from metasae_lib.dictionary import BatchTopK, normalise
+from metasae_lib.dictionary import Dictionary, normalise
 from metasae_lib.errors import MeasureError
 from metasae_lib.matching import hungarian
 from metasae_lib.profile import ArmSpec, Profile
@@ -112,7 +112,7 @@ def make_world(
     )
 
 
-def train(world: World, specs: Sequence[ArmSpec], profile: Profile) -> dict[str, BatchTopK]:
+def train(world: World, specs: Sequence[ArmSpec], profile: Profile) -> dict[str, Dictionary]:
     """Train arms on the world with the library's own step, all on the same tokens, by arm name.
 
     `profile` gives sizes and settings. Matrices are small: with one thread this is faster.
@@ -167,7 +167,7 @@ def mean_abs_phi(fires: Tensor) -> float:
     return float(np.nanmean(np.abs(values[np.triu_indices(len(values), 1)])))
 
 
-def score(sae: BatchTopK, world: World, seed: int = 2**31) -> dict[str, float]:
+def score(sae: Dictionary, world: World, seed: int = 2**31) -> dict[str, float]:
     """What one dictionary makes of the world, on tokens that no arm was trained on.
 
     Keys: l2; mean_abs_phi of its features and atoms_mean_abs_phi of the atoms themselves; and by

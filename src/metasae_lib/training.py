@@ -9,16 +9,20 @@ the space of normalised inputs:
 with z_hat the reconstruction, e = z - z_hat taken as a constant in the second term, e_hat what
 the k_aux strongest dead features of each token make of it (AuxK, Gao et al. 2024; b_dec has no
 part in e_hat), and p_i of Eq. 2. The second term reaches b_dec through the encoder, as the first.
+
+Under a distributed launcher (``torchrun``) the arms are dealt out to the processes, one a GPU; the
+residuals of a chunk are computed in parts and shared. The weights are the same.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +33,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from metasae_lib import kernels
+from metasae_lib import distributed, kernels
 from metasae_lib.activations import BatchStream, Residuals
-from metasae_lib.dictionary import BatchTopK, normalise, scale_of
+from metasae_lib.dictionary import BatchTopK, Dictionary, JumpReLU, normalise, scale_of
 from metasae_lib.errors import TrainingError
 from metasae_lib.kernels import Adam, Extra, Pull
-from metasae_lib.penalty import decomposability, penalty_pull
+from metasae_lib.penalty import decomposability, orthogonality, penalty_pull
 from metasae_lib.profile import ArmSpec, Profile
 from metasae_lib.progress import progress
 from metasae_lib.run import Artefact, Run, atomic_write
 from metasae_lib.subject import compute_device
 
-VERSION = 1  # of the stage: raise it when the same inputs give other weights
+VERSION = 2  # of the stage: raise it when the same inputs give other weights
 HISTORY_EVERY = 10  # steps between two rows of an arm's history
 _HISTORY = ("step", "tokens", "l2", "aux", "penalty", "l0", "dead", "meta_l2", "seconds")
 _META_SEED = 1_000_003  # added to an arm's seed for its meta dictionary
@@ -54,7 +58,7 @@ class Arm:
     """A trained arm. history: one row each :data:`HISTORY_EVERY` steps."""
 
     spec: ArmSpec
-    sae: BatchTopK
+    sae: Dictionary
     meta: BatchTopK | None
     history: pd.DataFrame
     folder: Path
@@ -70,6 +74,9 @@ class Settings:
     k_aux: int = 256
     aux_weight: float = 1 / 32
     dead_after: int = 5
+    as_released: bool = False  # AuxK's residual is no constant; rows are made unit before the step
+    bandwidth: float = 1e-3  # of JumpReLU's window, for inputs of norm 1
+    sparsity_weight: float = 1.0  # of JumpReLU's (L0 / k - 1)²
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Losses:
 
     l2: Tensor
     aux: Tensor
-    l0: float
+    l0: float | Tensor
     dead: int
 
 
@@ -100,7 +107,7 @@ class Learner:
     """One BatchTopK dictionary with its optimiser, and one hand-written training step."""
 
     def __init__(
-        self, sae: BatchTopK, settings: Settings, workspace: Workspace | None = None
+        self, sae: Dictionary, settings: Settings, workspace: Workspace | None = None
     ) -> None:
         self.sae, self.settings = sae, settings
         self.kernels = kernels.COMPILED if sae.W_dec.device.type == "cpu" else kernels.PLAIN
@@ -116,7 +123,7 @@ class Learner:
 
     def errors(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Forward only: z - z_hat (b, d) and its squared norm (b,). z: (b, d) float32."""
-        _, _, codes = self._encode(z)
+        codes = self._select(self._products(z)[1])
         error, square, _ = self.kernels.residual(codes, z, self.W_dec, self.b_dec, False)
         return error, square
 
@@ -126,7 +133,8 @@ class Learner:
         Nothing is changed when the loss is not finite (known at once on a CPU only).
         """
         b, d = z.shape
-        centred, pre, codes = self._encode(z)
+        centred, pre = self._products(z)
+        codes = self._select(pre)
         error, square, dots = self.kernels.residual(codes, z, self.W_dec, self.b_dec, True)
         l2 = square.sum(dtype=torch.float64) / (b * d)
         if l2.device.type == "cpu" and not math.isfinite(l2.item()):
@@ -134,18 +142,24 @@ class Learner:
         fired = self.kernels.fired(codes)
         self.silent = torch.where(fired, 0, self.silent + 1)
         dead = (self.silent >= self.settings.dead_after).nonzero()[:, 0]
-        extra, aux = self._aux(pre, centred, error, dead)
+        extra, aux, miss = self._aux(pre, centred, error, dead)
+        if self.settings.as_released:
+            # The residual that AuxK rebuilds depends on z_hat as well: d(e - e_hat)²/dz_hat.
+            target = z if miss is None else z - self.settings.aux_weight * miss
+            error, _, dots = self.kernels.residual(codes, target, self.W_dec, self.b_dec, True)
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
         beta1, beta2 = self.settings.betas
         self.step_count += 1
         adam = Adam(self.settings.learning_rate, beta1, beta2, self.step_count)
         scale = -2 / (b * d)
+        l0 = self._fit_thresholds(pre, codes, error, scale, adam)
         g_b = scale * error.sum(0)
         g_b += self.kernels.update_rows(
             self.W_enc_T, self._low, self.W_dec, self.moments, codes, dots, z, error, self.b_dec,
-            scale, extra, pull, adam,
+            scale, extra, pull, adam, not self.settings.as_released,
         )  # fmt: skip
         kernels.adam_step(self.b_dec, *self.moments_b, g_b, adam)
-        return Losses(l2, aux, self.sae.k, dead.shape[0])
+        return Losses(l2, aux, l0, dead.shape[0])
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on."""
@@ -170,18 +184,27 @@ class Learner:
                 tensor.copy_(state[name])
         self._low.copy_(self.W_enc_T)
 
-    def _encode(self, z: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """Centred inputs and pre-activations in the products' type, and the selected codes."""
+    def _products(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Centred inputs (b, d) and pre-activations (b, n) in the products' type."""
         centred = (z - self.b_dec).to(self.settings.dtype)
         pre = self.workspace.matrix(z.shape[0], self.sae.n_features, self._low)
-        torch.mm(centred, self._low.T, out=pre)
-        codes, self.bracket = self.kernels.batch_topk(pre, self.sae.k * z.shape[0], self.bracket)
-        return centred, pre, codes
+        return centred, torch.mm(centred, self._low.T, out=pre)
+
+    def _select(self, pre: Tensor) -> Any:
+        """The codes of a batch: its k·b largest pre-activations."""
+        codes, self.bracket = self.kernels.batch_topk(pre, self.sae.k * len(pre), self.bracket)
+        return codes
+
+    def _fit_thresholds(
+        self, pre: Tensor, codes: Any, error: Tensor, scale: float, adam: Adam
+    ) -> float | Tensor:
+        """Learn what decides which activations are kept, if anything does. Returns L0."""
+        return self.sae.k
 
     def _aux(
         self, pre: Tensor, centred: Tensor, error: Tensor, dead: Tensor
-    ) -> tuple[Extra, Tensor]:
-        """AuxK: gradient of w · mean (e - e_hat)² on the dead features' rows, and the mean.
+    ) -> tuple[Extra, Tensor, Tensor | None]:
+        """AuxK: gradient of w · mean (e - e_hat)² on the dead features' rows, the mean, e_hat - e.
 
         Dense products over the dead columns: k_aux is not small against them.
         """
@@ -189,7 +212,7 @@ class Learner:
         position = torch.full((n,), -1, dtype=torch.int32, device=dead.device)
         if m == 0 or self.settings.aux_weight == 0:
             none = error.new_empty(0, d)
-            return Extra(position, none, none, none[:, 0]), error.new_zeros(())
+            return Extra(position, none, none, none[:, 0]), error.new_zeros(()), None
         position[dead] = torch.arange(m, dtype=torch.int32, device=dead.device)
         acts = self.kernels.row_topk(pre, dead, self.settings.k_aux)
         rows = self.W_dec[dead].to(acts.dtype)
@@ -204,7 +227,55 @@ class Learner:
             (g_pre.T @ centred).to(error.dtype).mul_(scale),
             g_pre.sum(0, dtype=error.dtype).mul_(scale),
         )
-        return extra, loss
+        return extra, loss, miss
+
+
+class JumpReLULearner(Learner):
+    """One JumpReLU dictionary (Rajamanoharan et al. 2024), trained to a mean L0 of k.
+
+    The loss has a term w (L0 / k - 1)². A step of height has no gradient, so the thresholds θ get
+    that of a rectangle of width ε around them:
+
+        da/dθ = -θ/ε,  dL0/dθ = -1/ε   where |pre - θ| < ε/2
+
+    ε, and the rate at which θ moves, are those of the authors for inputs of norm 1; ours have norm
+    sqrt(d), so both are multiplied by it. The thresholds start at the batch cut-off that BatchTopK
+    has on the first batch.
+    """
+
+    sae: JumpReLU
+
+    def __init__(
+        self, sae: JumpReLU, settings: Settings, workspace: Workspace | None = None
+    ) -> None:
+        super().__init__(sae, settings, workspace)
+        self.moments_t = torch.zeros_like(sae.threshold), torch.zeros_like(sae.threshold)
+        self.width = settings.bandwidth * math.sqrt(sae.d_in)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on."""
+        m, v = self.moments_t
+        return super().state() | {"threshold": self.sae.threshold, "m_t": m, "v_t": v}
+
+    def _select(self, pre: Tensor) -> Any:
+        if self.step_count == 0:
+            acts = torch.as_tensor(super()._select(pre).acts)
+            cut = torch.where(acts > 0, acts, math.inf).amin()
+            self.sae.threshold.copy_(cut.clamp(min=self.width / 2).expand_as(self.sae.threshold))
+        return self.kernels.above_threshold(pre, self.sae.threshold)
+
+    def _fit_thresholds(
+        self, pre: Tensor, codes: Any, error: Tensor, scale: float, adam: Adam
+    ) -> float | Tensor:
+        theta, b, d = self.sae.threshold, *error.shape
+        dots, counts = self.kernels.near_threshold(pre, theta, self.width / 2, error, self.W_dec)
+        l0 = (torch.as_tensor(codes.acts) > 0).sum() / b
+        slope = 2 * self.settings.sparsity_weight * (l0 / self.sae.k - 1) / (self.sae.k * b)
+        gradient = (theta * scale * dots + slope * counts) / -self.width
+        scaled = adam._replace(learning_rate=adam.learning_rate * math.sqrt(d))
+        kernels.adam_step(theta, *self.moments_t, gradient * math.sqrt(d), scaled)
+        theta.clamp_(min=self.width / 2)  # so that the window has no negative part
+        return l0
 
 
 @contextmanager
@@ -232,8 +303,11 @@ class Trainer:
     ) -> None:
         sizes, training = profile.dictionary, profile.training
         self.spec, self.step_count = spec, 0
-        self.n_primary, self.n_meta = training.n_primary_steps, training.n_meta_steps
+        self.n_primary, self.n_meta = spec.phases or (
+            training.n_primary_steps, training.n_meta_steps
+        )  # fmt: skip
         self.batch_tokens = training.batch_tokens
+        self.ortsae = (training.ortsae_weight, training.ortsae_chunk)
         settings = Settings(
             training.learning_rate,
             (training.betas[0], training.betas[1]),
@@ -241,15 +315,24 @@ class Trainer:
             training.k_aux,
             training.aux_weight,
             training.dead_after,
+            spec.kind == "as-released",
+            training.jumprelu_bandwidth,
+            training.jumprelu_weight,
         )
-        sae = BatchTopK(d_in, sizes.n_features, sizes.k, spec.seed).to(device)
-        self.primary = Learner(sae, settings, workspace)
+        sizes_of = d_in, sizes.n_features, spec.k or sizes.k, spec.seed
+        self.primary: Learner
+        if spec.kind == "jumprelu":
+            self.primary = JumpReLULearner(JumpReLU(*sizes_of).to(device), settings, workspace)
+        else:
+            self.primary = Learner(BatchTopK(*sizes_of).to(device), settings, workspace)
         self.meta: Learner | None = None
-        if spec.kind in ("joint", "control"):
-            meta = BatchTopK(d_in, sizes.n_meta_features, sizes.meta_k, spec.seed + _META_SEED)
+        if spec.has_meta:
+            meta = BatchTopK(
+                d_in, sizes.n_meta_features, spec.meta_k or sizes.meta_k, spec.seed + _META_SEED
+            )
             self.meta = Learner(
                 meta.to(device),
-                Settings(**{**vars(settings), "learning_rate": training.meta_learning_rate}),
+                replace(settings, learning_rate=training.meta_learning_rate),
                 workspace,
             )
         self.rows: list[tuple[float, ...]] = []
@@ -263,7 +346,7 @@ class Trainer:
         """
         started = time.perf_counter()
         with _one_thread_if_small(z.numel() * self.primary.sae.n_features):
-            pull, penalty = (None, math.nan) if self.meta is None else self._pull()
+            pull, penalty = self._pull()
             losses = self.primary.step(z, pull)
             self._check(losses, z)
             self.step_count += 1
@@ -280,13 +363,17 @@ class Trainer:
                     losses.l2.item(),
                     losses.aux.item(),
                     float(penalty),
-                    losses.l0,
+                    float(losses.l0),
                     losses.dead,
                     self._meta_l2,
                     self.seconds,
                 )
             )
         return losses
+
+    def last_row(self) -> dict[str, float]:
+        """The newest row of the history."""
+        return dict(zip(_HISTORY, self.rows[-1], strict=True))
 
     def history(self) -> pd.DataFrame:
         """Step, tokens, l2, aux, penalty (mean p_i), l0, dead, meta_l2, seconds."""
@@ -319,13 +406,20 @@ class Trainer:
         step, self.seconds, self._meta_l2 = state["progress"].tolist()
         self.step_count = int(step)
 
-    def _pull(self) -> tuple[Pull, Tensor]:
-        """Gradient of λ₂ · mean p_i on the decoder rows, and mean p_i; the meta is a constant.
+    def _pull(self) -> tuple[Pull | None, float | Tensor]:
+        """Gradient of the arm's penalty on the decoder rows, and mean p_i; the meta is a constant.
 
         The meta dictionary rebuilds normalised rows; in decoder space its error is larger by what
         the row was divided by.
         """
-        assert self.meta is not None and self.spec.sigma_sq is not None
+        if self.spec.kind == "ortsae":
+            weight, chunk = self.ortsae
+            generator = torch.Generator().manual_seed((self.spec.seed << 32) + self.step_count)
+            penalty, gradient = orthogonality(self.primary.W_dec, chunk, generator)
+            return Pull(gradient, gradient.new_full((len(gradient),), weight)), penalty
+        if self.meta is None:
+            return None, math.nan
+        assert self.spec.sigma_sq is not None
         rows, _, std = normalise(self.primary.W_dec)
         error, square = self.meta.errors(rows)
         scale = scale_of(std)[:, 0]
@@ -403,57 +497,59 @@ class _Place:
 def _inputs(profile: Profile, spec: ArmSpec, residuals: dict[str, Any]) -> dict[str, Any]:
     """What decides an arm's weights, but for the number of steps."""
     training = profile.training.model_dump()
-    primary = (
+    names = [
         "batch_tokens", "learning_rate", "betas", "dtype", "k_aux", "aux_weight", "dead_after"
-    )  # fmt: skip
-    meta = ("meta_learning_rate", "n_primary_steps", "n_meta_steps")
+    ]  # fmt: skip
+    if spec.has_meta:
+        names += ["meta_learning_rate", "n_primary_steps", "n_meta_steps"]
+    names += [name for name in training if name.startswith(f"{spec.kind}_")]
     sizes = profile.dictionary.model_dump()
-    joint = spec.kind in ("joint", "control")
     return {
-        "arm": {
-            "kind": spec.kind, "seed": spec.seed, "lambda2": spec.lambda2, "sigma_sq": spec.sigma_sq
-        },
+        "arm": asdict(spec),
         "residuals": residuals,
         "dictionary": {
-            name: size for name, size in sizes.items() if joint or "meta" not in name
+            name: size for name, size in sizes.items() if spec.has_meta or "meta" not in name
         },
-        "training": {name: training[name] for name in (*primary, *(meta if joint else ()))},
-    }  # fmt: skip
+        "training": {name: training[name] for name in names},
+    }
+
+
+def _place(run: Run, spec: ArmSpec, residuals: dict[str, Any]) -> _Place:
+    inputs = _inputs(run.profile, spec, residuals)
+    return _Place(
+        spec,
+        run.artefact("arm-state", inputs, VERSION),
+        run.artefact("arm", {**inputs, "steps": run.profile.steps}, VERSION),
+    )
 
 
 def _places(run: Run) -> list[_Place]:
     residuals = Residuals(run, "train").inputs
-    places = []
-    for spec in run.profile.arms():
-        inputs = _inputs(run.profile, spec, residuals)
-        places.append(
-            _Place(
-                spec,
-                run.artefact("arm-state", inputs, VERSION),
-                run.artefact("arm", {**inputs, "steps": run.profile.steps}, VERSION),
-            )
-        )
-    return places
+    return [_place(run, spec, residuals) for spec in run.profile.arms()]
 
 
-def train_arms(run: Run) -> dict[str, Arm]:
+Watch = Callable[[str, dict[str, float]], None]
+
+
+def train_arms(run: Run, watch: Watch | None = None) -> dict[str, Arm]:
     """Train every arm of the run's profile that is not trained yet, all from one stream.
 
     Arms in memory together take the same batches; how they are grouped changes nothing. Arms go on
-    from their latest checkpoint. Returns all arms by name, in the profile's order. Raises
-    TrainingError if even one arm alone does not fit in memory, if a loss is not finite (arm, step
-    and batch named), or if a checkpoint is damaged.
+    from their latest checkpoint. watch: called with an arm's name and each row of its history.
+    Returns all arms by name, in the profile's order. Raises TrainingError if even one arm alone
+    does not fit in memory, if a loss is not finite (arm, step and batch named), or if a checkpoint
+    is damaged.
     """
     with ExitStack() as locks:
         places = _places(run)
-        for place in sorted(places, key=lambda place: place.state.folder.name):
-            locks.enter_context(place.state.lock())
-        missing = [place for place in places if not place.result.complete]
-        if missing:
-            stream = BatchStream(run, order_seed=0)
-            device = compute_device(run.profile)
-            for group in _groups(run.profile, missing, stream.residuals.d, device):
-                _train_group(run, group, stream, device)
+        if distributed.rank() == 0:  # the one for all processes of a launcher
+            for place in sorted(places, key=lambda place: place.state.folder.name):
+                locks.enter_context(place.state.lock())
+        distributed.barrier()
+        _train_missing(run, [p for p in places if p.spec.kind != "matched-fidelity"], watch)
+        for place in places:
+            if place.spec.kind == "matched-fidelity" and not place.result.complete:
+                _match_fidelity(run, place, places, watch)
     return load_arms(run)
 
 
@@ -466,20 +562,40 @@ def load_arms(run: Run) -> dict[str, Arm]:
             f"{len(missing)} of {len(places)} arms of run {run.name} are not trained "
             f"({', '.join(missing)}): run the notebook 02_training first"
         )
-    return {
-        place.spec.name: Arm(
-            place.spec,
-            BatchTopK.load(place.result.folder / "sae"),
-            BatchTopK.load(meta) if (meta := place.result.folder / "meta").exists() else None,
-            pd.read_csv(place.result.folder / "history.csv"),
-            place.result.folder,
-        )
-        for place in places
-    }
+    return {place.spec.name: _load(place) for place in places}
+
+
+def _load(place: _Place) -> Arm:
+    folder = place.result.folder
+    sae = Dictionary.load(folder / "sae")
+    return Arm(
+        replace(place.spec, k=sae.k) if place.spec.kind == "matched-fidelity" else place.spec,
+        sae,
+        BatchTopK.load(meta) if (meta := folder / "meta").exists() else None,
+        pd.read_csv(folder / "history.csv"),
+        folder,
+    )
+
+
+def _train_missing(run: Run, places: Sequence[_Place], watch: Watch | None) -> None:
+    missing = [place for place in places if not place.result.complete]
+    distributed.barrier()  # all have looked before the first is finished
+    if not missing:
+        return
+    stream = BatchStream(run)
+    device = compute_device(run.profile)
+    for group in _groups(run.profile, missing, stream.residuals.d, device):
+        mine = group[distributed.rank() :: distributed.world_size()]
+        _train_group(run, mine, stream, device, watch)
+        distributed.barrier()
 
 
 def _train_group(
-    run: Run, places: Sequence[_Place], stream: BatchStream, device: torch.device
+    run: Run,
+    places: Sequence[_Place],
+    stream: BatchStream,
+    device: torch.device,
+    watch: Watch | None = None,
 ) -> None:
     """Train arms side by side: each batch is read once and given to all that are at its step."""
     profile, steps = run.profile, run.profile.steps
@@ -491,17 +607,24 @@ def _train_group(
         if path is not None:
             restore_checkpoint(trainer, path, place.state.key)
         trainers.append(trainer)
-    first = min(trainer.step_count for trainer in trainers)
-    arms = f"{len(trainers)} arms" if len(trainers) > 1 else trainers[0].spec.name
+    # Processes that share residuals walk through the text together.
+    first = distributed.least(min((trainer.step_count for trainer in trainers), default=steps))
+    arms = places[0].spec.name if len(places) == 1 else f"{len(places)} arms"
     with progress(steps * profile.training.batch_tokens, f"training {arms}") as bar:
         bar.update(first * profile.training.batch_tokens)
         for step in range(first, steps):
-            z = normalise(stream.batch(step).to(device, torch.float32))[0]
             active = [trainer for trainer in trainers if trainer.step_count == step]
-            losses = [trainer.step(z) for trainer in active]
+            batches: dict[int, Tensor] = {}
+            for order in {trainer.spec.order for trainer in active} or {0}:
+                raw = stream.batch(step, order).to(device, torch.float32)
+                batches[order] = normalise(raw)[0]
+            losses = [trainer.step(batches[trainer.spec.order]) for trainer in active]
             bar.update(profile.training.batch_tokens)
-            if (step + 1) % HISTORY_EVERY == 0:
-                bar.set_postfix(l2=f"{losses[-1].l2.item():.4f}", dead=losses[-1].dead)
+            if (step + 1) % HISTORY_EVERY == 0 and active:
+                bar.set_postfix_str(_state_line(losses))
+                if watch is not None:
+                    for trainer in active:
+                        watch(trainer.spec.name, trainer.last_row())
             if (step + 1) % profile.training.checkpoint_every == 0 and step + 1 < steps:
                 for place, trainer in zip(places, trainers, strict=True):
                     if trainer in active:
@@ -509,6 +632,14 @@ def _train_group(
     for place, trainer in zip(places, trainers, strict=True):
         save_checkpoint(trainer, place.state.folder, place.state.key, True)
         _save_result(run.profile, place, trainer)
+
+
+def _state_line(losses: Sequence[Losses]) -> str:
+    """The arms' losses in a few words: the range of L2, and the most dead features."""
+    l2 = [loss.l2.item() for loss in losses]
+    span = f"{min(l2):.4f}" if len(l2) == 1 else f"{min(l2):.4f}–{max(l2):.4f}"
+    l0 = max(float(loss.l0) for loss in losses)
+    return f"L2 {span}, L0 ≤ {l0:.1f}, dead ≤ {max(loss.dead for loss in losses)}"
 
 
 def _save_result(profile: Profile, place: _Place, trainer: Trainer) -> None:
@@ -528,14 +659,63 @@ def _save_result(profile: Profile, place: _Place, trainer: Trainer) -> None:
     place.result.finish({"seconds": trainer.seconds})
 
 
+# --------------------------------------------------------------------------- matched fidelity
+
+
+def final_l2(history: pd.DataFrame) -> float:
+    """Mean L2 over the last tenth of an arm's training batches, which all arms share."""
+    return float(history["l2"].tail(max(1, len(history) // 10)).mean())
+
+
+def _match_fidelity(run: Run, place: _Place, places: Sequence[_Place], watch: Watch | None) -> None:
+    """Find the k at which a plain dictionary is as bad a reconstruction as a joint arm.
+
+    A search by secants over log k and log L2, each point a dictionary trained in full, until the
+    next whole k has been tried; the nearest in L2 is taken. Its table is kept as `search.csv`.
+    """
+    spec, full = place.spec, run.profile.dictionary.k
+    residuals = Residuals(run, "train").inputs
+    trained = {other.spec: other for other in places}
+    joint = trained[replace(spec, kind="joint")]
+    target = final_l2(_load(joint).history)
+    tried = {full: trained[ArmSpec("solo", spec.seed, order=spec.order)]}
+    found = {full: final_l2(_load(tried[full]).history)}
+    exponent = -0.5  # of L2 in k, until two points tell
+    while True:
+        nearest = min(found, key=lambda k: abs(found[k] - target))
+        if len(found) > 1:
+            one, two = sorted(found, key=lambda k: abs(found[k] - target))[:2]
+            exponent = math.log(found[one] / found[two]) / math.log(one / two)
+        if exponent == 0:
+            break
+        wanted = nearest * (target / found[nearest]) ** (1 / exponent)
+        k = min(max(round(wanted), 1), run.profile.dictionary.n_features)
+        if k in found:
+            break
+        tried[k] = _place(run, replace(spec, kind="batchtopk", lambda2=None, sigma_sq=None, k=k),
+                          residuals)  # fmt: skip
+        with tried[k].state.lock() if distributed.rank() == 0 else nullcontext():
+            _train_missing(run, [tried[k]], watch)
+        found[k] = final_l2(_load(tried[k]).history)
+    if distributed.rank() == 0:
+        source, folder = tried[nearest].result.folder, place.result.folder
+        shutil.copytree(source / "sae", folder / "sae", dirs_exist_ok=True)
+        shutil.copy(source / "history.csv", folder)
+        with atomic_write(folder / "search.csv") as path:
+            rows = [{"k": k, "l2": l2, "target": target} for k, l2 in found.items()]
+            pd.DataFrame(rows).to_csv(path, index=False)
+        place.result.finish()
+    distributed.barrier()
+
+
 # --------------------------------------------------------------------------- memory
 
 
-def arm_bytes(profile: Profile, d_in: int, kind: str) -> int:
+def arm_bytes(profile: Profile, d_in: int, spec: ArmSpec) -> int:
     """Memory that one arm holds between steps: weights, two moments each, the products' copy."""
     sizes = profile.dictionary
     features = sizes.n_features
-    if kind in ("joint", "control"):
+    if spec.has_meta:
         features += sizes.n_meta_features
     return features * d_in * (6 * 4 + 2)
 
@@ -556,27 +736,56 @@ def step_bytes(profile: Profile, d_in: int) -> int:
 def _groups(
     profile: Profile, places: Sequence[_Place], d_in: int, device: torch.device
 ) -> Iterator[list[_Place]]:
-    """Arms that fit in memory together, in order. TrainingError if one alone does not fit."""
+    """Arms that fit in memory together, in order, dealt out to the processes of a launcher.
+
+    TrainingError if one arm alone does not fit.
+    """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = psutil.virtual_memory().available  # what the page cache holds can be had
+        # What the page cache holds can be had. Processes without a GPU share one memory.
+        free = psutil.virtual_memory().available // distributed.world_size()
+    free = distributed.least(free)
     budget = _MEMORY_SHARE * free - step_bytes(profile, d_in)
     group: list[_Place] = []
-    held = 0
+    held = [0] * distributed.world_size()
     for place in places:
-        size = arm_bytes(profile, d_in, place.spec.kind)
+        size = arm_bytes(profile, d_in, place.spec)
         if size > budget:
-            need = (size + step_bytes(profile, d_in)) / _MEMORY_SHARE
-            raise TrainingError(
-                f"arm {place.spec.name} needs {need / 2**30:.1f} GiB of free memory and "
-                f"{free / 2**30:.1f} are there: lower dictionary.n_features or "
-                "training.batch_tokens, or use a larger machine"
-            )
-        if group and held + size > budget:
+            raise TrainingError(_too_large(profile, d_in, place.spec, free))
+        if held[len(group) % len(held)] + size > budget:
             yield group
-            group, held = [], 0
+            group, held = [], [0] * len(held)
+        held[len(group) % len(held)] += size
         group.append(place)
-        held += size
     if group:
         yield group
+
+
+def _too_large(profile: Profile, d_in: int, spec: ArmSpec, free: int) -> str:
+    """Why an arm cannot be trained here, and the largest sizes that could be."""
+
+    def need(n_features: int, batch_tokens: int) -> float:
+        dictionary = profile.dictionary.model_copy(update={"n_features": n_features})
+        training = profile.training.model_copy(update={"batch_tokens": batch_tokens})
+        smaller = profile.model_copy(update={"dictionary": dictionary, "training": training})
+        return (arm_bytes(smaller, d_in, spec) + step_bytes(smaller, d_in)) / _MEMORY_SHARE
+
+    n, b = profile.dictionary.n_features, profile.training.batch_tokens
+    text = (
+        f"arm {spec.name} needs {need(n, b) / 2**30:.1f} GiB of free memory and "
+        f"{free / 2**30:.1f} are there: "
+    )
+    fitting = [
+        f"{key} {max(sizes):,}"
+        for key, sizes in (
+            ("training.batch_tokens", [x for x in _halves(b) if need(n, x) <= free]),
+            ("dictionary.n_features", [x for x in _halves(n) if need(x, b) <= free]),
+        )
+        if sizes
+    ]
+    return text + (" or ".join(fitting) + " would fit" if fitting else "use a larger machine")
+
+
+def _halves(size: int) -> list[int]:
+    return [size >> i for i in range(1, size.bit_length())]
