@@ -4,10 +4,11 @@ PROFILES ?= smollm2-135m
 PROFILE  ?= smollm2-135m
 BENCH    ?= step
 GPU      ?= h100
+GPUS     ?= 1
 BIN      := .venv/bin
 READY    := .venv/ready
 
-.PHONY: book test browser lint lab bench peers plan keep lock clean
+.PHONY: book test browser lint lab train bench peers plan keep lock clean
 .DELETE_ON_ERROR:
 
 book: $(READY)
@@ -31,6 +32,11 @@ lint: $(READY)
 lab: $(READY)
 	$(BIN)/python -m metasae_lib fetch $(PROFILE)
 	$(BIN)/jupyter lab notebooks
+
+# Only the training, of GPUS processes (one a GPU): the notebooks find its arms.
+train: $(READY)
+	$(BIN)/python -m metasae_lib fetch $(PROFILE)
+	$(BIN)/torchrun --standalone --nproc-per-node=$(GPUS) -m metasae_lib train $(PROFILE)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/$(BENCH).py

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from small_models import save_model, save_text, small_profile
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from metasae_lib import Profile, Run, kernels, training
+from metasae_lib.__main__ import main
 from metasae_lib.dictionary import BatchTopK, JumpReLU, denormalise, normalise
 from metasae_lib.errors import ArtefactError, TrainingError
 from metasae_lib.kernels import Pull
@@ -411,6 +416,48 @@ def test_killed_and_resumed_to_the_bit(tmp_path: Path) -> None:
     resumed = training.train_arms(Run.open(small(), tmp_path / "killed"))
     for name, arm in whole.items():
         assert weights(arm.folder) == weights(resumed[name].folder)
+
+
+def test_processes_of_a_launcher_share_arms_and_text(tmp_path: Path) -> None:
+    """torchrun with two processes and a stream that is not cached: the weights of one process."""
+    model = save_model("llama", tmp_path / "model")
+    profile = small_profile(
+        model, save_text(tmp_path / "text.jsonl"), activations__cache=False,
+        training__arms=["solo", "joint", "matched-fidelity"],
+    )  # fmt: skip
+    alone = training.train_arms(Run.open(profile, tmp_path / "alone"))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "metasae_lib", "train", "tiny", "--overrides", json.dumps(profile.overrides),
+        "--runs-dir", str(tmp_path / "shared"), "--tensorboard", str(tmp_path / "board"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    shared = training.load_arms(Run.open(profile, tmp_path / "shared"))
+    assert list(shared) == list(alone)
+    for name, arm in alone.items():
+        assert weights(arm.folder) == weights(shared[name].folder)
+        seen = EventAccumulator(str(tmp_path / "board" / name))
+        if arm.spec.kind != "matched-fidelity":  # its arms have names of their own
+            seen.Reload()
+            logged = [event.value for event in seen.Scalars("l2")]
+            assert logged == pytest.approx(arm.history["l2"].tolist())
+
+
+def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["tiny", "--overrides", "{a: ["], "--overrides is not YAML"),
+        (["tiny", "--overrides", "{training.lamda2: [1.0]}"], "nearest is training.lambda2"),
+        (["tinny"], "the nearest is 'tiny'"),
+    ):
+        assert main(["train", *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- errors

@@ -1,4 +1,4 @@
-"""Commands: `python -m metasae_lib fetch PROFILE...` and `python -m metasae_lib plan PROFILE`."""
+"""Commands: `python -m metasae_lib fetch PROFILE...`, `plan PROFILE` and `train PROFILE`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 from metasae_lib.errors import MetaSAEError, ProfileError
 from metasae_lib.profile import ArmSpec, ModelShape, Profile
-from metasae_lib.run import hardware
+from metasae_lib.run import Run, hardware
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,21 @@ def _bytes(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count < 1e11 else f"{count / 1e9:,.0f} GB"
 
 
+def _train(options: argparse.Namespace) -> None:
+    """Train the arms of a run, among the processes of a launcher if one started this."""
+    from metasae_lib import distributed  # these load torch
+    from metasae_lib.training import tensorboard, train_arms
+
+    try:
+        overrides = yaml.safe_load(options.overrides)
+    except yaml.YAMLError:
+        raise ProfileError(f"--overrides is not YAML: {options.overrides}") from None
+    run = Run.open(Profile.load(options.profile, overrides), options.runs_dir)
+    watch = tensorboard(Path(options.tensorboard)) if options.tensorboard else None
+    distributed.start()
+    train_arms(run, watch)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one sentence on standard error otherwise."""
     parser = argparse.ArgumentParser(prog="python -m metasae_lib")
@@ -245,9 +263,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = commands.add_parser("plan", help="what a profile will cost, before anything is spent")
     plan.add_argument("profile", metavar="PROFILE")
     plan.add_argument("--gpu", choices=list(machines()), help="one machine (all by default)")
+    train = commands.add_parser(
+        "train",
+        help="train the arms of a profile; start it with torchrun --nproc-per-node=N "
+        "to share them among N GPUs",
+    )
+    train.add_argument("profile", metavar="PROFILE")
+    train.add_argument("--runs-dir", default="runs")
+    train.add_argument(
+        "--overrides", default="{}", metavar="YAML", help="such as '{training.lambda2: [0.3]}'"
+    )
+    train.add_argument(
+        "--tensorboard", metavar="FOLDER", help="write the arms' losses there as they are trained"
+    )
     options = parser.parse_args(arguments)
     try:
-        if options.command == "plan":
+        if options.command == "train":
+            _train(options)
+        elif options.command == "plan":
             names = [options.gpu] if options.gpu else list(machines())
             print(plan_text(Profile.load(options.profile), names))
         else:

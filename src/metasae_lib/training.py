@@ -553,6 +553,32 @@ def train_arms(run: Run, watch: Watch | None = None) -> dict[str, Arm]:
     return load_arms(run)
 
 
+def tensorboard(folder: Path) -> Watch:
+    """A `watch` for :func:`train_arms`: one TensorBoard run an arm, in folders of their names.
+
+    Raises TrainingError if the package is not there: it is an extra of ours.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainingError(
+            "TensorBoard is not installed: pip install 'metasae-lib[tensorboard]'"
+        ) from None
+    writers: dict[str, SummaryWriter] = {}
+
+    def watch(arm: str, row: dict[str, float]) -> None:
+        step = int(row["step"])
+        if arm not in writers:
+            # What a killed process wrote beyond its last checkpoint is written again.
+            writers[arm] = SummaryWriter(str(folder / arm), purge_step=step)
+        for name, value in row.items():
+            if name not in ("step", "tokens") and not math.isnan(value):
+                writers[arm].add_scalar(name, value, step)
+        writers[arm].flush()
+
+    return watch
+
+
 def load_arms(run: Run) -> dict[str, Arm]:
     """The trained arms of a run, by name. TrainingError names those that are missing."""
     places = _places(run)
