@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metasae_lib import kernels
+from metasae_lib.dictionary import EPS, normalise
 from metasae_lib.kernels import COMPILED, PLAIN, Adam, Codes, Extra, Pull
 
 
@@ -198,3 +199,15 @@ def test_thresholds_select_and_pull(dtype: torch.dtype) -> None:
         torch.testing.assert_close(
             mine.double(), dots, rtol=0.05 if coarse else 1e-5, atol=0.2 if coarse else 1e-5
         )
+
+
+@pytest.mark.parametrize(("b", "d"), [(1, 2), (70, 33), (3, 576)])
+def test_inputs_are_normalised_and_centred(b: int, d: int) -> None:
+    x = 3 * torch.randn(b, d, generator=torch.Generator().manual_seed(b)) + 7
+    exact, _, std = normalise(x.double())
+    for form in (COMPILED, PLAIN):
+        z, scale = form.normalise_rows(x, EPS)
+        torch.testing.assert_close(z.double(), exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scale.double(), std[:, 0] + EPS, rtol=1e-5, atol=0)
+        for dtype in (torch.bfloat16, torch.float32):
+            assert torch.equal(form.centre(x, x[0], dtype), (x - x[0]).to(dtype))

@@ -21,7 +21,7 @@ from metasae_lib.errors import DictionaryError
 from metasae_lib.kernels import top_mask
 from metasae_lib.run import atomic_write
 
-_EPS = 1e-5
+EPS = 1e-5
 _FORMAT = "6.54.12"  # the SAELens whose format this is: from 6.0 on, metadata are kept
 _OWN = "metasae"  # the section of cfg.json's metadata that is ours
 
@@ -35,17 +35,17 @@ def normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.mean(-1, keepdim=True)
     centred = x - mean
     std = centred.std(-1, keepdim=True)
-    return centred / (std + _EPS), mean, std
+    return centred / (std + EPS), mean, std
 
 
 def denormalise(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Undo :func:`normalise`: x = z (std + 1e-5) + mean. z: (..., d), mean and std (..., 1)."""
-    return z * (std + _EPS) + mean
+    return z * (std + EPS) + mean
 
 
 def scale_of(std: Tensor) -> Tensor:
     """What :func:`normalise` divided by."""
-    return std + _EPS
+    return std + EPS
 
 
 class Dictionary(nn.Module, ABC):

@@ -101,13 +101,85 @@ def _threads(operations: int) -> Iterator[None]:
         set_num_threads(before)
 
 
-# --------------------------------------------------------------------------- exact batch top-k
+# --------------------------------------------------------------------------- inputs
 
 
 def _patterns(values: Tensor) -> np.ndarray:
     """Positive floats are ordered as their bits are when read as integers."""
     as_int = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[values.dtype]
     return values.view(as_int).numpy()
+
+
+@njit(**_PARALLEL)
+def _normalise_rows(x: np.ndarray, eps: float, z: np.ndarray, scale: np.ndarray) -> None:
+    b, d = x.shape
+    for r in prange(b):
+        total = np.float32(0)
+        for i in range(d):
+            total += x[r, i]
+        mean = total / np.float32(d)
+        total = np.float32(0)
+        for i in range(d):
+            c = x[r, i] - mean
+            z[r, i] = c
+            total += c * c
+        scale[r] = np.sqrt(total / np.float32(d - 1)) + np.float32(eps)
+        inverse = np.float32(1) / scale[r]
+        for i in range(d):
+            z[r, i] *= inverse
+
+
+def normalise_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Each row less its mean, over its (unbiased) standard deviation + eps.
+
+    x: (b, d) float32, contiguous. Returns z (b, d) and what each row was divided by, (b,).
+    """
+    z, scale = torch.empty_like(x), torch.empty(x.shape[0])
+    with _threads(x.numel()):
+        _normalise_rows(x.numpy(), eps, z.numpy(), scale.numpy())
+    return z, scale
+
+
+def normalise_rows_plain(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Plain form of :func:`normalise_rows`."""
+    std, mean = torch.std_mean(x, -1, keepdim=True)
+    return (x - mean) / (std + eps), (std + eps)[:, 0]
+
+
+@njit(**_LOOP)
+def _to_bfloat16(bits: np.ndarray, out: np.ndarray) -> None:
+    """Round float32 bits (int32) to the nearest bfloat16 (int16), ties to even."""
+    for i in range(bits.shape[0]):
+        x = bits[i]
+        out[i] = (x + 0x7FFF + ((x >> 16) & 1)) >> 16
+
+
+@njit(**_PARALLEL)
+def _centre(z: np.ndarray, b_dec: np.ndarray, out: np.ndarray) -> None:
+    b, d = z.shape
+    for r in prange(b):
+        row = np.empty(d, np.float32)
+        for i in range(d):
+            row[i] = z[r, i] - b_dec[i]
+        _to_bfloat16(row.view(np.int32), out[r])
+
+
+def centre(z: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
+    """``z - b_dec`` in the products' type, in one pass. z: (b, d) float32, b_dec: (d,)."""
+    if dtype != torch.bfloat16:
+        return centre_plain(z, b_dec, dtype)
+    out = torch.empty_like(z, dtype=dtype)
+    with _threads(z.numel()):
+        _centre(z.numpy(), b_dec.numpy(), _patterns(out))
+    return out
+
+
+def centre_plain(z: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
+    """Plain form of :func:`centre`."""
+    return (z - b_dec).to(dtype)
+
+
+# --------------------------------------------------------------------------- exact batch top-k
 
 
 @njit(**_PARALLEL)
@@ -433,14 +505,6 @@ def _adam_row(
         w[i] -= rate_ * a / (np.sqrt(c) * root_ + eps_)
 
 
-@njit(**_LOOP)
-def _to_bfloat16(bits: np.ndarray, out: np.ndarray) -> None:
-    """Round float32 bits (int32) to the nearest bfloat16 (int16), ties to even."""
-    for i in range(bits.shape[0]):
-        x = bits[i]
-        out[i] = (x + 0x7FFF + ((x >> 16) & 1)) >> 16
-
-
 @njit(**_PARALLEL)
 def _update_rows(
     W_enc_T: np.ndarray,
@@ -749,6 +813,8 @@ def near_threshold_plain(
 class Kernels:
     """The loops of a training step in one of their two forms."""
 
+    normalise_rows: Callable[..., tuple[Tensor, Tensor]]
+    centre: Callable[..., Tensor]
     batch_topk: Callable[..., tuple[Any, int]]
     residual: Callable[..., tuple[Tensor, Tensor, Any]]
     fired: Callable[..., Tensor]
@@ -759,9 +825,10 @@ class Kernels:
 
 
 COMPILED = Kernels(
-    batch_topk, residual, fired, row_topk, update_rows, above_threshold, near_threshold
-)
+    normalise_rows, centre, batch_topk, residual, fired, row_topk, update_rows,
+    above_threshold, near_threshold,
+)  # fmt: skip
 PLAIN = Kernels(
-    batch_topk_plain, residual_plain, fired_plain, row_topk_plain, update_rows_plain,
-    above_threshold_plain, near_threshold_plain,
+    normalise_rows_plain, centre_plain, batch_topk_plain, residual_plain, fired_plain,
+    row_topk_plain, update_rows_plain, above_threshold_plain, near_threshold_plain,
 )  # fmt: skip

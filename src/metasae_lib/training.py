@@ -35,7 +35,7 @@ from torch import Tensor
 
 from metasae_lib import distributed, kernels
 from metasae_lib.activations import BatchStream, Residuals
-from metasae_lib.dictionary import BatchTopK, Dictionary, JumpReLU, normalise, scale_of
+from metasae_lib.dictionary import EPS, BatchTopK, Dictionary, JumpReLU, normalise
 from metasae_lib.errors import TrainingError
 from metasae_lib.kernels import Adam, Extra, Pull
 from metasae_lib.penalty import decomposability, orthogonality, penalty_pull
@@ -186,7 +186,7 @@ class Learner:
 
     def _products(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Centred inputs (b, d) and pre-activations (b, n) in the products' type."""
-        centred = (z - self.b_dec).to(self.settings.dtype)
+        centred = self.kernels.centre(z, self.b_dec, self.settings.dtype)
         pre = self.workspace.matrix(z.shape[0], self.sae.n_features, self._low)
         return centred, torch.mm(centred, self._low.T, out=pre)
 
@@ -351,7 +351,7 @@ class Trainer:
             self._check(losses, z)
             self.step_count += 1
             if self.meta is not None and self.step_count % self.n_primary == 0:
-                rows = normalise(self.primary.W_dec)[0]
+                rows, _ = self._rows()
                 for _ in range(self.n_meta):
                     self._meta_l2 = self._check(self.meta.step(rows), rows).l2.item()
         self.seconds += time.perf_counter() - started
@@ -419,13 +419,18 @@ class Trainer:
             return Pull(gradient, gradient.new_full((len(gradient),), weight)), penalty
         if self.meta is None:
             return None, math.nan
+        if self.spec.lambda2 == 0 and (self.step_count + 1) % HISTORY_EVERY:
+            return None, math.nan  # nothing pulls, and no row of the history asks for p_i
         assert self.spec.sigma_sq is not None
-        rows, _, std = normalise(self.primary.W_dec)
+        rows, scale = self._rows()
         error, square = self.meta.errors(rows)
-        scale = scale_of(std)[:, 0]
         square = square * scale * scale
         factor = penalty_pull(square, self.spec.lambda2 or 0.0, self.spec.sigma_sq)
         return Pull(error, factor * scale), decomposability(square, self.spec.sigma_sq).mean()
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """The decoder's rows as inputs of the meta dictionary, and what each was divided by."""
+        return self.primary.kernels.normalise_rows(self.primary.W_dec, EPS)
 
     def _check(self, losses: Losses, inputs: Tensor) -> Losses:
         if losses.l2.device.type == "cpu" and not math.isfinite(losses.l2.item()):
