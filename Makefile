@@ -42,11 +42,18 @@ bench: $(READY)
 	$(BIN)/python benchmarks/$(BENCH).py
 
 # The libraries that benchmarks measure against; a torchvision that does not match torch breaks their imports.
-peers:
+PEERS := .venv-peers/ready
+peers: $(PEERS)
+$(PEERS): benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --requirement benchmarks/peers/requirements.txt
 	.venv-peers/bin/pip uninstall --quiet --yes torchvision
-	.venv-peers/bin/python benchmarks/saelens_roundtrip.py
+	touch $@
+
+# Every calibrated arm of a profile, exported, in SAELens itself.
+roundtrip: $(READY) $(PEERS)
+	$(BIN)/python -m metasae_lib fetch tiny
+	$(BIN)/python benchmarks/saelens_roundtrip.py
 
 plan: $(READY)
 	$(BIN)/python -m metasae_lib plan $(PROFILE) --gpu $(GPU)

@@ -1,6 +1,6 @@
-"""A calibrated dictionary of a real run, exported, loaded in SAELens itself, compared.
+"""Every calibrated dictionary of a real run, exported, loaded in SAELens itself, compared.
 
-    make peers-check     (profile tiny; needs the peers' environment, `make peers`)
+    make roundtrip     (profile tiny; SAELens in an environment of its own, `make peers`)
 
 SAELens normalises the raw residuals itself; its activations and reconstructions must agree with
 ours to float tolerance.

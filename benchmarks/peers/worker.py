@@ -1,19 +1,23 @@
 """One library's training step, timed on request: reads a line, does a step, prints its seconds.
 
-Runs in our environment or in that of the peers; benchmarks/step.py talks to it through pipes.
+Runs in our environment or in that of the peers, on a GPU if there is one; benchmarks/step.py talks
+to it through pipes.
 All see the same batches, the same sizes, Adam at 3e-4, AuxK on the same dead features.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
 
 LEARNING_RATE = 3e-4
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Step = Callable[[Tensor], object]
 
 
@@ -26,7 +30,7 @@ def batches(d: int, b: int) -> list[Tensor]:
         weights = torch.rand(b, 4 * d, generator=generator)
         weights *= torch.rand(b, 4 * d, generator=generator) < 30 / (4 * d)
         x = weights @ directions + torch.randn(b, d, generator=generator)
-        made.append((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True))
+        made.append(((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)).to(DEVICE))
     return made
 
 
@@ -36,7 +40,15 @@ def silence(rows: Tensor, dead: int) -> None:
         rows[:dead] *= 1e-3
 
 
-def ours(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int, joint: bool) -> Step:
+def synchronise() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def ours(
+    dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int, joint: bool, parts: bool = False
+) -> Step:
+    """parts: print what each loop of every step takes as well, in seconds, on one line."""
     from metasae_lib.profile import ArmSpec, Profile
     from metasae_lib.training import Trainer
 
@@ -47,12 +59,36 @@ def ours(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int, joint: b
     }  # fmt: skip
     profile = Profile.load("tiny", {"dictionary": sizes, "training": settings})
     spec = ArmSpec("joint", 0, 0.3, 1.0) if joint else ArmSpec("solo", 0)
-    trainer = Trainer(spec, profile, d, torch.device("cpu"))
+    trainer = Trainer(spec, profile, d, DEVICE)
     learner = trainer.primary
     silence(learner.W_enc_T, dead)
     learner._low.copy_(learner.W_enc_T)
     learner.silent[:dead] = 1000
-    return trainer.step
+    if not parts:
+        return trainer.step
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, loop: Callable[..., object]) -> Callable[..., object]:
+        def run(*arguments: object) -> object:
+            started = time.perf_counter()
+            result = loop(*arguments)
+            synchronise()
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        return run
+
+    loops = {f.name: getattr(learner.kernels, f.name) for f in fields(learner.kernels)}
+    learner.kernels = replace(learner.kernels, **{k: timed(k, v) for k, v in loops.items()})
+    learner._products = timed("encoder product, with centring", learner._products)
+    learner._aux = timed("AuxK", learner._aux)
+
+    def step(z: Tensor) -> None:
+        seconds.clear()
+        trainer.step(z)
+        print(json.dumps(seconds))
+
+    return step
 
 
 def dense(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int) -> Step:
@@ -60,9 +96,11 @@ def dense(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int) -> Step
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(1)) / d**0.5
     W_dec = nn.Parameter(rows / rows.norm(dim=1, keepdim=True))
     silence(rows, dead)
-    W_enc, b_dec = nn.Parameter(rows.T.contiguous()), nn.Parameter(torch.zeros(d))
+    W_dec.data = W_dec.data.to(DEVICE)
+    W_enc = nn.Parameter(rows.T.contiguous().to(DEVICE))
+    b_dec = nn.Parameter(torch.zeros(d, device=DEVICE))
     optimiser = torch.optim.Adam([W_enc, W_dec, b_dec], lr=LEARNING_RATE, betas=(0.9, 0.99))
-    silent = torch.zeros(n)
+    silent = torch.zeros(n, device=DEVICE)
     silent[:dead] = 1000
 
     def keep(x: Tensor, k: int, dim: int) -> Tensor:
@@ -71,7 +109,7 @@ def dense(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int) -> Step
 
     def step(z: Tensor) -> None:
         nonlocal silent
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             pre = ((z - b_dec) @ W_enc).relu()
             acts = keep(pre.flatten(), k * b, 0).view_as(pre)
             error = z - (acts @ W_dec + b_dec)
@@ -97,7 +135,7 @@ def dictionary_learning(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead
 
     trainer = BatchTopKTrainer(
         steps=10**6, activation_dim=d, dict_size=n, k=k, layer=0, lm_name="", lr=LEARNING_RATE,
-        warmup_steps=0, device="cpu", seed=0,
+        warmup_steps=0, device=str(DEVICE), seed=0,
     )  # fmt: skip
     silence(trainer.ae.encoder.weight, dead)
     trainer.num_tokens_since_fired[:dead] = 10**9
@@ -106,7 +144,7 @@ def dictionary_learning(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead
     def step(z: Tensor) -> None:
         nonlocal count
         count += 1  # from 1: the first step of a training also finds a geometric median
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             trainer.update(count, z)
 
     return step
@@ -117,15 +155,15 @@ def saelens(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int) -> St
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
 
-    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=d, d_sae=n, k=k))
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=d, d_sae=n, k=k)).to(DEVICE)
     optimiser = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
     silence(sae.W_enc.T, dead)
-    silent = torch.zeros(n)
+    silent = torch.zeros(n, device=DEVICE)
     silent[:dead] = 10**6
-    seen = torch.zeros(n)
+    seen = torch.zeros(n, device=DEVICE)
 
     def step(z: Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             out = sae.training_forward_pass(TrainStepInput(z, {}, silent >= 1000, 0, False))
             with torch.no_grad():
                 fired = out.feature_acts.bool().float()
@@ -141,11 +179,9 @@ def saelens(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int) -> St
 
 def product(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int) -> Step:
     """The floor: the encoder's product alone."""
-    rows = torch.randn(n, d).to(dtype)
-    out = torch.empty(b, n, dtype=dtype)
-    ready = {id(z): z.to(dtype) for z in batches(d, b)}
-    lows = list(ready.values())
-    return lambda z: torch.mm(lows[0], rows.T, out=out)
+    rows, low = torch.randn(n, d).to(DEVICE, dtype), batches(d, b)[0].to(dtype)
+    out = torch.empty(b, n, dtype=dtype, device=DEVICE)
+    return lambda z: torch.mm(low, rows.T, out=out)
 
 
 def main() -> None:
@@ -154,6 +190,7 @@ def main() -> None:
     sizes = (getattr(torch, dtype), d, n, k, b, dead)
     makers: dict[str, Callable[[], Step]] = {
         "ours": lambda: ours(*sizes, joint=False),
+        "ours, parts": lambda: ours(*sizes, joint=False, parts=True),
         "ours, joint": lambda: ours(*sizes, joint=True),
         "dense autograd": lambda: dense(*sizes),
         "dictionary_learning": lambda: dictionary_learning(*sizes),
@@ -165,6 +202,7 @@ def main() -> None:
     for count, _ in enumerate(sys.stdin):
         started = time.perf_counter()
         step(data[count % len(data)])
+        synchronise()
         print(time.perf_counter() - started, flush=True)
 
 
