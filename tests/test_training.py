@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from small_models import save_model, save_text, small_profile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from metasae_lib import Profile, Run, kernels, training
 from metasae_lib.__main__ import main
@@ -528,3 +531,30 @@ def test_missing_arms_are_named(tmp_path: Path) -> None:
     run = Run.open(small(), tmp_path)
     with pytest.raises(TrainingError, match=r"3 of 3 arms .*\(solo-seed0, joint"):
         training.load_arms(run)
+
+
+def test_a_step_holds_no_float32_matrix_of_batch_by_features() -> None:
+    """With half of the features dead; in bfloat16 not even the encoder's product is one."""
+    b, d, n = 256, 16, 1024
+    learner = Learner(BatchTopK(d, n, 4), Settings(1e-3, k_aux=32, dead_after=1))
+    learner.sae.W_enc.data[:, : n // 2] *= 1e-3
+    learner._low.copy_(learner.W_enc_T)
+    z = torch.randn(b, d, generator=torch.Generator().manual_seed(0))
+    learner.step(z)  # compiles; makes the workspace
+    made: list[Tensor] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = function(*args, **(kwargs or {}))
+            made.extend(x for x in tree_leaves(out) if isinstance(x, Tensor))
+            return out
+
+    tracemalloc.start()  # numpy's arrays
+    with Watch():
+        losses = learner.step(z)
+    numpy_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert losses.dead >= n // 2
+    assert max(x.numel() for x in made if x.dtype == torch.bfloat16) >= b * n  # the product
+    assert max(x.numel() for x in made if x.dtype.itemsize > 2) < b * n // 4
+    assert numpy_peak < 4 * b * n // 2
