@@ -41,7 +41,9 @@ def start(runs: Path) -> subprocess.Popen[bytes]:
 def reached(runs: Path) -> int:
     """The step of the most advanced checkpoint."""
     names = [path.name for path in runs.glob("artefacts/arm-state-*/*.safetensors")]
-    return max((int(found[0]) for name in names if (found := re.findall(r"-(\d+)\.", name))), default=0)
+    return max(
+        (int(found[0]) for name in names if (found := re.findall(r"-(\d+)\.", name))), default=0
+    )
 
 
 def final_states(runs: Path) -> dict[str, str]:
