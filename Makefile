@@ -8,7 +8,7 @@ GPUS     ?= 1
 BIN      := .venv/bin
 READY    := .venv/ready
 
-.PHONY: book test browser lint lab train bench peers plan keep lock clean
+.PHONY: book test browser lint lab train kills bench peers plan keep lock clean
 .DELETE_ON_ERROR:
 
 book: $(READY)
@@ -40,6 +40,11 @@ train: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/$(BENCH).py
+
+# A real run killed 24 times at random moments: the weights of one that was not.
+kills: $(READY)
+	$(BIN)/python -m metasae_lib fetch tiny
+	$(BIN)/python benchmarks/kills.py
 
 # The libraries that benchmarks measure against; a torchvision that does not match torch breaks their imports.
 PEERS := .venv-peers/ready

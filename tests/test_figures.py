@@ -66,6 +66,16 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
             columns=["step", "angle", "sigma_sq", "lambda2"],
         )
     ),
+    "ablation": lambda: figures.ablation(
+        pd.DataFrame(
+            {
+                "architecture": ["BatchTopK", "BatchTopK", "JumpReLU", "JumpReLU"],
+                "penalty": ["solo", "joint", "solo", "joint"],
+                "l0": [32.1, 32.0, 33.0, 31.0],
+                "l2": [0.2, 0.21, 0.22, 0.24],
+            }
+        )
+    ),
     "training_curve": lambda: figures.training_curve(
         along(tokens=np.arange(1, 9) * 1e5, l2=np.linspace(1, 0.1, 8)), "l2", "L2 (share)", log=True
     ),

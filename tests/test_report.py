@@ -177,3 +177,22 @@ def test_flattening_compares_the_last_two_tenths() -> None:
     history = pd.DataFrame({"arm": "a", "step": range(10, 110, 10), "l2": 1.0})
     history.loc[history.step == 100, "l2"] = 0.99
     assert report.flattening(history)["a"] == pytest.approx(-1.0)
+
+
+def test_ablation_takes_the_first_seed_and_the_selected_penalty(run: Run) -> None:
+    rows = [
+        ("solo", 0, None, None, None, 0.20), ("solo", 1, None, None, None, 0.9),
+        ("joint", 0, 0.3, 1.0, None, 0.21), ("joint", 0, 0.1, 1.0, None, 0.9),
+        ("jumprelu", 0, None, None, None, 0.19), ("jumprelu", 0, 0.3, 1.0, None, 0.25),
+        ("batchtopk", 0, None, None, 4, 0.3), ("ortsae", 0, None, None, None, 0.2),
+    ]  # fmt: skip
+    arms = pd.DataFrame(rows, columns=["kind", "seed", "lambda2", "sigma_sq", "k", "l2"]).assign(
+        arm=lambda frame: frame.index.astype(str), l0_threshold=8.0, ce_overhead_pct=1.0, dead=0
+    )
+    frame = report.ablation(run, arms)
+    assert frame.arm.tolist() == ["0", "2", "4", "5", "6"]
+    assert frame.architecture.tolist() == ["BatchTopK"] * 2 + ["JumpReLU"] * 2 + ["BatchTopK"]
+    assert frame.k.tolist() == [8, 8, 8, 8, 4]
+    # Solo: 0.19 against 0.20; joint: 0.25 against 0.21. k = 4 has no JumpReLU to compare with.
+    assert "lower L2 in 1 of 2 conditions" in report.ablation_sentence(frame)
+    assert "no JumpReLU arm" in report.ablation_sentence(frame[frame.architecture != "JumpReLU"])

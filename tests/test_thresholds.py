@@ -12,6 +12,7 @@ from metasae_lib.errors import MeasureError
 from metasae_lib.thresholds import (
     RULES,
     Calibrator,
+    OwnThresholds,
     calibrate,
     pre_activations,
     training_batches,
@@ -183,3 +184,14 @@ def test_pre_activations_round_the_product_alone() -> None:
     low = pre_activations(sae, z, torch.bfloat16)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, sae.pre_activations(z), atol=0.02, rtol=0.02)
+
+
+def test_jumprelu_keeps_the_thresholds_it_was_trained_with() -> None:
+    theta = torch.tensor([0.5, 1.0, 9.0])
+    own = OwnThresholds(theta)
+    for pre in ([[0.6, 1.0, 0.0], [0.5, 2.0, 8.0]], [[3.0, -1.0, 0.0]]):
+        own.update(torch.tensor(pre))
+    result = own.result()
+    assert result.selected.tolist() == [2, 1, 0] and result.n_tokens == 3
+    for rule in RULES:
+        assert result.threshold(rule).tolist() == [0.5, 1.0, float("inf")]

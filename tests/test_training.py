@@ -320,8 +320,8 @@ def test_every_kind_of_arm(tmp_path: Path) -> None:
     )  # fmt: skip
     arms = training.train_arms(Run.open(profile, tmp_path))
     assert list(arms) == [
-        "solo-seed0", "solo-order1-seed1", "joint-lambda30-sigma1-seed0",
-        "joint-lambda30-sigma1-order1-seed1", "jumprelu-seed0", "jumprelu-lambda30-sigma1-seed0",
+        "solo-seed0", "solo-seed1", "joint-lambda30-sigma1-seed0",
+        "joint-lambda30-sigma1-seed1", "jumprelu-seed0", "jumprelu-lambda30-sigma1-seed0",
         "jumprelu-k2-seed0", "jumprelu-k2-lambda30-sigma1-seed0", "batchtopk-k2-seed0",
         "batchtopk-k2-lambda30-sigma1-seed0", "ortsae-seed0", "as-released-seed0",
         "as-released-lambda30-sigma1-seed0", "critic-k1-lambda30-sigma1-seed0",

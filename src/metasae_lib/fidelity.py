@@ -27,7 +27,7 @@ from torch import Tensor
 from metasae_lib.activations import Residuals
 from metasae_lib.corpus import load_tokens
 from metasae_lib.counting import above
-from metasae_lib.dictionary import denormalise, normalise
+from metasae_lib.dictionary import JumpReLU, denormalise, normalise
 from metasae_lib.errors import MeasureError
 from metasae_lib.kernels import batch_topk, batch_topk_plain
 from metasae_lib.progress import progress
@@ -101,6 +101,8 @@ def reconstruct(
 
 
 def _reconstruct(sae: Dictionary, pre: Tensor, mode: Mode) -> tuple[Tensor, int]:
+    if isinstance(sae, JumpReLU):
+        mode = "threshold"  # the same in training and after
     if mode == "threshold" and sae.threshold is None:
         raise MeasureError("this dictionary has no thresholds: calibrate it first")
     if pre.device.type != "cpu":
@@ -174,6 +176,7 @@ def measure_arms(run: Run, arms: Mapping[str, Arm], subject: Subject | None = No
                 "seed": arm.spec.seed,
                 "lambda2": arm.spec.lambda2,
                 "sigma_sq": arm.spec.sigma_sq,
+                "k": arm.spec.k,
                 **measured[name],
             }
             for name, arm in arms.items()

@@ -257,6 +257,26 @@ def fidelity(figure: Figure, frame: pd.DataFrame) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
 
+@_styled(7.0, 3.8)
+def ablation(figure: Figure, frame: pd.DataFrame) -> None:
+    """BatchTopK against JumpReLU: held-out L2 over L0, solo and joint.
+
+    Columns: architecture, penalty (solo or joint), l0, l2. Lines join what differs in k alone.
+    """
+    ax = figure.subplots()
+    for (architecture, penalty), part in frame.sort_values("l0").groupby(
+        ["architecture", "penalty"], sort=False
+    ):
+        colour, marker = (BLUE, "s") if architecture == "BatchTopK" else (ORANGE, "^")
+        ax.plot(
+            part.l0, part.l2, marker, color=colour, label=f"{architecture}, {penalty}",
+            linestyle="-" if penalty == "solo" else (0, (4, 3)), linewidth=1.2, markersize=7,
+            fillstyle="full" if penalty == "solo" else "none",
+        )  # fmt: skip
+    ax.set(xlabel="L0 at the thresholds (features a token)", ylabel="L2 (share of unit variance)")
+    _legend(ax)
+
+
 @_styled(7.0, 3.0)
 def time_spent(figure: Figure, frame: pd.DataFrame) -> None:
     """Seconds that each stage of the run took. Columns: stage, seconds."""

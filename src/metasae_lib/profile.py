@@ -243,8 +243,6 @@ class ArmSpec:
             parts.append(f"lambda{self.lambda2:g}")
         if self.sigma_sq is not None:
             parts.append(f"sigma{self.sigma_sq:g}")
-        if self.order:
-            parts.append(f"order{self.order}")
         return "-".join([*parts, f"seed{self.seed}"])
 
     @property

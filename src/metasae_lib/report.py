@@ -425,6 +425,83 @@ def fidelity_sentences(run: Run, arms: pd.DataFrame) -> Markdown:
     return Markdown("\n".join(f"- {line}" for line in lines))
 
 
+def ablation(run: Run, arms: pd.DataFrame) -> pd.DataFrame:
+    """The configurations of the JumpReLU ablation that the run has (§4).
+
+    arms: columns arm, kind, seed, lambda2, sigma_sq, k, l2, l0_threshold, ce_overhead_pct. Columns
+    of the result: arm, architecture, penalty, k, l0, l2, ce_overhead_pct.
+    """
+    first = run.profile.training.seeds[0]
+    plain = arms.lambda2.isna()
+    selected = (arms.lambda2 == run.profile.selected[0]) & (
+        arms.sigma_sq == run.profile.selected[1]
+    )
+    found = arms[
+        arms.kind.isin(["solo", "joint", "batchtopk", "jumprelu"])
+        & (arms.seed == first)
+        & (plain | selected)
+    ]
+    return pd.DataFrame(
+        {
+            "arm": found.arm,
+            "architecture": np.where(found.kind == "jumprelu", "JumpReLU", "BatchTopK"),
+            "penalty": np.where(found.lambda2.isna(), "solo", "joint"),
+            "k": found.k.fillna(run.profile.dictionary.k).astype(int),
+            "l0": found.l0_threshold,
+            "l2": found.l2,
+            "ce_overhead_pct": found.ce_overhead_pct,
+        }
+    ).reset_index(drop=True)
+
+
+def ablation_sentence(frame: pd.DataFrame) -> str:
+    """Which architecture reconstructs better, condition by condition, in one sentence."""
+    wide = frame.pivot_table(index=["k", "penalty"], columns="architecture", values=["l2", "l0"])
+    if "JumpReLU" not in wide.get("l2", pd.DataFrame()).columns:
+        return (
+            "**This run trains no JumpReLU arm**: add `ablation` to `training.arms` for all eight "
+            "configurations."
+        )
+    wide = wide.dropna()
+    better = int((wide["l2"]["BatchTopK"] < wide["l2"]["JumpReLU"]).sum())
+    l0 = [f"{number(value)} for k = {k}" for (k, _), value in wide["l0"]["JumpReLU"].items()]
+    return (
+        f"BatchTopK has the lower L2 in {better} of {len(wide)} conditions (§4: in both joint and "
+        f"solo). JumpReLU meets its L0 by a term of the loss, so it is not exact: {_list(l0)}."
+    )
+
+
+def competitors(run: Run, arms: pd.DataFrame) -> Markdown:
+    """L2 and CE of the arms that are neither solo, joint, control nor part of the ablation."""
+    known = ["solo", "joint", "control", "batchtopk", "jumprelu"]
+    others = arms[~arms.kind.isin(known)]
+    if others.empty:
+        return Markdown(
+            "**This run trains none of them**: add `ortsae`, `matched-fidelity`, `as-released` or "
+            "`critic` to `training.arms`."
+        )
+    shown = pd.concat([arms[arms.arm.isin(compared_arms(run))], others])
+    shown = shown[["arm", "k", "l2", "l0_threshold", "ce_overhead_pct", "dead"]]
+    shown = shown.assign(k=shown.k.fillna(run.profile.dictionary.k).astype(int))
+    names = {"l2": "L2", "l0_threshold": "L0", "ce_overhead_pct": "CE overhead (%)"}
+    return table(shown.rename(columns=names), "Other ways to train, held-out text", "tab-others")
+
+
+def explained(run: Run, frame: pd.DataFrame) -> Markdown:
+    """Decoder variance that a meta SAE explains post hoc. Columns: arm, setting,
+    variance_explained."""
+    if frame.empty:
+        return Markdown(
+            "**Not measured in this run**: set `training.meta_posthoc: [bussmann, saebench]`."
+        )
+    wide = frame.pivot_table(
+        index="arm", columns="setting", values="variance_explained", sort=False
+    )
+    return table(
+        wide.reset_index(), "Share of the decoder's variance that a meta SAE explains", "tab-meta"
+    )
+
+
 def box(title: str, text: str) -> Markdown:
     """A framed remark with a title."""
     return Markdown(f":::{{admonition}} {title}\n:class: note\n\n{text}\n:::\n")

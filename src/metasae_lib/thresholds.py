@@ -28,7 +28,7 @@ from torch import Tensor
 
 from metasae_lib.activations import Residuals
 from metasae_lib.counting import Array, above, add_histogram
-from metasae_lib.dictionary import normalise
+from metasae_lib.dictionary import JumpReLU, normalise
 from metasae_lib.errors import MeasureError
 from metasae_lib.kernels import batch_topk, batch_topk_plain
 from metasae_lib.progress import progress
@@ -306,9 +306,40 @@ def calibration_inputs(run: Run, residuals: Residuals) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class OwnThresholds:
+    """In a Calibrator's place for a JumpReLU dictionary, which was trained with thresholds."""
+
+    window_held = True
+
+    def __init__(self, threshold: Tensor) -> None:
+        self._threshold = threshold
+        self._selected = torch.zeros_like(threshold, dtype=torch.int64)
+        self._n_tokens = 0
+
+    def update(self, pre: Tensor) -> None:
+        """Count what fires. pre: (b, n)."""
+        self._selected += (pre > self._threshold).sum(0)
+        self._n_tokens += len(pre)
+
+    def again(self) -> OwnThresholds:
+        """Never needed."""
+        return self
+
+    def result(self) -> Calibration:
+        """Its own thresholds under every rule; dead features +inf; no batch cut-offs."""
+        theta = torch.where(self._selected > 0, self._threshold, torch.inf).cpu()
+        selected = self._selected.cpu().numpy()
+        return Calibration(dict.fromkeys(RULES, theta), selected, np.empty(0), self._n_tokens, 0)
+
+
 def _calibrate(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[str, Calibration]:
     dtype = product_dtype(run)
-    open_ones = {name: Calibrator(arm.sae.n_features, arm.sae.k) for name, arm in arms.items()}
+    open_ones: dict[str, Calibrator | OwnThresholds] = {
+        name: OwnThresholds(arm.sae.threshold)
+        if isinstance(arm.sae, JumpReLU)
+        else Calibrator(arm.sae.n_features, arm.sae.k)
+        for name, arm in arms.items()
+    }
     results: dict[str, Calibration] = {}
     while open_ones:  # a second time only for arms whose first guess of the window failed
         with progress(residuals.n_tokens, f"calibrating {len(open_ones)} arms") as bar:

@@ -279,8 +279,8 @@ class JumpReLULearner(Learner):
 
 
 @contextmanager
-def _one_thread_if_small(products: int) -> Iterator[None]:
-    """A small step has many short loops: on a busy machine each would wait for other threads."""
+def one_thread_if_small(products: int) -> Iterator[None]:
+    """A step of few multiply-adds has many short loops: each would wait for other threads."""
     before = torch.get_num_threads()
     if products < _SMALL:
         torch.set_num_threads(1)
@@ -345,7 +345,7 @@ class Trainer:
         Raises TrainingError if the loss is not finite.
         """
         started = time.perf_counter()
-        with _one_thread_if_small(z.numel() * self.primary.sae.n_features):
+        with one_thread_if_small(z.numel() * self.primary.sae.n_features):
             pull, penalty = self._pull()
             losses = self.primary.step(z, pull)
             self._check(losses, z)
