@@ -101,6 +101,11 @@ class Question:
         return ("A: ", "B: ") if self.task == "fuzzing" else ("Text: ",)
 
     @property
+    def messages(self) -> list[dict[str, str]]:
+        """The question as a chat."""
+        return [{"role": "user", "content": self.prompt}]
+
+    @property
     def max_tokens(self) -> int:
         """Length of an answer."""
         return 60 if self.task == "explain" else 8
@@ -234,11 +239,11 @@ class LexicalJudge:
 
     The weight of a token is the log-odds of being an example's strongest token against being any
     other token of the examples, smoothed by half a count; only tokens above 0 are kept. A text
-    scores its heaviest token. It is said to fire above the cut that best separates
-    the explainer's examples from the silent ones.
+    scores the sum of its tokens' weights, and is said to fire above the cut that best separates the
+    explainer's examples from the silent ones.
     """
 
-    identity: dict[str, Any] = {"judge": "lexical", "version": 1}  # noqa: RUF012
+    identity: dict[str, Any] = {"judge": "lexical", "version": 2}  # noqa: RUF012
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
         """Answers at once, in order."""
@@ -253,7 +258,7 @@ class LexicalJudge:
         if question.task == "fuzzing":
             return "?" if scores[0] == scores[1] else "AB"[scores[1] > scores[0]]
         if question.task == "strength":
-            return f"{min(scores[0], 10.0):.4f}"
+            return f"{10 - 10 * math.exp(-scores[0] / 10):.4f}"
         return "?" if not weights else "yes" if scores[0] > cut else "no"
 
     def _explain(self, question: Question) -> str:
@@ -295,7 +300,7 @@ def _word(piece: str) -> str:
 
 
 def _lexical_score(weights: Mapping[str, float], example: Example) -> float:
-    return max((weights.get(_word(piece), 0.0) for piece in example.pieces), default=0.0)
+    return math.fsum(weights.get(_word(piece), 0.0) for piece in example.pieces)
 
 
 # --------------------------------------------------------------------------- in-process
@@ -572,7 +577,7 @@ class HttpJudge:
     def _answer(self, question: Question) -> str | None:
         body = {
             "model": self._model,
-            "messages": [{"role": "user", "content": question.prompt}],
+            "messages": question.messages,
             "max_tokens": question.max_tokens,
             "temperature": 0,
             "seed": 0,
