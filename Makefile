@@ -7,7 +7,7 @@ GPU      ?= h100
 BIN      := .venv/bin
 READY    := .venv/ready
 
-.PHONY: book test browser lint lab bench peers plan keep lock clean
+.PHONY: book test browser lint lab bench delphi peers plan keep lock clean
 .DELETE_ON_ERROR:
 
 book: $(READY)
@@ -32,7 +32,7 @@ lab: $(READY)
 	$(BIN)/python -m metasae_lib fetch $(PROFILE)
 	$(BIN)/jupyter lab notebooks
 
-bench: $(READY)
+bench: $(READY) $(if $(filter judge,$(BENCH)),.venv-serve/ready)
 	$(BIN)/python benchmarks/$(BENCH).py
 
 # The libraries that benchmarks measure against; a torchvision that does not match torch breaks their imports.
@@ -41,6 +41,23 @@ peers:
 	.venv-peers/bin/pip install --quiet --requirement benchmarks/peers/requirements.txt
 	.venv-peers/bin/pip uninstall --quiet --yes torchvision
 	.venv-peers/bin/python benchmarks/saelens_roundtrip.py
+
+# An OpenAI-compatible server for `make bench BENCH=judge`, with our torch and transformers.
+.venv-serve/ready: requirements.lock
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/pip install --quiet --constraint requirements.lock 'transformers[serving]'
+	touch $@
+
+# Delphi's own prompts through our judge, on the features of a run that has been trained.
+delphi: $(READY) .venv-delphi/ready
+	$(BIN)/python benchmarks/delphi.py $(PROFILE)
+
+# Delphi asks for vLLM and its CUDA, of which its scorers need nothing: so without its requirements.
+.venv-delphi/ready: benchmarks/peers/delphi.txt
+	$(PYTHON) -m venv .venv-delphi
+	.venv-delphi/bin/pip install --quiet --no-deps eai-delphi==0.1.3
+	.venv-delphi/bin/pip install --quiet --requirement benchmarks/peers/delphi.txt
+	touch $@
 
 plan: $(READY)
 	$(BIN)/python -m metasae_lib plan $(PROFILE) --gpu $(GPU)

@@ -1,6 +1,6 @@
 """The HTTP judge against a real server on this machine: throughput, and 200 injected faults.
 
-    python benchmarks/judge.py --python ENV/bin/python   # an environment with transformers[serving]
+    make bench BENCH=judge   # which also makes .venv-serve, an environment that can serve
 
 Starts `transformers serve` with the embedded SmolLM2-135M-Instruct on loopback and measures
 
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,9 +46,11 @@ class Serving:
 
     def start(self, wait: float = 180) -> None:
         """Start the server and wait until it answers."""
+        # It answers requests side by side, and more threads than one each fight for the cores.
         self._process = subprocess.Popen(
-            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
         deadline = time.monotonic() + wait
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
@@ -214,12 +218,13 @@ def faults(serving: Serving, model: str, count: int, per_prompt: int) -> None:
 def main() -> None:
     """Run both parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default=sys.executable, help="of an environment that can serve")
+    parser.add_argument("--python", default=".venv-serve/bin/python", help="of what can serve")
     parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--requests", type=int, default=24, help="in a measurement")
+    parser.add_argument("--requests", type=int, default=20, help="in a measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parallel", type=int, default=4)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends with us
     model = embedded.snapshot("embedded:smollm2-135m")
     serving = Serving(options.python, model, options.port)
     serving.start()

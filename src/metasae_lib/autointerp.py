@@ -23,7 +23,7 @@ import pandas as pd
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
-from metasae_lib.contexts import Contexts, Example, Pieces
+from metasae_lib.contexts import QUANTILES, Contexts, Example, Pieces
 from metasae_lib.errors import MeasureError
 from metasae_lib.judges import (
     AskOnce,
@@ -308,6 +308,39 @@ def explain(made: Sequence[Material], answers: Answers) -> list[str | None]:
         value = parse(question, answer)
         explanations.append(None if value is None else str(value))
     return explanations
+
+
+def delphi_records(
+    made: Sequence[Material], explanations: Sequence[str | None]
+) -> list[dict[str, Any]]:
+    """Features in the form that Delphi scores: the fields of its `LatentRecord`, as plain JSON.
+
+    train and test are the examples of the explainer and of the questions, test by quintile, the
+    weakest first; not_active those in which the feature is silent. tokens and activations, each
+    (window,), become tensors in Delphi. Features without an explanation are left out.
+    """
+
+    def fields(example: Example) -> dict[str, Any]:
+        return {
+            "tokens": list(example.ids),
+            "activations": list(map(float, example.acts)),
+            "str_tokens": list(example.pieces),
+        }
+
+    return [
+        {
+            "latent": {"module_name": "metasae", "latent_index": material.feature},
+            "explanation": explanation,
+            "train": [fields(example) for example in material.explain.examples],
+            "test": [
+                fields(example) | {"quantile": QUANTILES * k // len(material.examples)}
+                for k, example in enumerate(material.examples)
+            ],
+            "not_active": [fields(example) for example in material.silent],
+        }
+        for material, explanation in zip(made, explanations, strict=True)
+        if explanation is not None
+    ]
 
 
 def in_words(explanation: str | None) -> str | None:

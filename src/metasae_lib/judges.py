@@ -330,7 +330,7 @@ class InProcessJudge:
         for start in range(0, len(questions), _BLOCK_QUESTIONS):
             block = questions[start : start + _BLOCK_QUESTIONS]
             explain = [k for k, q in enumerate(block) if q.task == "explain"]
-            texts = self._generate([block[k].prompt for k in explain])
+            texts = self._generate([block[k].messages for k in explain])
             yield from ((start + k, text) for k, text in zip(explain, texts, strict=True))
             rest = [k for k, q in enumerate(block) if q.task != "explain"]
             evidence = self._evidence(
@@ -428,24 +428,20 @@ class InProcessJudge:
         logits: torch.Tensor = self._model.lm_head(hidden).float()
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
-    def _generate(self, prompts: Sequence[str]) -> list[str]:
-        """Greedy answers, the prompt in the model's chat form."""
+    def _generate(self, chats: Sequence[list[dict[str, str]]]) -> list[str]:
+        """Greedy answers to chats, in the model's own form."""
         import torch
 
         tokenizer = self._tokenizer
         tokenizer.padding_side = "left"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         texts = []
-        for start in range(0, len(prompts), _GENERATED_AT_ONCE):
-            chats = [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-                for prompt in prompts[start : start + _GENERATED_AT_ONCE]
+        for start in range(0, len(chats), _GENERATED_AT_ONCE):
+            written = [
+                tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                for chat in chats[start : start + _GENERATED_AT_ONCE]
             ]
-            given = tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
+            given = tokenizer(written, return_tensors="pt", padding=True, add_special_tokens=False)
             with torch.no_grad():
                 out = self._model.generate(
                     **given.to(self._model.device), do_sample=False, max_new_tokens=24,
