@@ -8,7 +8,7 @@ GPUS     ?= 1
 BIN      := .venv/bin
 READY    := .venv/ready
 
-.PHONY: book test browser lint lab train kills bench peers plan keep lock clean
+.PHONY: book test browser lint lab train kills bench peers roundtrip delphi plan keep lock clean
 .DELETE_ON_ERROR:
 
 book: $(READY)
@@ -38,7 +38,7 @@ train: $(READY)
 	$(BIN)/python -m metasae_lib fetch $(PROFILE)
 	$(BIN)/torchrun --standalone --nproc-per-node=$(GPUS) -m metasae_lib train $(PROFILE)
 
-bench: $(READY)
+bench: $(READY) $(if $(filter judge,$(BENCH)),.venv-serve/ready)
 	$(BIN)/python benchmarks/$(BENCH).py
 
 # A real run killed 24 times at random moments: the weights of one that was not.
@@ -59,6 +59,23 @@ $(PEERS): benchmarks/peers/requirements.txt
 roundtrip: $(READY) $(PEERS)
 	$(BIN)/python -m metasae_lib fetch tiny
 	$(BIN)/python benchmarks/saelens_roundtrip.py
+
+# An OpenAI-compatible server for `make bench BENCH=judge`, with our torch and transformers.
+.venv-serve/ready: requirements.lock
+	$(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/pip install --quiet --constraint requirements.lock 'transformers[serving]'
+	touch $@
+
+# Delphi's own prompts through our judge, on the features of a run that has been trained.
+delphi: $(READY) .venv-delphi/ready
+	$(BIN)/python benchmarks/delphi.py $(PROFILE)
+
+# Delphi asks for vLLM and its CUDA, of which its scorers need nothing: so without its requirements.
+.venv-delphi/ready: benchmarks/peers/delphi.txt
+	$(PYTHON) -m venv .venv-delphi
+	.venv-delphi/bin/pip install --quiet --no-deps eai-delphi==0.1.3
+	.venv-delphi/bin/pip install --quiet --requirement benchmarks/peers/delphi.txt
+	touch $@
 
 plan: $(READY)
 	$(BIN)/python -m metasae_lib plan $(PROFILE) --gpu $(GPU)

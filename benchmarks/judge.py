@@ -1,6 +1,6 @@
 """The HTTP judge against a real server on this machine: throughput, and 200 injected faults.
 
-    python benchmarks/judge.py --python ENV/bin/python   # an environment with transformers[serving]
+    make bench BENCH=judge   # which also makes .venv-serve, an environment that can serve
 
 Starts `transformers serve` with the embedded SmolLM2-135M-Instruct on loopback and measures
 
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,9 +46,11 @@ class Serving:
 
     def start(self, wait: float = 180) -> None:
         """Start the server and wait until it answers."""
+        # It answers requests side by side, and more threads than one each fight for the cores.
         self._process = subprocess.Popen(
-            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
         deadline = time.monotonic() + wait
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
@@ -163,23 +167,28 @@ def bare(port: int, model: str, asked: Sequence[Question], parallel: int) -> flo
     return len(asked) / (time.monotonic() - started)
 
 
+def ours(port: int, model: str, asked: Sequence[Question], parallel: int) -> float:
+    """Requests a second of `HttpJudge` with its table of answers."""
+    judge = HttpJudge(f"http://{HOST}:{port}/v1", model, parallel)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        answers = AskOnce(judge, Path(folder) / "a.sqlite").answers(asked)
+        seconds = time.monotonic() - started
+    if None in answers:
+        sys.exit(f"{answers.count(None)} of {len(asked)} questions got no answer")
+    return len(asked) / seconds
+
+
 def throughput(serving: Serving, model: str, count: int, parallel: int, rounds: int) -> float:
-    """Ours over the bare client's, alternating so that a busy machine slows both."""
-    ours, limit = [], []
+    """Ours over the bare client's: short turns, each first as often, as a machine's load drifts."""
+    seconds = {bare: 0.0, ours: 0.0}
     bare(serving.port, model, questions(4, 10**6), parallel)  # warm
-    for k in range(rounds):
-        limit.append(bare(serving.port, model, questions(count, 2 * k * count), parallel))
-        judge = HttpJudge(f"http://{HOST}:{serving.port}/v1", model, parallel)
-        with tempfile.TemporaryDirectory() as folder:
-            started = time.monotonic()
-            answers = AskOnce(judge, Path(folder) / "a.sqlite").answers(
-                questions(count, (2 * k + 1) * count)
-            )
-            ours.append(count / (time.monotonic() - started))
-        if None in answers:
-            sys.exit(f"{answers.count(None)} of {count} questions got no answer")
-        print(f"{parallel} parallel: bare {limit[-1]:.2f}/s, ours {ours[-1]:.2f}/s", flush=True)
-    return sum(ours) / sum(limit)
+    for turn in range(2 * rounds):
+        client = (bare, ours, ours, bare)[turn % 4]
+        rate = client(serving.port, model, questions(count, turn * count), parallel)
+        seconds[client] += count / rate
+        print(f"{parallel} parallel, {client.__name__}: {rate:.2f} requests/s", flush=True)
+    return seconds[bare] / seconds[ours]
 
 
 def faults(serving: Serving, model: str, count: int, per_prompt: int) -> None:
@@ -214,12 +223,13 @@ def faults(serving: Serving, model: str, count: int, per_prompt: int) -> None:
 def main() -> None:
     """Run both parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", default=sys.executable, help="of an environment that can serve")
+    parser.add_argument("--python", default=".venv-serve/bin/python", help="of what can serve")
     parser.add_argument("--port", type=int, default=8765)
-    parser.add_argument("--requests", type=int, default=24, help="in a measurement")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=8, help="in a turn")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each")
     parser.add_argument("--parallel", type=int, default=4)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends with us
     model = embedded.snapshot("embedded:smollm2-135m")
     serving = Serving(options.python, model, options.port)
     serving.start()

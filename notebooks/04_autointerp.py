@@ -57,9 +57,9 @@ Markdown(ai.first_line(verdicts, auto.judge))
 #
 # *Planted* features "fire" on the words of one known concept, such as the months of the year. The
 # judge gets the right explanation, one that belongs to another feature, none, and the right one a
-# second time. On *features* of the solo dictionary the right explanation is the one under study.
+# second time. Planted strength is the number of these words in the text. On *features* of the solo dictionary the right explanation is the one under study.
 # The rules that make a judge *able* were fixed beforehand; `judge_verdict` lists them.
-# %% mystnb={"figure": {"name": "fig-controls", "caption": "What the judge makes of right, shuffled and empty explanations: mean and 95% interval. A judge that can be believed stands right of chance with right explanations, and at chance with the others."}, "image": {"alt": "Three panels, one for each score: dots with intervals for planted features and for features of the dictionary under right, shuffled and empty explanations, with a dashed line at chance."}}
+# %% mystnb={"figure": {"name": "fig-controls", "caption": "What the judge makes of right, shuffled and empty explanations, how often it answers that the first text is the real one, and how its scores correlate when it is asked again: means with 95% intervals. A judge that can be believed stands right of chance (dashed) with right explanations and at chance with the others, has no order bias, and says the same twice."}, "image": {"alt": "Five panels of dots with intervals and a dashed line at chance. Three show a score each, for planted features and for features of the dictionary under right, shuffled and empty explanations; the fourth the share of answers A under the same; the fifth the correlation of each score when asked again."}}
 summary = pd.concat([ai.control_summary(c).assign(judge=j) for j, c in controls.items()])
 run.save_table("autointerp_controls", summary, "Judge controls: mean scores by condition")
 figures.judge_controls(summary[summary.judge == auto.judge])
@@ -70,7 +70,8 @@ report.table(verdicts, "Which judge can be believed on which score, and why", "t
 # %% [markdown]
 # ## Which features, which pairs
 #
-# Features are matched one to one by the cosine of their decoder rows (Hungarian algorithm, App. F).
+# Features are matched one to one by the cosine of their decoder rows (Hungarian algorithm, App. F;
+# SciPy's exact solver, 15 s for the paper's 20,480 features on two cores).
 # The paper has a cosine threshold and does not print it, so several are shown. A feature needs
 # enough segments of held-out text in which it fires, some for the explainer and others for the
 # questions, and as many in which it does not.
@@ -121,11 +122,13 @@ shown = [
     "t",
     "d",
     "higher",
+    "higher_low",
+    "higher_high",
 ]
 report.table(
     compared[shown],
     "Joint minus solo: paired difference with its bootstrap interval, t, effect size d, and the "
-    "share of pairs in which joint is higher (ties left out)",
+    "share of pairs in which joint is higher with its interval (ties left out)",
     "tab-compared",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -323,3 +324,33 @@ def test_a_score_without_a_control_is_not_believed() -> None:
     table = controls().assign(spearman=math.nan)
     verdict = ai.judge_verdict(table, "spearman")
     assert not verdict.able and "nothing to score" in verdict.words
+
+
+def test_delphi_records_hold_the_examples_that_are_asked_about() -> None:
+    made = materials(3)
+    records = json.loads(json.dumps(ai.delphi_records(made, ["zero", None, "two"])))
+    assert [record["latent"]["latent_index"] for record in records] == [0, 2]
+    record, material = records[1], made[2]
+    assert record["explanation"] == "two"
+    assert [e["tokens"] for e in record["test"]] == [list(e.ids) for e in material.examples]
+    assert [e["quantile"] for e in record["test"]] == [0, 1, 2, 3, 4]
+    assert [e["str_tokens"] for e in record["train"]] == [
+        list(e.pieces) for e in material.explain.examples
+    ]
+    assert not any(any(e["activations"]) for e in record["not_active"])
+    assert all(e["activations"][e["tokens"].index(2)] > 0 for e in record["test"])
+
+
+def test_order_bias_and_retest_are_among_the_controls() -> None:
+    for wrong, share in (("", 0.5), ("says A", 1.0)):
+        table = ai.control_summary(controls(wrong)).set_index(["group", "condition", "score"])
+        assert table.loc[("planted", "right", "order bias"), "mean"] == share
+        assert table.loc[("planted", "detection", "asked again"), "mean"] == 1.0
+    forgetful = controls()
+    again = forgetful.condition == "again"
+    generator = np.random.default_rng(0)
+    forgetful.loc[forgetful.condition == "right", "detection"] = generator.random(28)
+    forgetful.loc[again, "detection"] = generator.random(again.sum())
+    assert "asked again, correlation" in ai.judge_verdict(forgetful, "detection").words
+    row = ai.control_summary(forgetful).set_index(["condition", "score"]).loc["detection"]
+    assert row.loc["asked again", "low"] < 0 < row.loc["asked again", "high"]

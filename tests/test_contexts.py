@@ -241,6 +241,15 @@ def test_non_activating_examples_do_not_fire(stage: Stage, kind: Any) -> None:
         token = min(peaks, key=lambda t: (-peaks.count(t), t))
         near = [token in e.ids for e in found.non_activating(feature, 400, kind)]
         assert near[0] and near == sorted(near, reverse=True)
+    if kind == "cooccurrence":
+        fires = np.array([[found.fires_in(f, int(s)) for s in found.layout.segments()]
+                          for f in range(N)])  # fmt: skip
+        shared = (fires & fires[5]).sum(axis=1)
+        shared[5] = -1
+        partner = int(shared.argmax())
+        near = [found.fires_in(partner, e.segment) for e in found.non_activating(5, 400, kind)]
+        assert near[0] and near == sorted(near, reverse=True)
+        assert sum(near) == (fires[partner] & ~fires[5]).sum()
 
 
 def test_every_feature_is_in_the_table(stage: Stage) -> None:
@@ -252,15 +261,44 @@ def test_every_feature_is_in_the_table(stage: Stage) -> None:
 
 
 def test_segments_with_words(stage: Stage) -> None:
+    stage.rows[30:33, 2:4] = stage.rows[3, 4]  # two of them in one segment
     word = Pieces(TOKENIZER)([int(stage.rows[3, 4])])[0]
     firing, silent = stage.collect().with_words([word.strip().upper()], 20)
     assert firing and len(silent) == len(firing)
     for example in firing:
-        assert [act == 1 for act in example.acts] == [
+        holds = [
             "".join(Pieces(TOKENIZER)([i])).strip().lower() == word.strip().lower()
             for i in example.ids
         ]
+        assert list(example.acts) == [sum(holds) * one for one in holds]
     assert all(example.strength == 0 for example in silent)
+    assert {example.strength for example in firing[:2]} == {1, 2}  # both strengths come first
+
+
+def test_a_pass_killed_within_a_chunk_goes_on_to_the_same_result(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = stage.collect()
+    stage.run = Run.open(profile(), tmp_path / "killed")
+    real = contexts._Collector.add
+
+    def add(self: Any, chunk: int, first_row: int, *rest: Any) -> None:
+        real(self, chunk, first_row, *rest)
+        if (chunk, first_row) == (3, 14):
+            raise KeyboardInterrupt  # bits of half a chunk are on disk by now
+
+    with monkeypatch.context() as patch:
+        patch.setattr(contexts, "_CHECKPOINT_SECONDS", -1)
+        patch.setattr(contexts._Collector, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            stage.collect()
+    stage.chunks_read = []
+    again = stage.collect()
+    assert stage.chunks_read == [3, 4]
+    assert (again.n_firing == whole.n_firing).all()
+    for f in range(N):
+        assert again.examples(f) == whole.examples(f)
+        assert again.non_activating(f, 9) == whole.non_activating(f, 9)
 
 
 def test_a_window_that_does_not_fit_is_refused(stage: Stage) -> None:

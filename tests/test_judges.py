@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import sqlite3
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -127,6 +130,29 @@ def test_a_killed_asking_goes_on_without_asking_twice(tmp_path: Path) -> None:
     assert all(a == f"yes {q.prompt[-40:]}" for q, a in zip(questions, answers, strict=False))
     assert answers[50:] == answers[:5]
     assert set(judge.asked.values()) == {1}
+
+
+def test_an_asking_ended_by_sigkill_goes_on_without_asking_twice(tmp_path: Path) -> None:
+    questions = [detection(k) for k in range(30)]
+
+    class Deadly(Counting):
+        def ask(self, asked: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
+            for count, found in enumerate(super().ask(asked)):
+                if count == 12:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield found
+
+    child = os.fork()
+    if not child:
+        try:
+            AskOnce(Deadly(), tmp_path / "a.sqlite").answers(questions)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    judge = Counting()
+    answers = AskOnce(judge, tmp_path / "a.sqlite").answers(questions)
+    assert answers == [f"yes {q.prompt[-40:]}" for q in questions]
+    assert judge.asked.total() == 30 - 12
 
 
 def test_every_prompt_and_answer_is_in_the_table(tmp_path: Path) -> None:
@@ -431,8 +457,12 @@ def test_the_budget_counts_repeated_requests(server: Server, tmp_path: Path) -> 
 
 
 def test_the_key_comes_from_the_environment_and_stays_there(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(0)
     monkeypatch.setenv(judges.KEY_VARIABLE, "secret-7f3a")
     judge = judge_at(server)
     AskOnce(judge, tmp_path / "answers.sqlite").answers([detection(1)])
@@ -442,7 +472,12 @@ def test_the_key_comes_from_the_environment_and_stays_there(
         assert b"secret-7f3a" not in path.read_bytes()
     with pytest.raises(JudgeError, match="without TLS") as error:
         HttpJudge("http://judge.example/v1")
-    assert "secret-7f3a" not in str(error.value)
+    server.fault = lambda prompt, attempt: "404"  # type: ignore[method-assign]
+    with pytest.raises(JudgeError, match="METASAE_JUDGE_KEY") as refused:
+        dict(judge.ask([detection(2)]))
+    for raised in (error, refused):
+        assert "secret-7f3a" not in "".join(traceback.format_exception(raised.value))
+    assert "secret-7f3a" not in caplog.text
 
 
 def test_addresses_are_checked() -> None:

@@ -23,7 +23,7 @@ import pandas as pd
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
-from metasae_lib.contexts import Contexts, Example, Negatives, Pieces
+from metasae_lib.contexts import QUANTILES, Contexts, Example, Pieces
 from metasae_lib.errors import MeasureError
 from metasae_lib.judges import (
     AskOnce,
@@ -36,12 +36,14 @@ from metasae_lib.judges import (
     parse,
 )
 from metasae_lib.matching import hungarian
+from metasae_lib.profile import Negatives
 from metasae_lib.run import Run
 from metasae_lib.statistics import (
     needed,
     paired_difference,
     paired_t,
     share_higher,
+    wilson,
 )
 
 if TYPE_CHECKING:
@@ -262,18 +264,23 @@ def materials(contexts: Contexts, features: Iterable[int], plan: Plan) -> list[M
 def planted(contexts: Contexts, plan: Plan, copies: int = 5) -> list[tuple[Material, str]]:
     """Features with a known concept and its explanation: they "fire" on the words of `PLANTED`.
 
-    Up to `copies` features a concept, on disjoint examples. A concept whose words are too rare in
-    the text is left out.
+    Their strength is the number of these words, so that a judge can be asked for it. Up to `copies`
+    features a concept, on disjoint examples; the questions are about some of every strength. A
+    concept whose words are too rare in the text is left out.
     """
     marginal = Marginal(contexts.token_counts, contexts.pieces.special)
     made = []
     for number, (explanation, words) in enumerate(PLANTED.items()):
         firing, silent = contexts.with_words(words, copies * plan.examples)
-        for copy in range(min(len(firing), len(silent)) // plan.examples):
-            part = slice(copy * plan.examples, (copy + 1) * plan.examples)
-            examples, others = firing[part], silent[part]
+        possible = len(firing) // plan.examples
+        for copy in range(possible):
+            part = slice(copy, possible * plan.examples, possible)
+            examples, others = sorted(firing[part], key=lambda e: e.strength), silent[part]
+            asked = set(np.linspace(0, plan.examples - 1, plan.score).round().astype(int))
             material = prepare(
-                number * copies + copy, examples[plan.score :], examples[: plan.score],
+                number * copies + copy,
+                [example for k, example in enumerate(examples) if k not in asked],
+                [example for k, example in enumerate(examples) if k in asked],
                 others[: plan.score], others[plan.score :], plan, marginal, contexts.pieces,
             )  # fmt: skip
             made.append((material, explanation))
@@ -301,6 +308,39 @@ def explain(made: Sequence[Material], answers: Answers) -> list[str | None]:
         value = parse(question, answer)
         explanations.append(None if value is None else str(value))
     return explanations
+
+
+def delphi_records(
+    made: Sequence[Material], explanations: Sequence[str | None]
+) -> list[dict[str, Any]]:
+    """Features in the form that Delphi scores: the fields of its `LatentRecord`, as plain JSON.
+
+    train and test are the examples of the explainer and of the questions, test by quintile, the
+    weakest first; not_active those in which the feature is silent. tokens and activations, each
+    (window,), become tensors in Delphi. Features without an explanation are left out.
+    """
+
+    def fields(example: Example) -> dict[str, Any]:
+        return {
+            "tokens": list(example.ids),
+            "activations": list(map(float, example.acts)),
+            "str_tokens": list(example.pieces),
+        }
+
+    return [
+        {
+            "latent": {"module_name": "metasae", "latent_index": material.feature},
+            "explanation": explanation,
+            "train": [fields(example) for example in material.explain.examples],
+            "test": [
+                fields(example) | {"quantile": QUANTILES * k // len(material.examples)}
+                for k, example in enumerate(material.examples)
+            ],
+            "not_active": [fields(example) for example in material.silent],
+        }
+        for material, explanation in zip(made, explanations, strict=True)
+        if explanation is not None
+    ]
 
 
 def in_words(explanation: str | None) -> str | None:
@@ -372,7 +412,7 @@ def _scores(material: Material, values: Sequence[Value | None]) -> dict[str, Any
 def plan_of(profile: Profile) -> Plan:
     """How much a profile asks."""
     auto = profile.autointerp
-    return Plan(auto.explain_examples, auto.score_examples, auto.rounds)
+    return Plan(auto.explain_examples, auto.score_examples, auto.rounds, auto.negatives)
 
 
 def judge_of(profile: Profile) -> Judge:
@@ -527,9 +567,7 @@ def judge_verdict(controls: pd.DataFrame, score_name: str = "fuzzing") -> Verdic
     first = by["right"].said_first.sum() / max(by["right"].fuzzed.sum(), 1)
     checks.append((0.3 <= first <= 0.7, f"says 'A' in {first:.0%} of the rounds"))
     if "again" in by:
-        both = pd.concat([right, by["again"][score_name]], axis=1).dropna()
-        same = bool((both.iloc[:, 0] == both.iloc[:, 1]).all())
-        alike = 1.0 if same else both.iloc[:, 0].corr(both.iloc[:, 1])
+        alike, _, _ = _alike(by["right"][score_name], by["again"][score_name])
         checks.append((alike >= 0.8, f"asked again, correlation {alike:.2f}"))
     able = all(passed for passed, _ in checks)
     reasons = [reason for passed, reason in checks if able or not passed]
@@ -537,22 +575,43 @@ def judge_verdict(controls: pd.DataFrame, score_name: str = "fuzzing") -> Verdic
 
 
 def control_summary(controls: pd.DataFrame) -> pd.DataFrame:
-    """Mean and 95% interval of every score by group and condition, with the number of features.
+    """Every control as a mean with its 95% interval, and `n`, what it is the mean of.
 
-    Columns: group, condition, score, mean, low, high, n, chance.
+    Columns: group, condition, score, mean, low, high, n, chance. Besides the three scores, by group
+    and condition, `score` is `order bias` (share of "A" among the fuzzing answers; the real text
+    stands first in half of the rounds) or `asked again` (of planted features, with the score's
+    name as condition: correlation of their scores between two askings, 1 where all are equal).
     """
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for (group, condition), frame in controls.groupby(["group", "condition"], sort=False):
         for name in SCORES:
-            mean, low, high = _interval(frame[name])
-            rows.append(
-                {
-                    "group": group, "condition": condition, "score": name, "mean": mean,
-                    "low": low, "high": high, "n": int(frame[name].notna().sum()),
-                    "chance": CHANCE[name],
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows)
+            n = int(frame[name].notna().sum())
+            rows.append((group, condition, name, *_interval(frame[name]), n, CHANCE[name]))
+        if rounds := int(frame.fuzzed.sum()):
+            first = int(frame.said_first.sum())
+            share = (first / rounds, *wilson(first, rounds))
+            rows.append((group, condition, "order bias", *share, rounds, 0.5))
+    by = {k: f.reset_index(drop=True) for k, f in controls.groupby(["group", "condition"])}
+    if ("planted", "again") in by:
+        for name in SCORES:
+            first_time, again = (by["planted", when][name] for when in ("right", "again"))
+            both = int((first_time.notna() & again.notna()).sum())
+            alike = _alike(first_time, again)
+            rows.append(("planted", name, "asked again", *alike, both, 0.0))
+    columns = ["group", "condition", "score", "mean", "low", "high", "n", "chance"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _alike(once: pd.Series, again: pd.Series) -> tuple[float, float, float]:
+    """Correlation with its 95% interval; 1 where all are equal, nan where there is none."""
+    both = pd.concat([once, again], axis=1).dropna().to_numpy()
+    if len(both) and (both[:, 0] == both[:, 1]).all():
+        return 1.0, 1.0, 1.0
+    if len(both) < 4 or (np.ptp(both, axis=0) == 0).any():
+        return (float("nan"),) * 3
+    found = scipy.stats.pearsonr(both[:, 0], both[:, 1])
+    low, high = found.confidence_interval()
+    return float(found.statistic), float(low), float(high)
 
 
 def _interval(values: pd.Series) -> tuple[float, float, float]:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ from metasae_lib.corpus import load_tokens
 from metasae_lib.counting import above
 from metasae_lib.dictionary import normalise
 from metasae_lib.errors import MeasureError
+from metasae_lib.profile import Negatives
 from metasae_lib.progress import progress
 from metasae_lib.run import Artefact, Run, atomic_write
 from metasae_lib.thresholds import (
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from metasae_lib.training import Arm
 
 Array = NDArray[Any]
-Negatives = Literal["random", "token", "cooccurrence"]
 
 WINDOW = 32
 KEEP = 100  # firing segments kept for a feature
@@ -324,22 +324,26 @@ class Contexts:
     def with_words(self, words: Sequence[str], count: int) -> tuple[list[Example], list[Example]]:
         """Up to `count` segments that hold one of the words, and as many that hold none.
 
-        The words' tokens have activation 1, so that the segments are those of a feature that would
-        fire on just these words. Words count if they are one token (with or without a space before
-        it, in any case). Both lists are random samples.
+        The words' tokens have the number of such tokens in the segment as activation: the segments
+        are those of a feature that would fire on just these words, the more the more there are.
+        Words count if they are one token (with or without a space before it, in any case). The
+        segments without are a random sample; those with are one for each strength, taken in turns
+        from the weakest up, so that strengths differ as much as the text allows.
         """
         wanted = {word.lower() for word in words}
         used = np.asarray(self._rows[:, : self.layout.per_row * self.layout.window])
         vocabulary = np.unique(used)
-        hits = [i for i in vocabulary if "".join(self.pieces([int(i)])).strip().lower() in wanted]
-        found: Array = np.asarray(np.isin(used, hits)).reshape(-1, self.layout.window)
-        holds: Array = np.asarray(found.any(axis=1))
+        tokens = [i for i in vocabulary if "".join(self.pieces([int(i)])).strip().lower() in wanted]
+        found: Array = np.asarray(np.isin(used, tokens)).reshape(-1, self.layout.window)
+        hits: Array = np.asarray(found.sum(axis=1))
         segments = self.layout.segments()
         order = np.argsort(_hash(self._seed + 2, 0, segments), kind="stable")
-        firing = [k for k in order if holds[k]][:count]
-        silent = [k for k in order if not holds[k]][: len(firing)]
+        firing = order[hits[order] > 0]
+        firing = firing[np.argsort(hits[firing], kind="stable")]
+        firing = firing[np.argsort(_rank(hits[firing]), kind="stable")][:count]
+        silent = order[hits[order] == 0][: len(firing)]
         return (
-            [self._example(int(segments[k]), found[k]) for k in firing],
+            [self._example(int(segments[k]), found[k] * hits[k]) for k in firing],
             [self._example(int(segments[k]), found[k]) for k in silent],
         )
 

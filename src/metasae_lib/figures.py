@@ -652,25 +652,28 @@ def scorecard_overview(figure: Figure, frame: pd.DataFrame) -> None:
 # --- 04_autointerp ---------------------------------------------------------------------------
 
 
-@_styled(8.4, 3.6)
+@_styled(8.4, 6.0)
 def judge_controls(figure: Figure, frame: pd.DataFrame) -> None:
-    """What a judge makes of right, shuffled and empty explanations: one panel a score.
+    """What a judge makes of right, shuffled and empty explanations, whether it prefers the first
+    text, and whether it says the same when asked again: one panel each.
 
-    Columns: group, condition, score, mean, low, high, chance.
+    Columns: group, condition, score (also `order bias` and `asked again`), mean, low, high, chance.
     """
-    panels = list(frame.groupby("score", sort=False))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    rows = list(dict.fromkeys(zip(frame.group, frame.condition, strict=True)))
-    for ax, (name, part) in zip(axes, panels, strict=True):
+    labels = {"order bias": 'share of answers "A"', "asked again": "correlation, asked again"}
+    axes = figure.subplots(2, 3).ravel()
+    for ax, (name, part) in zip(axes, frame.groupby("score", sort=False), strict=False):
+        rows = list(dict.fromkeys(zip(part.group, part.condition, strict=True)))
         for group, (colour, marker) in zip(("planted", "features"), _SERIES, strict=False):
             for row in part[part.group == group].to_dict("records"):
                 y = -rows.index((group, row["condition"]))
                 ax.plot([row["low"], row["high"]], [y, y], color=colour)
                 ax.plot(row["mean"], y, marker, color=colour, label=group)
         ax.axvline(part.chance.iloc[0], color=RED, linestyle="--", linewidth=1.2, label="chance")
-        ax.set_xlabel(f"{name} score")
-    axes[0].set_yticks([-i for i in range(len(rows))], [f"{g}: {c}" for g, c in rows])
-    axes[0].margins(y=0.15)
+        ax.set_xlabel(labels.get(str(name), f"{name} score"))
+        ax.set_yticks([-i for i in range(len(rows))], [f"{g}: {c}" for g, c in rows])
+        ax.margins(y=0.15)
+    for ax in axes[frame.score.nunique() :]:
+        ax.remove()
     handles, labels = axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=3)

@@ -79,7 +79,7 @@ class Question:
                 f"{texts}\nIn one short sentence: what do the marked words have in common?"
             )
         texts = "\n".join(
-            f"{label}{' '.join(example.text.split())}"
+            f"{label}{_line(example.text)}"
             for label, example in zip(self._labels, self.examples, strict=True)
         )
         about = f"A pattern in text: {self.explanation or 'unknown'}\n"
@@ -101,6 +101,11 @@ class Question:
         return ("A: ", "B: ") if self.task == "fuzzing" else ("Text: ",)
 
     @property
+    def messages(self) -> list[dict[str, str]]:
+        """The question as a chat."""
+        return [{"role": "user", "content": self.prompt}]
+
+    @property
     def max_tokens(self) -> int:
         """Length of an answer."""
         return 60 if self.task == "explain" else 8
@@ -119,7 +124,11 @@ def marked(example: Example) -> str:
         else:
             text += piece
         inside = strong
-    return " ".join((text + "»" * inside).split())
+    return _line(text + "»" * inside)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def parse(question: Question, answer: str | None) -> Value | None:
@@ -230,11 +239,11 @@ class LexicalJudge:
 
     The weight of a token is the log-odds of being an example's strongest token against being any
     other token of the examples, smoothed by half a count; only tokens above 0 are kept. A text
-    scores its heaviest token. It is said to fire above the cut that best separates
-    the explainer's examples from the silent ones.
+    scores the sum of its tokens' weights, and is said to fire above the cut that best separates the
+    explainer's examples from the silent ones.
     """
 
-    identity: dict[str, Any] = {"judge": "lexical", "version": 1}  # noqa: RUF012
+    identity: dict[str, Any] = {"judge": "lexical", "version": 2}  # noqa: RUF012
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
         """Answers at once, in order."""
@@ -249,7 +258,7 @@ class LexicalJudge:
         if question.task == "fuzzing":
             return "?" if scores[0] == scores[1] else "AB"[scores[1] > scores[0]]
         if question.task == "strength":
-            return f"{min(scores[0], 10.0):.4f}"
+            return f"{10 - 10 * math.exp(-scores[0] / 10):.4f}"
         return "?" if not weights else "yes" if scores[0] > cut else "no"
 
     def _explain(self, question: Question) -> str:
@@ -291,7 +300,7 @@ def _word(piece: str) -> str:
 
 
 def _lexical_score(weights: Mapping[str, float], example: Example) -> float:
-    return max((weights.get(_word(piece), 0.0) for piece in example.pieces), default=0.0)
+    return math.fsum(weights.get(_word(piece), 0.0) for piece in example.pieces)
 
 
 # --------------------------------------------------------------------------- in-process
@@ -313,14 +322,15 @@ class InProcessJudge:
         self._source, self._batch_tokens = source, batch_tokens
         name = source.removeprefix("embedded:")
         known = embedded.conversion_name(name) if name != source else source
-        self.identity = {"judge": "in-process", "model": known, "version": 1}
+        self.identity = {"judge": "in-process", "model": known, "version": 2}
+        self._plain: dict[tuple[str, str], float] = {}
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
         """Answers block by block, so that a killed run keeps what it had."""
         for start in range(0, len(questions), _BLOCK_QUESTIONS):
             block = questions[start : start + _BLOCK_QUESTIONS]
             explain = [k for k, q in enumerate(block) if q.task == "explain"]
-            texts = self._generate([block[k].prompt for k in explain])
+            texts = self._generate([block[k].messages for k in explain])
             yield from ((start + k, text) for k, text in zip(explain, texts, strict=True))
             rest = [k for k, q in enumerate(block) if q.task != "explain"]
             evidence = self._evidence(
@@ -349,95 +359,89 @@ class InProcessJudge:
 
     def _evidence(self, pairs: set[tuple[str, str]]) -> dict[tuple[str, str], float]:
         """log p(text | explanation) - log p(text) of (explanation, text) pairs."""
-        plain = {("", text) for _, text in pairs}
-        scores = self._log_likelihoods(sorted(pairs | plain))
+        new = {("", text) for _, text in pairs} - self._plain.keys()
+        scores = self._log_likelihoods(sorted(pairs | new))
+        # The same segments come up under many features, so what they are worth alone is kept.
+        self._plain |= {pair: scores[pair] for pair in new}
+        scores |= self._plain
         return {pair: round(scores[pair] - scores["", pair[1]], 3) for pair in pairs}
 
     def _log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
-        """log p(text | explanation) in nats; texts of one explanation share its prompt's pass."""
-        rows: list[_Packed] = []
+        """log p(text | explanation) in nats; what prompts and texts begin with in common is read
+        once."""
+        groups: dict[str, list[tuple[list[int], str]]] = {}
         for explanation, text in pairs:
-            ids = self._ids(" " + " ".join(text.split()))
-            full = not rows or len(rows[-1].ids) + len(ids) > _ROW_TOKENS
-            if full or rows[-1].explanation != explanation:
-                about = f"Words to look for: {explanation or 'any text'}.\nText:"
-                rows.append(_Packed(explanation, self._ids(about)))
-            rows[-1].add(text, ids)
-        rows.sort(key=lambda row: len(row.ids))
+            groups.setdefault(explanation, []).append((self._ids(f" {_line(text)}"), text))
+        rows: list[_Tree] = []
+        for explanation, texts in groups.items():
+            prompt = self._ids(f"Words to look for: {explanation or 'any text'}.\nText:")
+            tree = _Tree(explanation, prompt)
+            for ids, text in sorted(texts):
+                if len(tree) + len(ids) > _ROW_TOKENS and tree.paths:
+                    rows.append(tree)
+                    tree = _Tree(explanation, prompt)
+                tree.add(text, ids)
+            rows.append(tree)
+        rows.sort(key=len)
         scores: dict[tuple[str, str], float] = {}
         while rows:
-            batch = max(1, self._batch_tokens // len(rows[-1].ids))
+            batch = max(1, self._batch_tokens // len(rows[-1]))
             part, rows = rows[-batch:], rows[:-batch]  # rows of similar length, the longest first
             scores |= self._score(part)
         return scores
 
-    def _score(self, rows: Sequence[_Packed]) -> dict[tuple[str, str], float]:
+    def _score(self, rows: Sequence[_Tree]) -> dict[tuple[str, str], float]:
         import torch
 
-        length = max(len(row.ids) for row in rows)
+        length = max(map(len, rows))
         device = self._model.device
         ids = torch.zeros(len(rows), length, dtype=torch.int64)
         positions = torch.zeros_like(ids)
-        owner = torch.full((len(rows), length), -1)  # 0: the shared prompt; 1, 2 ...: the texts
+        # A token sees itself and what its own path holds; padding sees itself.
+        sees = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
         for r, row in enumerate(rows):
-            ids[r, : len(row.ids)] = torch.tensor(row.ids)
-            positions[r, : len(row.ids)] = torch.tensor(row.positions)
-            owner[r, : len(row.ids)] = torch.tensor(row.owners)
-        # A token sees, of what stands before it, the prompt and its own text.
-        sees = (owner[:, None] == owner[:, :, None]) | (owner[:, None] == 0)
-        sees &= torch.ones(length, length, dtype=torch.bool).tril()
+            ids[r, : len(row)] = torch.tensor(row.ids)
+            positions[r, : len(row)] = torch.tensor(row.depths)
+            seen = sees[r].numpy()
+            for token, parent in enumerate(row.parents[1:], 1):
+                seen[token] |= seen[parent]
         mask = torch.zeros(sees.shape, dtype=self._model.dtype)
         mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
+        read = [(r, k) for r, row in enumerate(rows) for k in range(row.prompt, len(row))]
+        before = [rows[r].parents[k] for r, k in read]
+        targets = torch.tensor([rows[r].ids[k] for r, k in read], device=device)
         with torch.no_grad():
             hidden = self._model.model(
                 input_ids=ids.to(device), attention_mask=mask[:, None].to(device),
                 position_ids=positions.to(device), use_cache=False,
-            ).last_hidden_state  # fmt: skip
-            where, before, targets = [], [], []
-            for r, row in enumerate(rows):
-                for source, target in row.predicted():
-                    where.append(r)
-                    before.append(source)
-                    targets.append(row.ids[target])
-            chosen = hidden[where, before]
-            logp = torch.cat(
-                [
-                    self._log_softmax(h).gather(1, t[:, None])[:, 0]
-                    for h, t in zip(
-                        chosen.split(512), torch.tensor(targets, device=device).split(512),
-                        strict=True,
-                    )
-                ]
-            ).cpu().double()  # fmt: skip
-        scores, at = {}, 0
+            ).last_hidden_state[[r for r, _ in read], before]  # fmt: skip
+            parts = zip(hidden.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True)
+            logp = torch.cat([self._log_p(h, t) for h, t in parts]).cpu().double().numpy()
+        scores, start = {}, 0
         for row in rows:
-            for text, size in row.texts:
-                scores[row.explanation, text] = float(logp[at : at + size].sum())
-                at += size
+            for text, path in row.paths:
+                scores[row.explanation, text] = float(logp[[start + k for k in path]].sum())
+            start += len(row) - row.prompt
         return scores
 
-    def _log_softmax(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _log_p(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._model.lm_head(hidden).float()
-        return logits.log_softmax(-1)
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
-    def _generate(self, prompts: Sequence[str]) -> list[str]:
-        """Greedy answers, the prompt in the model's chat form."""
+    def _generate(self, chats: Sequence[list[dict[str, str]]]) -> list[str]:
+        """Greedy answers to chats, in the model's own form."""
         import torch
 
         tokenizer = self._tokenizer
         tokenizer.padding_side = "left"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         texts = []
-        for start in range(0, len(prompts), _GENERATED_AT_ONCE):
-            chats = [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-                for prompt in prompts[start : start + _GENERATED_AT_ONCE]
+        for start in range(0, len(chats), _GENERATED_AT_ONCE):
+            written = [
+                tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                for chat in chats[start : start + _GENERATED_AT_ONCE]
             ]
-            given = tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
+            given = tokenizer(written, return_tensors="pt", padding=True, add_special_tokens=False)
             with torch.no_grad():
                 out = self._model.generate(
                     **given.to(self._model.device), do_sample=False, max_new_tokens=24,
@@ -454,33 +458,39 @@ class InProcessJudge:
 
 _BLOCK_QUESTIONS = 2048
 _GENERATED_AT_ONCE = 32
-_ROW_TOKENS = 384
+_ROW_TOKENS = 320  # every token of a row is compared with every other
+_LOGITS_AT_ONCE = 128
 
 
-class _Packed:
-    """One row of ids: a prompt, then several texts that each continue it (a tree of depth one)."""
+class _Tree:
+    """One row of ids: a prompt, and texts that continue it, what they begin with in common once.
+
+    parents, depths: of each token, the token before it in its text, and how many stand before.
+    paths: of each text, its tokens as places after the prompt.
+    """
 
     def __init__(self, explanation: str, prompt: Sequence[int]) -> None:
-        self.explanation = explanation
-        self.ids, self.positions = list(prompt), list(range(len(prompt)))
-        self.owners = [0] * len(prompt)
-        self.texts: list[tuple[str, int]] = []
-        self._prompt = len(prompt)
+        self.explanation, self.prompt = explanation, len(prompt)
+        self.ids, self.parents = list(prompt), list(range(-1, len(prompt) - 1))
+        self.depths = list(range(len(prompt)))
+        self.paths: list[tuple[str, list[int]]] = []
+        self._after: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def add(self, text: str, ids: Sequence[int]) -> None:
         """One more text."""
-        self.texts.append((text, len(ids)))
-        self.ids += ids
-        self.positions += range(self._prompt, self._prompt + len(ids))
-        self.owners += [len(self.texts)] * len(ids)
-
-    def predicted(self) -> Iterator[tuple[int, int]]:
-        """(where a token is predicted, where it stands) for every token of the texts."""
-        start = self._prompt
-        for _, size in self.texts:
-            for k in range(size):
-                yield (start + k - 1 if k else self._prompt - 1), start + k
-            start += size
+        parent, path = self.prompt - 1, []
+        for token in ids:
+            place = self._after.setdefault((parent, token), len(self))
+            if place == len(self):
+                self.ids.append(token)
+                self.parents.append(parent)
+                self.depths.append(self.depths[parent] + 1)
+            path.append(place - self.prompt)
+            parent = place
+        self.paths.append((text, path))
 
 
 def _choice(task: Task, evidence: Sequence[float]) -> str:
@@ -563,7 +573,7 @@ class HttpJudge:
     def _answer(self, question: Question) -> str | None:
         body = {
             "model": self._model,
-            "messages": [{"role": "user", "content": question.prompt}],
+            "messages": question.messages,
             "max_tokens": question.max_tokens,
             "temperature": 0,
             "seed": 0,

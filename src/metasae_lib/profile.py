@@ -30,6 +30,7 @@ from pydantic import (
 
 from metasae_lib.errors import ProfileError
 
+Negatives = Literal["random", "token", "cooccurrence"]
 Role = Literal["train", "calibration", "scan", "contexts"]
 ROLES: tuple[Role, ...] = get_args(Role)
 # Share of the documents of each role, by their hash. Fixed, so that no role's size moves another's
@@ -198,6 +199,8 @@ class Autointerp(_Section):
     `judge`: `lexical` (no model), `in-process` (`model` as in `model.source`), or `http` (an
     OpenAI-compatible server at `url`, `model` by its name there). `explainer`: the judge itself, or
     the lexical one. `features`: matched pairs that are judged, of at least a decoder `cosine`.
+    `negatives`: the text in which a feature is silent, drawn at random, or near misses that hold
+    its usual peak token, or in which the feature fires that most often fires beside it.
     """
 
     judge: Literal["lexical", "in-process", "http"] = "lexical"
@@ -210,6 +213,7 @@ class Autointerp(_Section):
     explain_examples: Annotated[int, Field(ge=5, multiple_of=5)] = 10
     score_examples: Annotated[int, Field(ge=5, multiple_of=5)] = 5
     rounds: Count = 4
+    negatives: Negatives = "random"
     cosine: Annotated[Number, Field(ge=-1, le=1)] = 0.5
 
 
