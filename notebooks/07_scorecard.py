@@ -72,7 +72,8 @@ titles = {
 for section, title in titles.items():
     rows = report.scorecard_rows(card[card.section == section])
     display(
-        Markdown(f"### {title}"), report.table(rows, title, f"tab-all-{section.replace(' ', '-')}")
+        Markdown(f"### {title}"),
+        report.table(rows, title, f"tab-all-{section.replace(' ', '-')}", filterable=True),
     )
 
 # %% [markdown]

@@ -100,13 +100,19 @@ def between(low: float, high: float, show: Callable[[float], str] = number) -> s
     return f"{show(low)} to {show(high)}"
 
 
-def table(frame: pd.DataFrame, caption: str, label: str) -> Markdown:
-    """A numbered MyST table of a frame; its index is left out."""
+def table(
+    frame: pd.DataFrame, caption: str, label: str, filterable: bool = False
+) -> Markdown:
+    """A numbered MyST table of a frame; its index is left out.
+
+    filterable: on a page of the book it gets a search box and a choice of verdict.
+    """
     columns = [_cell(c) for c in frame.columns]
     lines = [columns, ["---"] * len(columns)]
     lines += [[_cell(number(value)) for value in row] for row in frame.itertuples(index=False)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return Markdown(f":::{{table}} {caption}\n:name: {label}\n\n{body}\n:::\n")
+    kind = ":class: filterable\n" if filterable else ""
+    return Markdown(f":::{{table}} {caption}\n:name: {label}\n{kind}\n{body}\n:::\n")
 
 
 def paper_against_ours(run: Run, *ids: str, label: str) -> Markdown:
