@@ -41,7 +41,9 @@ class Claim:
 
 
 def _effect(frame: pd.DataFrame) -> Figure:
-    return figures.effect(frame, {"the paper, −7.5%": figures.HEADLINE, "its four seeds, −2.3%": -2.3})
+    return figures.effect(
+        frame, {"the paper, −7.5%": figures.HEADLINE, "its four seeds, −2.3%": -2.3}
+    )
 
 
 def _trade_off(frame: pd.DataFrame) -> Figure:
@@ -160,7 +162,9 @@ def _tabs(claim: Claim, picture: Picture, runs: Mapping[str, Run], folder: Path)
         lines += [f"::::{{tab-item}} {name}", f":sync: {name}", ""]
         frame = run.load_table(picture.table) if run.has_table(picture.table) else pd.DataFrame()
         if frame.empty:
-            lines += [f"This run holds nothing for it: its table `{picture.table}` is missing or empty."]
+            lines += [
+                f"This run holds nothing for it: its table `{picture.table}` is missing or empty."
+            ]
         else:
             file = f"{claim.name}-{picture.table}-{name}.png"
             picture.draw(frame).savefig(folder / file)

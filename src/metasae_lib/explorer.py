@@ -1,8 +1,9 @@
 """The feature explorer: a static page over the features of every arm.
 
 The page and its scripts are `book/explorer/`; this module writes the data beside them. They are
-script files that hand over JSON text (deflated), as a page opened from disk may not fetch: an index per
-arm for search and filters, and blocks of features with their contexts, loaded when one is opened.
+script files that hand over deflated JSON text, because a page opened from disk may not fetch: an
+index per arm for search and filters, and blocks of features with their contexts, loaded when one
+is opened.
 """
 
 from __future__ import annotations

@@ -100,9 +100,7 @@ def between(low: float, high: float, show: Callable[[float], str] = number) -> s
     return f"{show(low)} to {show(high)}"
 
 
-def table(
-    frame: pd.DataFrame, caption: str, label: str, filterable: bool = False
-) -> Markdown:
+def table(frame: pd.DataFrame, caption: str, label: str, filterable: bool = False) -> Markdown:
     """A numbered MyST table of a frame; its index is left out.
 
     filterable: on a page of the book it gets a search box and a choice of verdict.
@@ -431,9 +429,9 @@ def fidelity_sentences(run: Run, arms: pd.DataFrame) -> Markdown:
     return Markdown("\n".join(f"- {line}" for line in lines))
 
 
-def box(title: str, text: str) -> Markdown:
-    """A framed remark with a title."""
-    return Markdown(f":::{{admonition}} {title}\n:class: note\n\n{text}\n:::\n")
+def section(title: str, text: str) -> Markdown:
+    """A short section of a page, below a `##` heading."""
+    return Markdown(f"### {title}\n\n{text}")
 
 
 def reading(low: float, high: float, published: float) -> str:
