@@ -83,7 +83,10 @@ CLAIMS = (
         "fidelity",
         "What does it cost in reconstruction?",
         "The price (§5.3): L2 and cross-entropy of the joint dictionaries against the solo ones.",
-        ("*.table1.*.d_l2_pct", "*ce_overhead_pct*", "*ce_points", "*d_l2_pct_selected", "*.dead_*"),
+        (
+            "*.table1.*.d_l2_pct", "*ce_overhead_pct*", "*ce_points", "*d_l2_pct_selected",
+            "*.dead_*",
+        ),
         (
             Picture(
                 "arms", "L2 and CE overhead of every arm",
