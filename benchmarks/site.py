@@ -3,7 +3,7 @@
 Renders the book of one finished run into a temporary folder and opens every page from disk in
 headless Chromium; then opens an explorer of 4,096 features in each of --arms arms (default 6),
 whose contexts are drawn from the run's own text. Needs `make test`'s packages and a finished run
-of the profile (`make book PROFILES=tiny`). Ends with `ratio: <goal over ours, the worst of all goals>`.
+of the profile (`make book PROFILES=tiny`). Ends with `ratio: <goal over ours, the worst goal>`.
 """
 
 from __future__ import annotations
