@@ -47,6 +47,11 @@ Markdown(
 # %% [markdown]
 # ## Eq. 2 and Eq. 3, and their gradient
 #
+# ```{margin} The paper says
+# The gradient "points each decoder column away from its current
+# meta-reconstruction, into regions the meta dictionary has not yet learned" (§3.3).
+# ```
+#
 # With $r_i = \lVert W_i - \hat W_i\rVert$ the distance between a row and its reconstruction,
 #
 # $$
@@ -186,6 +191,11 @@ figures.push_3d(sphere)
 # pair. In training two things work against this: the reconstruction error, which wants the row
 # where the data are, and the meta SAE, which follows the row in its own phase (§3.3). The figure
 # shows the pressure, not the outcome.
+#
+# ```{tip}
+# **Change this yourself.** The next cell lists the values of λ₂ and σ² that are drawn: put any
+# others there and run it; no training is involved.
+# ```
 
 # %% mystnb={"figure": {"name": "fig-escape", "caption": "The angle of a unit row to a fixed unit reconstruction while it follows the push alone, for the λ₂ and σ² of the paper (steps of 0.05). λ₂ sets the pace; σ² sets how far the push still reaches. Nothing but the data can hold the row back."}, "image": {"alt": "Three panels, one per lambda two. In each, the angle between row and reconstruction rises over gradient steps; it rises faster for larger lambda two, and a small sigma squared starts fast and stalls early."}}
 trace = []

@@ -98,6 +98,11 @@ figures.threshold_calibration(thresholds)
 # %% [markdown]
 # ## mean |φ| beside chance
 #
+# ```{margin} The paper says
+# "φ is normalized by marginal firing rates, so firing-rate changes alone cannot move
+# it" (§7.1).
+# ```
+#
 # The intervals resample *features*: a pair belongs to two features, so pairs are not independent,
 # and resampling pairs would promise far too much. The null is what independent features with
 # exactly these firing rates would show, in closed form.
@@ -138,7 +143,7 @@ figures.trade_off(grid, report.paper_grid())
 # ## The independent baseline
 #
 # The paper calls four independent solo dictionaries "natural run-to-run variation" (§5.1), and
-# there the joint arm is −2.3% instead of −7.5% (its two baselines differ, see box 1 of the
+# there the joint arm is −2.3% instead of −7.5% (its two baselines differ, see point 1 of the
 # scorecard). So the same change is shown under every way to compare: by seed, against the *other*
 # solo seeds, and over seeds. Few seeds make wide intervals; that is the truth about few seeds.
 
@@ -150,7 +155,7 @@ figures.effect(effects, {"the paper, −7.5%": figures.HEADLINE, "its four seeds
 # %% [markdown]
 # The paper puts t = −53.1 and p < 10⁻¹⁰⁰ on its difference, and its Table 1 beside the sentence that
 # the effect "scales monotonically with λ₂" (§7.1). In that table λ₂ = 1 raises mean |φ| at every σ²
-# (box 4 of the scorecard).
+# (point 4 of the scorecard).
 
 # %%
 a, b = (phi[phi.arm == name].iloc[0] for name in (solo, joint))
@@ -159,7 +164,7 @@ test = statistics.welch(
 )  # fmt: skip
 run.save_table("welch", pd.DataFrame([vars(test)]), "Welch's t over pairs, as §5.1 has it")
 display(
-    report.box(
+    report.section(
         "Welch's t over pairs, and why not",
         f"As the paper does it, over {a.n_pairs:,} pairs a side: t = {report.number(test.t)}, "
         f"p = {report.number(test.p)}, but an effect of d = {report.number(test.d)}. "
@@ -226,8 +231,13 @@ figures.activation_norms(norm_table)
 # Before −7.5% is read as a property of a training method, it should be held against choices that
 # have nothing to do with training. The first is a common shift of all thresholds: Appendix A
 # describes one rule and the released code follows another, under which all features share a
-# histogram bin, and half a bin is a shift of the size that matters here (box 6 of the scorecard).
+# histogram bin, and half a bin is a shift of the size that matters here (point 6 of the scorecard).
 # The others are the threshold rule itself, position 0, the BOS token, and which pairs are counted.
+#
+# ```{tip}
+# **Change this yourself.** `overrides = {"evaluation.threshold_rule": "eer"}` in the first code
+# cell counts everything on this page at the released code's thresholds; nothing is trained anew.
+# ```
 
 # %% mystnb={"figure": {"name": "fig-elasticity", "caption": "Change of mean |φ| when every threshold θ is scaled by the same factor, every arm; the red line is the size of the paper's headline. A method's effect should be larger than what a few percent of threshold can do, or thresholds must be beyond doubt."}, "image": {"alt": "Lines of percent change of mean absolute phi against the factor on all thresholds from 0.9 to 1.1, one per arm, with a red line at minus 7.5 percent."}}
 choices = sensitivity(run, arms)

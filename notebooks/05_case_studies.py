@@ -55,7 +55,8 @@ from metasae_lib.subject import load_subject
 from metasae_lib.training import load_arms
 
 run = report.open_run(profile, overrides, runs_dir)
-arms = load_arms(run)
+# Two seeds of the two arms compared, whatever else the run holds: this page costs the same.
+arms = splitting.two_seeds(load_arms(run), run.profile.selected)
 solo, joint = report.compared_arms(run)  # the solo arm and the selected joint arm, first seed
 pairs = splitting.seed_pairs(arms, run.profile.selected)
 counts = cooccurrence.scan_arms(run, arms)
@@ -68,6 +69,11 @@ Markdown(report.scale_of_run(run))
 
 # %% [markdown]
 # ## Splits and merges
+#
+# ```{margin} The paper says
+# Splitting candidates "are solo features that co-activate strongly with multiple" joint
+# features (§5.4); App. E shows four of them.
+# ```
 #
 # A solo feature counts as **split** if its φ with at least two joint features is 0.3 or more, and
 # those two do not fire together themselves (φ at most 0.5). A **merge** is the same seen from the
@@ -185,7 +191,7 @@ two = {name: arms[name] for name in (solo, joint)}
 for word, number in numbers.items():
     places = senses.occurrences(ids, tokens.tokenizer, word, int(run.profile.text.skip_first))
     kinds = senses.WORDS[word]
-    names, labels = [k.name for k in kinds], np.array([senses.label(o, kinds) for o in places])
+    names, labels = [k.name for k in kinds], np.array([senses.label(o, kinds) for o in places], int)
     if np.bincount(labels[labels >= 0], minlength=2).min() < 5:
         verdicts.append(f"“{word}” has too few places in the scan text ({len(places)}).")
         continue
@@ -241,10 +247,9 @@ for word, kinds in senses.WORDS.items():
     fires = {name: sparse.csr_array(sparse.vstack(a)) for name, a in all_acts.items()}
     low, high = senses.bootstrap_difference(fires[solo], fires[joint], labels, draws=100)
     for name in arms:
-        if arms[name].spec.kind != "control":  # at λ₂ = 0 it is the solo arm again
-            info = senses.sense_information(fires[name], labels)
-            about = {"word": word, "places": len(labels), "arm": name, "kind": arms[name].spec.kind}
-            rows.append(about | vars(info) | {"share": info.share, "low": low, "high": high})
+        info = senses.sense_information(fires[name], labels)
+        about = {"word": word, "places": len(labels), "arm": name, "kind": arms[name].spec.kind}
+        rows.append(about | vars(info) | {"share": info.share, "low": low, "high": high})
 columns = ["word", "places", "arm", "kind", "bits", "feature", "entropy", "null_mean", "null_high"]
 info = pd.DataFrame(rows, columns=[*columns, "p", "share", "low", "high"])
 info["chance"] = (info.null_high - info.null_mean) / (info.entropy - info.null_mean)
@@ -312,7 +317,7 @@ display(
 # %% [markdown]
 # ## The feature explorer
 #
-# Every feature of every arm, with its contexts, its partner in the other dictionary and the
+# Every feature of the arms of this page, with its contexts, its partner in the other dictionary and the
 # features it fires with: search, filter, and share the address of what you find. It is a page of
 # its own in the book that needs no server.
 

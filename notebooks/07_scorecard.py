@@ -40,7 +40,7 @@ from IPython.display import Markdown, display
 from metasae_lib import figures, report
 from metasae_lib.cooccurrence import noise_floor, null_mean_abs
 from metasae_lib.published import load_published, verdict_counts
-from metasae_lib.report import box, number, percent
+from metasae_lib.report import number, percent, section
 
 run = report.open_run(profile, overrides, runs_dir)
 published = load_published()
@@ -62,6 +62,12 @@ display(
 # %% [markdown]
 # ## Every value
 #
+# ```{tip}
+# **Change this yourself.** A verdict is a function of four numbers: try
+# `published.verdict(-7.5, -3.0, (-5.0, -1.0), tolerance=1.3)` in a new cell, after
+# `from metasae_lib import published`.
+# ```
+#
 # Settings first, then results. *Ours* is the analogous quantity of this run: for Gemma's rows too.
 
 # %%
@@ -69,16 +75,22 @@ titles = {
     "set-up": "Settings (§4, §6)", "result": "Results in the text", "table 1": "Table 1",
     "case study": "Case studies (Tables 2 to 5)", "artefact": "Figures and tables",
 }  # fmt: skip
-for section, title in titles.items():
-    rows = report.scorecard_rows(card[card.section == section])
+for part, title in titles.items():
+    rows = report.scorecard_rows(card[card.section == part])
     display(
-        Markdown(f"### {title}"), report.table(rows, title, f"tab-all-{section.replace(' ', '-')}")
+        Markdown(f"### {title}"),
+        report.table(rows, title, f"tab-all-{part.replace(' ', '-')}", filterable=True),
     )
 
 # %% [markdown]
 # ## What the paper's numbers say against each other
 #
-# None of this depends on our run, except where a sentence says so. Each box does its arithmetic in
+# ```{margin} The paper says
+# The effect "scales monotonically with λ₂, confirming the penalty, not the
+# architecture, is the driver" (§7.1); see point 4.
+# ```
+#
+# None of this depends on our run, except where a sentence says so. Each section does its arithmetic in
 # the open, from the printed values alone. None of it shows that the paper's idea is wrong; it shows
 # how much its evidence can carry.
 
@@ -88,7 +100,7 @@ joint_phi = paper["solo_mean_abs_phi"] * (
 )
 seeds, spread = paper["independent_solo_mean_abs_phi"], paper["independent_solo_spread"]
 solo_phi = paper["solo_mean_abs_phi"]
-box(
+section(
     "1. Which solo dictionary is the baseline?",
     f"Table 1 measures from a solo mean |φ| of {number(solo_phi)}; the joint value is then "
     f"{number(joint_phi)}. But four independent solo seeds give {number(seeds)} ± {number(spread)} "
@@ -101,7 +113,7 @@ box(
 # %%
 l2, norm, extra = paper["solo_l2"], paper["activation_norm_mean"], paper["l2_increase_absolute"]
 rise = paper["table1.lambda0.3-sigma1.d_l2_pct"]
-box(
+section(
     "2. L2 divided by the raw norm",
     f"{l2} / {norm} = {100 * l2 / norm:.3f}% is printed as the error's size (App. D). But L2 is a mean "
     f"square in a space where every token has unit variance: it *is* the unexplained share, "
@@ -115,7 +127,7 @@ pairs, t, gap = paper["n_pairs"], paper["welch_t"], paper["joint_solo_gap"]
 implied = gap * math.sqrt(pairs / 2) / -t
 mean, largest = paper["solo_mean_abs_phi"], paper["phi_max"]
 bound = math.sqrt(mean * (largest - mean))
-box(
+section(
     "3. Welch's t over 209 million pairs",
     f"t = −gap / (s √(2/N)), so t = {number(t)} and a gap of {number(gap)} need a standard deviation "
     f"of |φ| of s = {implied:.4f}. A quantity between 0 and {largest} with mean {number(mean)} cannot "
@@ -132,7 +144,7 @@ for lambda2 in ("0.1", "0.3", "1"):
     monotone[f"λ₂ {lambda2}"] = [percent(paper[key]) for key in keys]
 falls = [paper[f"table1.lambda1-sigma{s:g}.d_mean_abs_phi_pct"] for s in (0.3, 1.0, 3.0)]
 display(
-    box(
+    section(
         "4. “Scales monotonically with λ₂”",
         f"§7.1 says so of the effect on mean |φ|. In Table 1, below, λ₂ = 1 *raises* it at "
         f"{sum(f > 0 for f in falls)} of 3 values of σ², by {percent(min(falls))} to "
@@ -144,7 +156,7 @@ display(
 # %%
 rate = paper["setup.k"] / paper["setup.n_features"]
 never = -rate / (1 - rate)
-box(
+section(
     "5. “Changes in firing rate do not change φ”",
     "φ's attainable range depends on both rates (§2 says otherwise). A pair that never fires together "
     "has φ = −√(pᵢpⱼ / ((1−pᵢ)(1−pⱼ))), set by the rates alone. At the mean rate, k/n = "
@@ -156,7 +168,7 @@ box(
 
 # %%
 moved = report.elasticity_sentence(run)
-box(
+section(
     "6. The threshold rule can move mean |φ| as much as the method",
     "Appendix A describes thresholds that match each feature's own firing rate. The released code "
     "takes the crossing of two histograms (200 bins on [0, 10), so bins of 0.05), and there every "
@@ -170,13 +182,13 @@ ce, added = paper["baseline_ce_nats"], paper["solo_ce_overhead_nats"]
 gemma = {i.removeprefix("gemma-2-9b."): v.value for i, v in published.values.items()}
 nats, solo_nats = gemma["baseline_ce_nats"], gemma["solo_ce_increase_nats"]
 display(
-    box(
+    section(
         "7. The solo CE overhead has two values",
         f"{paper['solo_ce_overhead_pct']}% in §5.3 and the abstract, "
         f"{paper['solo_ce_overhead_pct_table']}% in the caption of Table 1. From the printed nats, "
         f"{added} / {ce} = {100 * added / ce:.2f}%.",
     ),
-    box(
+    section(
         "8. Gemma's baseline of 7.12 nats",
         f"exp({nats}) is a perplexity of {math.exp(nats):,.0f}, on web text, for a 9B model. That is "
         "what Gemma 2 gives *without* its BOS token. If so, the dictionaries were trained on residuals "
@@ -189,14 +201,14 @@ display(
 # %%
 n, paired_t, higher = paper["matched_pairs"], paper["fuzz_paired_t"], paper["fuzz_joint_higher_pct"]
 display(
-    box(
+    section(
         "9. The size of the fuzzing effect",
         f"t = {paired_t} over {n:,.0f} pairs is an effect of d = t/√n = {paired_t / math.sqrt(n):.3f} "
         f"standard deviations; {higher}% of pairs higher is z = "
         f"{(higher / 100 - 0.5) / (0.5 / math.sqrt(n)):.1f}. It is there, and it is small: an effect of "
         "0.2 is conventionally called small.",
     ),
-    box(
+    section(
         "10. “The same setting wins on both models”",
         "§6 selects λ₂ 0.3, σ² 1.0 on Gemma after a co-occurrence scan that it calls underpowered, by "
         "the fuzzing score. The released Gemma recipe is another one: layer 31, k 128, λ₂ 0.1, where "
@@ -216,7 +228,7 @@ floors["independent at the paper's mean rate"] = [
 ]
 run.save_table("noise_floors", floors, "Mean |φ| of independent features by tokens scanned")
 display(
-    box(
+    section(
         "11. The noise floor",
         "Independent features do not have mean |φ| = 0. With 35 million tokens they have about "
         f"{number(noise_floor(35_000_000))}, beside a joint-solo gap of {number(gap)}; with Gemma's 5 "

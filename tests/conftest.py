@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from metasae_lib import Profile, Run
 
@@ -19,3 +23,32 @@ def tiny() -> Profile:
 def run(tiny: Profile, tmp_path: Path) -> Run:
     """A fresh run of `tiny` in a folder of its own."""
     return Run.open(tiny, tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def program() -> Iterator[Browser]:
+    """Headless Chromium of the system; Playwright brings its driver, not a browser."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    assert path, "Pages are tested in a browser, and there is none: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def chromium(program: Browser) -> Iterator[Page]:
+    """A fresh page without a network."""
+    context = program.new_context(offline=True, viewport={"width": 1280, "height": 900})
+    yield context.new_page()
+    context.close()
+
+
+def serious(page: Page) -> list[str]:
+    """What axe-core calls serious or critical on the page: rule, advice and the first element."""
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{one['id']}: {one['help']} ({len(one['nodes'])}×, {one['nodes'][0]['html'][:120]})"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]

@@ -194,6 +194,9 @@ def test_tables_come_back_as_they_were(run: Run) -> None:
     floats = pd.DataFrame({"x": np.random.default_rng(0).standard_normal(1000) * 1e-7})
     run.save_table("floats", floats, "Every bit of a float64 survives.")
     assert (run.load_table("floats")["x"] == floats["x"]).all()
+    words = pd.DataFrame({"word": ["null", "None", "NA", None], "x": [1.0, None, 2.0, 3.0]})
+    run.save_table("words", words, "Words that pandas would take for missing, and missing values.")
+    pd.testing.assert_frame_equal(run.load_table("words"), words)
     path.write_text("arm,phi\nx,1\n")
     with pytest.raises(ArtefactError, match="was changed after it was made"):
         run.load_table("fidelity")

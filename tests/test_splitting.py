@@ -25,6 +25,7 @@ from metasae_lib.splitting import (
     least_overlap,
     reverse,
     seed_pairs,
+    two_seeds,
 )
 
 TOKENS = 10_000
@@ -148,6 +149,7 @@ def arm(kind: str, seed: int, selected: bool = True) -> Any:
 def test_pairs_of_two_and_of_three_seeds() -> None:
     arms = {f"{kind}{seed}": arm(kind, seed) for kind in ("solo", "joint") for seed in range(3)}
     arms["other"] = arm("joint", 0, selected=False)
+    assert set(two_seeds(arms, (0.3, 1.0))) == {"solo0", "solo1", "joint0", "joint1"}
     pairs = seed_pairs(arms, (0.3, 1.0))
     assert pairs.role.value_counts().to_dict() == {"joint": 3, "same start": 3, "null": 3}
     assert "other" not in set(pairs.b)

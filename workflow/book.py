@@ -22,6 +22,7 @@ import yaml
 from nbformat.v4 import new_markdown_cell
 
 import toc
+import together
 from check_site import check_site
 from metasae_lib import Profile, Run, report
 from metasae_lib.errors import ArtefactError, MetaSAEError
@@ -62,7 +63,8 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     for run in runs.values():
         _stage_run(run, notebooks, root / "notebooks", staging / run.profile.name)
     known = sorted(path.stem for path in (root / "profiles").glob("*.yml"))
-    others = [name for name in known if name not in runs]
+    # A toy that was not run is nothing that a reader misses.
+    others = [name for name in known if name not in runs and not _toy(name)]
     for name in others:
         (staging / name).mkdir()
         (staging / name / "index.md").write_text(
@@ -76,7 +78,8 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     }
     for name, text in pieces.items():
         (generated / name).write_text(text, encoding="utf-8")
-    table = toc.contents(list(runs), others, notebooks)
+    claims = together.write(runs, staging)
+    table = toc.contents(list(runs), others, notebooks, claims)
     (staging / "_toc.yml").write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
 
 
@@ -143,11 +146,15 @@ def _add_banner(page: nbformat.NotebookNode, profile: Profile) -> None:
     first.source = f"{title}\n\n{banner}{_small_run(profile)}\n{rest}"
 
 
+def _toy(name: str) -> bool:
+    return name.startswith("tiny")
+
+
 def _small_run(profile: Profile) -> str:
-    if profile.name != "tiny":
+    if not _toy(profile.name):
         return ""
     return (
-        "\n:::{warning}\nThis is the tiny profile: it shows that every step works, in seconds."
+        "\n:::{warning}\nThis is a toy profile: it shows that every step works, in minutes."
         " Its numbers say nothing about the paper.\n:::\n"
     )
 
@@ -213,7 +220,7 @@ def _findings(run: Run, link: bool) -> str:
         sentences = ["The scorecard of this run has not drawn its conclusions yet."]
     name = run.profile.name
     shown = f"**[{name}]({name}/index.md)**" if link else f"**{name}**"
-    tiny = " (a test of the machinery: its numbers say nothing)" if name == "tiny" else ""
+    tiny = " (a test of the machinery: its numbers say nothing)" if _toy(name) else ""
     return f"{shown}{tiny}\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)
 
 

@@ -1,10 +1,12 @@
 """Make the book of some profiles: python workflow/build.py smollm2-135m gemma-3-270m
 
-Checks the profiles, sees to it that one build runs here at a time, and lets Snakemake work.
+With --output FOLDER the book is rendered there and not here. Checks the profiles, sees to it that
+one build runs here at a time, and lets Snakemake work.
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
 import subprocess
@@ -18,7 +20,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    profiles = list(dict.fromkeys(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="Make the book of some profiles.")
+    parser.add_argument("profiles", nargs="*")
+    parser.add_argument("--output", default=".", help="folder in which _build/html is made")
+    arguments = parser.parse_args()
+    profiles = list(dict.fromkeys(arguments.profiles))
     if not profiles:
         sys.exit('Name a profile: make book PROFILES="smollm2-135m"')
     os.chdir(REPOSITORY)
@@ -33,7 +39,7 @@ def main() -> int:
         command = [
             sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile",
             "--cores", "all", "--keep-going", "--nolock", "--rerun-incomplete", "--quiet", "all",
-            "--config", f"profiles={' '.join(profiles)}",
+            "--config", f"profiles={' '.join(profiles)}", f"output={arguments.output}",
         ]  # fmt: skip
         try:
             # Snakemake holds the lock too: should this process be killed, it works on alone.
@@ -43,7 +49,7 @@ def main() -> int:
     if done.returncode:
         print("\nThe book is not finished; the reason stands above.", file=sys.stderr)
         return done.returncode
-    print("The book is ready: _build/html/index.html")
+    print(f"The book is ready: {Path(arguments.output, '_build/html/index.html')}")
     return 0
 
 

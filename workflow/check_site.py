@@ -32,11 +32,16 @@ CSS_REMOTE = re.compile(r"""(?:@import\s+|url\()\s*["']?(?:https?:)?//[^"')]+"""
 QUOTED = "pre, code, .cell_output, .corpus-text, script, style"
 
 
-def check_site(site: Path, repository: Path) -> list[str]:
-    """One sentence a problem, each with its page; [] for a sound site."""
-    pages = sorted(
+def pages_of(site: Path) -> list[Path]:
+    """The pages that hold text of ours."""
+    return sorted(
         path for path in site.rglob("*.html") if path.relative_to(site).parts[0] not in NOT_OURS
     )
+
+
+def check_site(site: Path, repository: Path) -> list[str]:
+    """One sentence a problem, each with its page; [] for a sound site."""
+    pages = pages_of(site)
     if not pages:
         return [f"{site.name} holds no pages."]
     parse = cache(_parse)

@@ -33,10 +33,14 @@ def upstream(notebook: str, all_notebooks: Sequence[str]) -> list[str]:
 
 
 def contents(
-    run: Sequence[str], not_run: Sequence[str], all_notebooks: Sequence[str]
+    run: Sequence[str], not_run: Sequence[str], all_notebooks: Sequence[str], claims: Sequence[str]
 ) -> dict[str, Any]:
-    """The `_toc.yml` of a book: a part for every profile that was run, a page for the others."""
-    parts = [{"caption": "The claim", "chapters": [{"file": page} for page in BEFORE_RUNS]}]
+    """The `_toc.yml` of a book: a part for the claims over all profiles, a part for every profile
+    that was run, a page for the others."""
+    parts = [
+        {"caption": "The claim", "chapters": [{"file": page} for page in BEFORE_RUNS]},
+        {"caption": "All profiles together", "chapters": [{"file": page} for page in claims]},
+    ]
     for profile in run:
         pages = [f"{profile}/index", *(f"{profile}/{name}" for name in all_notebooks)]
         parts.append({"caption": f"Run: {profile}", "chapters": [{"file": page} for page in pages]})

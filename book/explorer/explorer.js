@@ -1,6 +1,6 @@
 "use strict";
-// No library, no server: data come as script files that hand over one JSON text each, because a
-// page opened from disk may not fetch. Text of the corpus reaches the page as text only.
+// No library, no server: data come as script files that hand over one deflated JSON text each, because
+// a page opened from disk may not fetch. Text of the corpus reaches the page as text only.
 
 const PER_PAGE = 50;
 const FILTERS = ["q", "min_rate", "max_rate", "min_fuzz", "min_phi", "max_phi", "sort"];
@@ -21,7 +21,11 @@ if (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme
   document.documentElement.dataset.theme = "dark";
 }
 
-window.METASAE_DATA = (name, text) => waiting.get(name)(JSON.parse(text));
+window.METASAE_DATA = async (name, packed) => {
+  const bytes = Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+  waiting.get(name)(await new Response(stream).json());
+};
 
 function load(name) {
   if (!loaded.has(name)) {

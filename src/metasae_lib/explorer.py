@@ -1,15 +1,18 @@
 """The feature explorer: a static page over the features of every arm.
 
 The page and its scripts are `book/explorer/`; this module writes the data beside them. They are
-script files that hand over JSON text, because a page opened from disk may not fetch: an index per
-arm for search and filters, and blocks of features with their contexts, loaded when one is opened.
+script files that hand over deflated JSON text, because a page opened from disk may not fetch: an
+index per arm for search and filters, and blocks of features with their contexts, loaded when one
+is opened.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -314,7 +317,8 @@ def _write(folder: Path, name: str, value: object) -> None:
     path = folder / "data" / f"{name}.js"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    script = f"METASAE_DATA({json.dumps(name)},{json.dumps(text, ensure_ascii=False)})\n"
+    packed = base64.b64encode(zlib.compress(text.encode(), 9, wbits=-zlib.MAX_WBITS)).decode()
+    script = f'METASAE_DATA({json.dumps(name)},"{packed}")\n'
     if len(script.encode()) > MAX_FILE_BYTES:
         raise MeasureError(f"data/{name}.js is above 3 MiB: show fewer or shorter contexts")
     with atomic_write(path) as temporary:

@@ -32,10 +32,15 @@ KINDS = {
     "solo": (BLACK, "o"),
     "joint": (BLUE, "s"),
     "control": (ORANGE, "^"),
+    "jumprelu": (GREEN, "P"),
+    "ortsae": (SKY, "X"),
+    "matched-fidelity": ("#7A5195", "d"),
+    "as-released": ("#8C6D31", "*"),
     "paper": (RED, "D"),
     "null": (PINK, "v"),
 }
-_OTHERS = [(GREEN, "P"), (SKY, "X"), (RED, "*"), (YELLOW, "h")]
+_OTHERS = [(GREY, "h"), ("#A0522D", "p")]
+_ROW = 0.24  # inches that a labelled row needs
 _SERIES = [(BLUE, "o"), (GREEN, "s"), (PINK, "^"), (ORANGE, "D"), (SKY, "v"), (RED, "P")]
 
 #: The paper's headline in percent; drawn for scale where something else moves mean |φ|.
@@ -244,6 +249,7 @@ def training_curve(
 def fidelity(figure: Figure, frame: pd.DataFrame) -> None:
     """What each arm loses: L2 on held-out tokens and the CE overhead. Columns: arm, kind, l2,
     ce_overhead_pct."""
+    figure.set_figheight(max(3.6, 1.4 + _ROW * len(frame)))
     axes = figure.subplots(1, 2, sharey=True)
     places = {arm: -i for i, arm in enumerate(frame.arm)}
     for ax, column in zip(axes, ("l2", "ce_overhead_pct"), strict=True):
@@ -400,6 +406,7 @@ def against_chance(figure: Figure, frame: pd.DataFrame) -> None:
     Columns: arm, kind, mean_abs, low, high, null_mean_abs (independent features of the same rates),
     noise_floor (√(2/(πn)), from the number of tokens alone).
     """
+    figure.set_figheight(max(4.0, 1.6 + _ROW * len(frame)))
     ax = figure.subplots()
     for i, (_, row) in enumerate(frame.iterrows()):
         colour, marker = _look(row.kind)
@@ -423,6 +430,7 @@ def effect(figure: Figure, frame: pd.DataFrame, published: dict[str, float]) -> 
 
     `published`: label → percent, drawn as lines.
     """
+    figure.set_figheight(max(3.4, 1.6 + _ROW * len(frame)))
     ax = figure.subplots()
     for i, (_, row) in enumerate(frame.iterrows()):
         reach = [[row.change_pct - row.low], [row.high - row.change_pct]]
@@ -530,6 +538,7 @@ def split_counts(figure: Figure, frame: pd.DataFrame) -> None:
     Columns: role (joint, same start, null), a, b, splits, merges. Between two solo dictionaries
     neither direction has a meaning; how many there are is what seeds do.
     """
+    figure.set_figheight(max(3.4, 1.0 + 2 * _ROW * len(frame)))
     ax = figure.subplots()
     order = [role for role in _ROLES if (frame.role == role).any()]
     frame = frame.sort_values("role", key=lambda r: r.map(order.index), kind="stable")

@@ -100,13 +100,17 @@ def between(low: float, high: float, show: Callable[[float], str] = number) -> s
     return f"{show(low)} to {show(high)}"
 
 
-def table(frame: pd.DataFrame, caption: str, label: str) -> Markdown:
-    """A numbered MyST table of a frame; its index is left out."""
+def table(frame: pd.DataFrame, caption: str, label: str, filterable: bool = False) -> Markdown:
+    """A numbered MyST table of a frame; its index is left out.
+
+    filterable: on a page of the book it gets a search box and a choice of verdict.
+    """
     columns = [_cell(c) for c in frame.columns]
     lines = [columns, ["---"] * len(columns)]
     lines += [[_cell(number(value)) for value in row] for row in frame.itertuples(index=False)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return Markdown(f":::{{table}} {caption}\n:name: {label}\n\n{body}\n:::\n")
+    kind = ":class: filterable\n" if filterable else ""
+    return Markdown(f":::{{table}} {caption}\n:name: {label}\n{kind}\n{body}\n:::\n")
 
 
 def paper_against_ours(run: Run, *ids: str, label: str) -> Markdown:
@@ -502,9 +506,9 @@ def explained(run: Run, frame: pd.DataFrame) -> Markdown:
     )
 
 
-def box(title: str, text: str) -> Markdown:
-    """A framed remark with a title."""
-    return Markdown(f":::{{admonition}} {title}\n:class: note\n\n{text}\n:::\n")
+def section(title: str, text: str) -> Markdown:
+    """A short section of a page, below a `##` heading."""
+    return Markdown(f"### {title}\n\n{text}")
 
 
 def reading(low: float, high: float, published: float) -> str:

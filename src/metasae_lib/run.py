@@ -208,7 +208,8 @@ class Run:
             )
         if _sha256(path) != self._read(path.with_suffix(".json"))["sha256"]:
             raise ArtefactError(f"{path} was changed after it was made: {_who_saves(name)}")
-        return pd.read_csv(path)
+        # Only an empty cell is missing: "null" and "None" are words.
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
     def has_table(self, name: str) -> bool:
         """True if the table exists and was made with the profile as it is now."""

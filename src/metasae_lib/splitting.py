@@ -131,6 +131,20 @@ def count_directions(
     }
 
 
+def two_seeds(arms: Mapping[str, Arm], selected: tuple[float, float]) -> dict[str, Arm]:
+    """The solo arms and the joint arms at `selected` (λ₂, σ²), of the first two seeds alone."""
+    seeds = list(dict.fromkeys(a.spec.seed for a in arms.values() if a.spec.kind == "solo"))[:2]
+    return {
+        name: arm
+        for name, arm in arms.items()
+        if arm.spec.seed in seeds
+        and (
+            arm.spec.kind == "solo"
+            or (arm.spec.kind == "joint" and (arm.spec.lambda2, arm.spec.sigma_sq) == selected)
+        )
+    }
+
+
 def seed_pairs(arms: Mapping[str, Arm], selected: tuple[float, float]) -> pd.DataFrame:
     """Which dictionaries to hold against each other: columns role, a, b (names of arms).
 

@@ -1,0 +1,79 @@
+"""The tiny book as `make test` has built it, in a real browser: every page, in both modes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import serious
+from playwright.sync_api import Page
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "workflow"))
+
+from check_site import check_site, pages_of  # noqa: E402
+
+SITE = REPOSITORY / "_build" / "test" / "_build" / "html"
+
+
+@pytest.fixture(scope="module")
+def site() -> Path:
+    assert (SITE / "index.html").exists(), "The tiny book is not built: run make test"
+    return SITE
+
+
+def test_the_tiny_book_is_sound(site: Path) -> None:
+    assert check_site(site, REPOSITORY) == []
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_axe_finds_nothing_serious_on_any_page(site: Path, chromium: Page, mode: str) -> None:
+    chromium.add_init_script(f"localStorage.setItem('mode', '{mode}')")
+    found: list[str] = []
+    for path in pages_of(site):
+        chromium.goto(path.as_uri())
+        assert path.match("explorer/*/index.html") or chromium.evaluate(
+            "document.documentElement.dataset.theme"
+        ) == mode  # fmt: skip
+        found += [f"{path.relative_to(site)}: {problem}" for problem in serious(chromium)]
+    assert not found, "\n".join(found)
+
+
+def test_the_scorecard_filters_by_words_and_verdict(site: Path, chromium: Page) -> None:
+    rows = "[...document.querySelectorAll('table.filterable tbody tr')].filter(r => !r.hidden)"
+    chromium.goto((site / "tiny" / "07_scorecard.html").as_uri())
+    every = chromium.evaluate(f"{rows}.length")
+    chromium.get_by_label("Show rows with").press_sequentially("l2")
+    some = chromium.evaluate(f"{rows}.map(r => r.textContent.toLowerCase())")
+    assert 0 < len(some) < every and all("l2" in text for text in some)
+    assert chromium.get_by_role("status").inner_text() == f"{len(some)} of {every} values"
+    chromium.keyboard.press("Tab")  # by keyboard alone: to the choice, then to its first verdict
+    if chromium.evaluate("document.activeElement.id") != "filter-verdict":
+        chromium.keyboard.press("Tab")
+    chromium.get_by_label("Verdict").select_option("inconclusive")
+    verdicts = chromium.evaluate(f"{rows}.map(r => r.querySelector('.verdict').textContent)")
+    assert all(text.startswith("inconclusive") for text in verdicts)
+    chromium.get_by_role("button", name="Clear").press("Enter")
+    chromium.wait_for_function(f"{rows}.length === {every}")
+
+
+def test_every_artefact_of_the_paper_has_its_place_or_a_reason(site: Path, chromium: Page) -> None:
+    chromium.goto((site / "tiny" / "07_scorecard.html").as_uri())
+    verdicts = chromium.evaluate(
+        "[...document.querySelectorAll('#tab-all-artefact-tiny tbody tr, "
+        "table#tab-all-artefact-tiny tbody tr')].map(r => r.lastElementChild.textContent.trim())"
+    )
+    assert len(verdicts) == 15
+    assert all(v == "made" or v.startswith("not run: ") for v in verdicts), verdicts
+
+
+def test_the_explorer_opens_from_its_page_and_shows_a_card(site: Path, chromium: Page) -> None:
+    chromium.goto((site / "tiny" / "05_case_studies.html").as_uri())
+    chromium.get_by_role("link", name="Open the feature explorer of tiny").click()
+    chromium.wait_for_selector("#rows tr")
+    chromium.keyboard.press("j")
+    chromium.wait_for_selector("#card h2")
+    assert "solo-seed0, feature" in chromium.inner_text("#card h2")
+    chromium.get_by_role("link", name="Case studies").click()
+    chromium.wait_for_selector("h1")
