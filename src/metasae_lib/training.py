@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from metasae_lib.kernels import Adam, Extra, Pull
 from metasae_lib.penalty import decomposability, orthogonality, penalty_pull
 from metasae_lib.profile import ArmSpec, Profile
 from metasae_lib.progress import progress
-from metasae_lib.run import Artefact, Run, atomic_write
+from metasae_lib.run import Artefact, Run, atomic_write, locked
 from metasae_lib.subject import compute_device
 
 VERSION = 2  # of the stage: raise it when the same inputs give other weights
@@ -545,11 +545,9 @@ def train_arms(run: Run, watch: Watch | None = None) -> dict[str, Arm]:
     does not fit in memory, if a loss is not finite (arm, step and batch named), or if a checkpoint
     is damaged.
     """
-    with ExitStack() as locks:
-        places = _places(run)
-        if distributed.rank() == 0:  # the one for all processes of a launcher
-            for place in sorted(places, key=lambda place: place.state.folder.name):
-                locks.enter_context(place.state.lock())
+    places = _places(run)
+    # Of the processes of a launcher, one holds the locks for all.
+    with locked(place.state for place in places if distributed.rank() == 0):
         distributed.barrier()
         _train_missing(run, [p for p in places if p.spec.kind != "matched-fidelity"], watch)
         for place in places:
