@@ -71,6 +71,7 @@ SMALL = {
     "training.k_aux": 16,
     "training.checkpoint_every": 7,
     "training.seeds": [0],
+    "training.arms": ["solo", "joint", "control"],
 }
 
 
