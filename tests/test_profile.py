@@ -75,9 +75,23 @@ def test_arms_of_the_paper() -> None:
     ]
     seeds = [f"joint-lambda0.3-sigma1-seed{seed}" for seed in (1, 2, 3)]
     controls = [f"control-sigma{b}-seed0" for b in ("0.3", "1", "3")]
-    assert names == [f"solo-seed{seed}" for seed in range(4)] + grid + seeds + controls
-    control = Profile.load("tiny").arms()[-1]
-    assert control == ArmSpec("control", 0, 0.0, 1.0)
+    paper = [f"solo-seed{seed}" for seed in range(4)] + grid + seeds + controls
+    assert names[: len(paper)] == paper and len(set(names)) == len(names)
+    assert [name.split("-seed")[0] for name in names[len(paper) :]] == [
+        "jumprelu", "jumprelu-lambda0.3-sigma1", "jumprelu-k32", "jumprelu-k32-lambda0.3-sigma1",
+        "batchtopk-k32", "batchtopk-k32-lambda0.3-sigma1", "ortsae",
+        "matched-fidelity-lambda0.3-sigma1", "as-released", "as-released-lambda0.3-sigma1",
+        "critic-k4-lambda0.3-sigma1", "critic-steps100to10-lambda0.3-sigma1",
+    ]  # fmt: skip
+    assert ArmSpec("control", 0, 0.0, 1.0) in Profile.load("tiny").arms()
+
+
+def test_an_order_of_text_for_each_seed_on_request() -> None:
+    changes = {"training.order": "by_seed", "training.seeds": [5, 6]}
+    orders = {arm.name: arm.order for arm in Profile.load("tiny", changes).arms()}
+    assert orders["solo-seed5"] == 0 and orders["solo-seed6"] == 6
+    with pytest.raises(ProfileError, match="needs 'solo' and 'joint'"):
+        Profile.load("tiny", {"training.arms": ["solo", "matched-fidelity"]})
 
 
 def test_steps_and_selected() -> None:
