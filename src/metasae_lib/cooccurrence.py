@@ -715,10 +715,7 @@ def scan_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
     calibrations = calibrate_arms(run, arms)
     residuals = Residuals(run, "scan")
     inputs = scan_inputs(run, residuals)
-    artefacts = {
-        name: run.artefact("counts", {"arm": arm.folder.name, **inputs}, VERSION)
-        for name, arm in arms.items()
-    }
+    artefacts = {name: counts_artefact(run, arm, inputs) for name, arm in arms.items()}
     with locked(artefacts.values()):
         missing = [name for name, artefact in artefacts.items() if not artefact.complete]
         if missing:
@@ -727,6 +724,11 @@ def scan_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
             ]
             _scan(run, residuals, scans)
         return {name: load_counts(artefact, "n11") for name, artefact in artefacts.items()}
+
+
+def counts_artefact(run: Run, arm: Arm, inputs: Mapping[str, Any]) -> Artefact:
+    """Where the counts of an arm are kept. inputs: of :func:`scan_inputs`."""
+    return run.artefact("counts", {"arm": arm.folder.name, **inputs}, VERSION)
 
 
 class _Scan:

@@ -17,6 +17,7 @@ from metasae_lib.activations import Residuals
 from metasae_lib.cooccurrence import (
     CooccurrenceCounter,
     Counts,
+    counts_artefact,
     firing,
     load_counts,
     scan_arms,
@@ -75,7 +76,7 @@ def sensitivity(
             if run.profile.text.bos == "every_row":
                 parts.append(_without_bos(run, arms, subject, bos_rows))
             for name in arms:
-                made = run.artefact("counts", {"arm": folders[name], **inputs}, VERSION)
+                made = counts_artefact(run, arms[name], inputs)
                 parts.append(_other_thresholds(name, made))
                 parts.append(_other_pairs(name, counts[name]))
             frame = pd.concat(parts, ignore_index=True)
