@@ -351,6 +351,28 @@ def test_every_kind_of_arm(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("synthetic")
+def test_a_search_may_end_at_an_arm_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The joint arm reconstructs as the solo one of half the k, which the ablation has trained."""
+    made = training.train_arms(
+        Run.open(small(training__arms=["solo", "joint", "ablation"]), tmp_path)
+    )
+    target = training.final_l2(made["batchtopk-k2-seed0"].history)
+    joint = made["joint-lambda0.3-sigma1-seed0"].history
+    kept = training.final_l2
+
+    def final_l2(history: pd.DataFrame) -> float:
+        return target if history["penalty"].equals(joint["penalty"]) else kept(history)
+
+    monkeypatch.setattr(training, "final_l2", final_l2)
+    kinds = ["solo", "joint", "ablation", "matched-fidelity"]
+    arms = training.train_arms(Run.open(small(training__arms=kinds), tmp_path))
+    matched = arms["matched-fidelity-lambda0.3-sigma1-seed0"]
+    assert torch.equal(matched.sae.W_dec, arms["batchtopk-k2-seed0"].sae.W_dec)
+
+
+@pytest.mark.usefixtures("synthetic")
 def test_groups_and_added_arms_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -721,9 +721,10 @@ def _match_fidelity(run: Run, place: _Place, places: Sequence[_Place], watch: Wa
         k = min(max(round(wanted), 1), run.profile.dictionary.n_features)
         if k in found:
             break
-        tried[k] = _place(run, replace(spec, kind="batchtopk", lambda2=None, sigma_sq=None, k=k),
-                          residuals)  # fmt: skip
-        with tried[k].state.lock() if distributed.rank() == 0 else nullcontext():
+        plain = replace(spec, kind="batchtopk", lambda2=None, sigma_sq=None, k=k)
+        # An arm of the run (of the ablation, say) is trained by now, and its lock is held.
+        tried[k] = trained.get(plain) or _place(run, plain, residuals)
+        with locked([tried[k].state] if plain not in trained and distributed.rank() == 0 else []):
             _train_missing(run, [tried[k]], watch)
         found[k] = final_l2(_load(tried[k]).history)
     if distributed.rank() == 0:
