@@ -191,10 +191,14 @@ def test_kernels_equal_their_plain_forms() -> None:
         counting.add_pairs(n11, pattern, other)
         counting.add_pairs_plain(expected, pattern, other)
         assert np.array_equal(n11, expected)
-    one, two = np.zeros((2, 150, 20), np.int64)
-    counting.add_histogram(values, 0.1, one)
-    counting.add_histogram_plain(values, 0.1, two)
-    assert np.array_equal(one, two) and one.sum() == (values > 0).sum()
+    for low in (0.0, 0.7, 5.0):
+        counts, expected = np.zeros((2, 150), np.int64)
+        largest, expected_largest = np.zeros((2, 150), np.float32)
+        for part in (values[:120], values[120:]):
+            counting.count_below(part, np.float32(low), counts, largest)
+            counting.count_below_plain(part, np.float32(low), expected, expected_largest)
+        assert np.array_equal(counts, expected) and np.array_equal(largest, expected_largest)
+        assert counts.sum() == ((values > 0) & (values <= np.float32(low))).sum()
 
 
 def test_phi_of_hand_worked_and_library_values() -> None:

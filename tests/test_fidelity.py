@@ -12,7 +12,7 @@ from torch import Tensor
 from metasae_lib import Run, fidelity
 from metasae_lib.dictionary import BatchTopK, normalise
 from metasae_lib.errors import MeasureError
-from metasae_lib.fidelity import Reconstruction, reconstruct, replacement
+from metasae_lib.fidelity import Moments, Reconstruction, reconstruct, replacement
 from metasae_lib.profile import ArmSpec
 
 
@@ -25,8 +25,14 @@ def made(threshold: float | None = 0.4) -> tuple[BatchTopK, Tensor]:
     return sae, torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
 
 
+def over(d: int) -> tuple[Reconstruction, Moments]:
+    moments = Moments(d)
+    return Reconstruction(moments), moments
+
+
 def test_l2_fvu_and_l0_of_a_hand_worked_example() -> None:
-    sums = Reconstruction(2)
+    sums, moments = over(2)
+    moments.add(torch.tensor([[0.0, 2.0], [4.0, 2.0]]))
     sums.add(torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 2.0]]), 3)
     sums.add(torch.tensor([[4.0, 2.0]]), torch.tensor([[4.0, 0.0]]), 2)
     # Errors 1 and 4 over 2 tokens of 2 dimensions. Means (2, 2): variance 4 + 4 + 0 + 0.
@@ -38,11 +44,13 @@ def test_l2_fvu_and_l0_of_a_hand_worked_example() -> None:
 def test_fvu_is_one_for_the_mean_and_zero_for_a_copy() -> None:
     z = torch.randn(500, 7, generator=torch.Generator().manual_seed(0)).double() + 3
     for z_hat, expected in ((z.mean(0).expand_as(z), 1.0), (z, 0.0)):
-        sums = Reconstruction(7)
+        sums, moments = over(7)
+        moments.add(z)
         for part, part_hat in zip(z.split(90), z_hat.split(90), strict=True):
             sums.add(part, part_hat, 0)
         assert sums.fvu == pytest.approx(expected, abs=1e-12)
-    sums = Reconstruction(7)
+    sums, moments = over(7)
+    moments.add(torch.ones(4, 7))
     sums.add(torch.ones(4, 7), torch.zeros(4, 7), 0)
     with pytest.raises(MeasureError, match="tokens that differ"):
         _ = sums.fvu
@@ -84,9 +92,12 @@ class FakeSubject:
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
-    def loss(self, ids: np.ndarray, replace: Any) -> Tensor:
-        x = self.x[torch.from_numpy(ids[:, 0]).long()]
-        return (x if replace is None else replace(x)).square().mean(-1)[:, :-1]
+    def residuals(self, ids: np.ndarray) -> Tensor:
+        return self.x[torch.from_numpy(ids[:, 0]).long()]
+
+    def loss(self, ids: np.ndarray, replace: Any, residuals: Tensor) -> Tensor:
+        assert torch.equal(residuals, self.residuals(ids))
+        return replace(residuals).square().mean(-1)[:, :-1]
 
 
 def test_ce_overhead_is_paired_over_rows_and_kept_positions(
@@ -109,5 +120,10 @@ def test_ce_overhead_is_paired_over_rows_and_kept_positions(
     assert ours["ce_overhead_nats"] == pytest.approx(float(rise.mean()), rel=1e-4)
     assert ours["ce_overhead_se"] == pytest.approx(float(rise.std()) / n**0.5, rel=1e-4)
     assert ours["ce"] - ours["ce_baseline"] == pytest.approx(ours["ce_overhead_nats"], rel=1e-6)
+    n = min(n, run.profile.model.batch_rows)  # training mode: one batch
+    z, mean, std = normalise(x[:n, 1:].flatten(0, 1))  # the last position competes, unscored
+    back = (sae.decode(sae.encode(z)) * (std + 1e-5) + mean).view(n, 4, 12)[:, :3]
+    rise = back.square().mean(-1) - x[:n, 1:4].square().mean(-1)
+    assert ours["ce_overhead_batch_nats"] == pytest.approx(float(rise.mean()), rel=1e-4)
     share = 100 * ours["ce_overhead_nats"] / ours["ce_baseline"]
     assert ours["ce_overhead_pct"] == pytest.approx(share)

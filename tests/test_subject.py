@@ -84,6 +84,12 @@ def test_replacement_at_the_layer(
 
     torch.testing.assert_close(subject.loss(ids, cut), baseline, atol=1e-6, rtol=0)
 
+    # The blocks before the layer may be spared, to the same bits; then they are back in place.
+    reached = subject.residuals(ids)
+    for change in (identity, cut, lambda x: 0.5 * x):
+        assert torch.equal(subject.loss(ids, change, reached), subject.loss(ids, change))
+    assert torch.equal(subject.loss(ids), baseline)
+
 
 def test_loss_in_blocks_is_the_loss(
     folders: dict[str, Path], ids: np.ndarray, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +32,7 @@ from metasae_lib.counting import above
 from metasae_lib.dictionary import normalise
 from metasae_lib.errors import MeasureError
 from metasae_lib.progress import progress
-from metasae_lib.run import Artefact, Run, atomic_write
+from metasae_lib.run import Artefact, Run, atomic_write, locked
 from metasae_lib.thresholds import (
     calibrate_arms,
     calibration_inputs,
@@ -398,13 +397,11 @@ def collect(
         "keep": keep,
         "seed": seed,
     }
-    with ExitStack() as locks:
-        artefacts = {
-            name: run.artefact("contexts", {"arm": arm.folder.name, **inputs}, _VERSION)
-            for name, arm in arms.items()
-        }
-        for artefact in sorted(artefacts.values(), key=lambda artefact: artefact.key):
-            locks.enter_context(artefact.lock())
+    artefacts = {
+        name: run.artefact("contexts", {"arm": arm.folder.name, **inputs}, _VERSION)
+        for name, arm in arms.items()
+    }
+    with locked(artefacts.values()):
         missing = [
             _Collector(arms[name], artefact, layout, keep, seed)
             for name, artefact in artefacts.items()

@@ -13,7 +13,6 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -29,7 +28,7 @@ from metasae_lib.counting import Array, Pattern, above, add_pairs, index_type, r
 from metasae_lib.dictionary import normalise
 from metasae_lib.errors import MeasureError
 from metasae_lib.progress import progress
-from metasae_lib.run import atomic_write
+from metasae_lib.run import atomic_write, locked
 from metasae_lib.thresholds import (
     Calibration,
     calibrate_arms,
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from metasae_lib.run import Artefact, Run
     from metasae_lib.training import Arm
 
-VERSION = 1  # of the stages
+VERSION = 2  # of the stages
 INT32_MAX = 2**31 - 1  # no count exceeds the number of tokens, so int32 holds all up to here
 FLOAT32_EXACT = 2**24  # integers up to here are exact in float32
 FLUSH_ENTRIES = 2**22  # pattern entries counted at once: their lists still fit the CPU's cache
@@ -702,7 +701,7 @@ def enough_tokens(summary: PhiSummary, change: float = 0.05) -> str:
 # --------------------------------------------------------------------------- scans of a run
 
 SCALES = (0.9, 0.95, 1.05, 1.1)  # of every threshold, for the elasticity of mean |φ|
-SENSITIVITY_FEATURES = 1024  # features whose pairs are counted under other thresholds as well
+SENSITIVITY_FEATURES = 512  # features whose pairs are counted under other thresholds as well
 _TOKENS = 8192  # scanned at once
 
 
@@ -716,13 +715,11 @@ def scan_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
     calibrations = calibrate_arms(run, arms)
     residuals = Residuals(run, "scan")
     inputs = scan_inputs(run, residuals)
-    with ExitStack() as locks:
-        artefacts = {
-            name: run.artefact("counts", {"arm": arm.folder.name, **inputs}, VERSION)
-            for name, arm in arms.items()
-        }
-        for artefact in sorted(artefacts.values(), key=lambda artefact: artefact.key):
-            locks.enter_context(artefact.lock())
+    artefacts = {
+        name: run.artefact("counts", {"arm": arm.folder.name, **inputs}, VERSION)
+        for name, arm in arms.items()
+    }
+    with locked(artefacts.values()):
         missing = [name for name, artefact in artefacts.items() if not artefact.complete]
         if missing:
             scans = [
@@ -907,17 +904,15 @@ def cross_scan(
     calibrate_arms(run, {name: arms[name] for name in names})
     residuals = Residuals(run, "scan")
     inputs = scan_inputs(run, residuals)
-    with ExitStack() as locks:
-        artefacts = {
-            (a, b): run.artefact(
-                "cross-counts",
-                {"a": arms[a].folder.name, "b": arms[b].folder.name, **inputs},
-                VERSION,
-            )
-            for a, b in pairs
-        }
-        for artefact in sorted(artefacts.values(), key=lambda artefact: artefact.key):
-            locks.enter_context(artefact.lock())
+    artefacts = {
+        (a, b): run.artefact(
+            "cross-counts",
+            {"a": arms[a].folder.name, "b": arms[b].folder.name, **inputs},
+            VERSION,
+        )
+        for a, b in pairs
+    }
+    with locked(artefacts.values()):
         missing = [pair for pair, artefact in artefacts.items() if not artefact.complete]
         if missing:
             for pair, cross in _cross(run, residuals, arms, missing).items():

@@ -173,26 +173,29 @@ def add_pairs_plain(n11: Array, a: Pattern, b: Pattern | None = None) -> None:
 
 
 @njit(parallel=True, cache=True)
-def _add_histogram(values: Array, per_unit: float, histogram: Array) -> None:
-    n_features, n_bins = histogram.shape
+def _count_below(values: Array, low: float, counts: Array, largest: Array) -> None:
+    n_features = len(counts)
     width = 64  # features a thread takes at a time: a few cache lines of every token
     for block in prange((n_features + width - 1) // width):
         for t in range(values.shape[0]):
             for j in range(block * width, min(n_features, (block + 1) * width)):
-                if values[t, j] > 0:
-                    histogram[j, min(int(values[t, j] * per_unit), n_bins - 1)] += 1
+                value = values[t, j]
+                inside = (value > 0) & (value <= low)
+                counts[j] += inside
+                largest[j] = max(largest[j], value if inside else np.float32(0))
 
 
-def add_histogram(values: Array, bin_width: float, histogram: Array) -> None:
-    """Add the positive of (t, n) values to (n, bins) counts; the last bin takes what is beyond."""
-    _add_histogram(values, 1 / bin_width, histogram)
+def count_below(values: Array, low: float, counts: Array, largest: Array) -> None:
+    """Of (t, n) values in (0, low]: add their number by feature to counts (n,) int64, and raise
+    largest (n,) float32 to the largest of them; in place."""
+    _count_below(values, low, counts, largest)
 
 
-def add_histogram_plain(values: Array, bin_width: float, histogram: Array) -> None:
-    """`add_histogram` in plain NumPy."""
-    token, feature = np.nonzero(values > 0)
-    bins = (values[token, feature] * (1 / bin_width)).astype(np.int64)
-    np.add.at(histogram, (feature, np.minimum(bins, histogram.shape[1] - 1)), 1)
+def count_below_plain(values: Array, low: float, counts: Array, largest: Array) -> None:
+    """`count_below` in plain NumPy."""
+    inside = (values > 0) & (values <= low)
+    counts += inside.sum(axis=0)
+    np.maximum(largest, np.where(inside, values, 0).max(axis=0), out=largest)
 
 
 def _offsets(counts: Array) -> Array:

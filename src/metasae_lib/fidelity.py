@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -31,10 +30,12 @@ from metasae_lib.dictionary import denormalise, normalise
 from metasae_lib.errors import MeasureError
 from metasae_lib.kernels import batch_topk, batch_topk_plain
 from metasae_lib.progress import progress
+from metasae_lib.run import locked
 from metasae_lib.subject import Subject, load_subject
 from metasae_lib.thresholds import (
     calibrate_arms,
     calibration_inputs,
+    grouped,
     pre_activations,
     product_dtype,
     training_batches,
@@ -46,39 +47,58 @@ if TYPE_CHECKING:
     from metasae_lib.run import Run
     from metasae_lib.training import Arm
 
-VERSION = 1  # of the stage
-TOKENS = 2**18  # L2, FVU, L0 and norms are taken on the first chunks of the scan role up to here
+VERSION = 2  # of the stage
+TOKENS = 100_000  # L2, FVU, L0 and norms are taken on the first chunks of the scan role up to here
 Mode = Literal["threshold", "batch"]
 MODES: tuple[Mode, ...] = ("threshold", "batch")
 
 
-class Reconstruction:
-    """Sums over tokens from which L2, FVU and L0 follow; float64."""
+class Moments:
+    """Sums of tokens and of their squares, (d,) float64."""
 
     def __init__(self, d: int) -> None:
-        self.n_tokens, self.n_active = 0, 0
-        self._error = 0.0
+        self.d, self.n_tokens = d, 0
         self._sum = torch.zeros(d, dtype=torch.float64)
         self._square = torch.zeros(d, dtype=torch.float64)
 
-    def add(self, z: Tensor, z_hat: Tensor, n_active: int) -> None:
-        """Add tokens. z, z_hat: (t, d) normalised. n_active: activations that are not zero."""
+    def add(self, z: Tensor) -> None:
+        """Add tokens (t, d)."""
         exact = z.double()
         self.n_tokens += len(z)
-        self.n_active += n_active
-        self._error += float((exact - z_hat).square().sum())
         self._sum += exact.sum(0).cpu()
         self._square += exact.square().sum(0).cpu()
 
     @property
+    def variance(self) -> float:
+        """Sum of squared deviations from the mean token, over tokens and dimensions."""
+        return float((self._square - self._sum.square() / self.n_tokens).sum())
+
+
+class Reconstruction:
+    """Sums over tokens from which L2, FVU and L0 follow; float64.
+
+    moments: of the same tokens, which several reconstructions may share.
+    """
+
+    def __init__(self, moments: Moments) -> None:
+        self.n_active = 0
+        self._moments = moments
+        self._error = 0.0
+
+    def add(self, z: Tensor, z_hat: Tensor, n_active: int) -> None:
+        """Add tokens. z, z_hat: (t, d) normalised. n_active: activations that are not zero."""
+        self.n_active += n_active
+        self._error += float((z - z_hat).square_().sum(1).sum(dtype=torch.float64))
+
+    @property
     def l2(self) -> float:
         """Mean square error over tokens and dimensions."""
-        return self._error / (self.n_tokens * len(self._sum))
+        return self._error / (self._moments.n_tokens * self._moments.d)
 
     @property
     def fvu(self) -> float:
         """Fraction of variance unexplained. Raises MeasureError if nothing varies."""
-        variance = float((self._square - self._sum.square() / self.n_tokens).sum())
+        variance = self._moments.variance
         if variance <= 0:
             raise MeasureError("the fraction of variance unexplained needs tokens that differ")
         return self._error / variance
@@ -86,7 +106,7 @@ class Reconstruction:
     @property
     def l0(self) -> float:
         """Mean number of active features a token."""
-        return self.n_active / self.n_tokens
+        return self.n_active / self._moments.n_tokens
 
 
 def reconstruct(
@@ -97,10 +117,13 @@ def reconstruct(
     mode: "threshold", each feature above its own θ; or "batch", the k·t largest of the t tokens
     given, as in training. dtype: of the encoder product. Decoding is float32.
     """
-    return _reconstruct(sae, pre_activations(sae, z, dtype), mode)
+    return _reconstruct(sae, pre_activations(sae, z, dtype), mode)[:2]
 
 
-def _reconstruct(sae: Dictionary, pre: Tensor, mode: Mode) -> tuple[Tensor, int]:
+def _reconstruct(
+    sae: Dictionary, pre: Tensor, mode: Mode, bracket: int = 0
+) -> tuple[Tensor, int, int]:
+    """z_hat, number of active features, and the bracket for the next batch (see `batch_topk`)."""
     if mode == "threshold" and sae.threshold is None:
         raise MeasureError("this dictionary has no thresholds: calibrate it first")
     if pre.device.type != "cpu":
@@ -108,9 +131,9 @@ def _reconstruct(sae: Dictionary, pre: Tensor, mode: Mode) -> tuple[Tensor, int]
             acts = batch_topk_plain(pre, sae.k * len(pre))[0].acts
         else:
             acts = torch.where(pre > sae.threshold, pre, 0)  # type: ignore[operator]
-        return acts @ sae.W_dec + sae.b_dec, int((acts > 0).sum())
+        return acts @ sae.W_dec + sae.b_dec, int((acts > 0).sum()), 0
     if mode == "batch":
-        codes, _ = batch_topk(pre, sae.k * len(pre))
+        codes, bracket = batch_topk(pre, sae.k * len(pre), bracket)
         starts, features, acts = codes.row_ptr[:-1], codes.cols, torch.from_numpy(codes.acts)
     else:
         pattern, values = above(pre.numpy(), sae.threshold.numpy())  # type: ignore[union-attr]
@@ -122,7 +145,7 @@ def _reconstruct(sae: Dictionary, pre: Tensor, mode: Mode) -> tuple[Tensor, int]
         mode="sum",
         per_sample_weights=acts,
     )
-    return z_hat + sae.b_dec, len(acts)
+    return z_hat + sae.b_dec, len(acts), bracket
 
 
 def measure_arms(run: Run, arms: Mapping[str, Arm], subject: Subject | None = None) -> pd.DataFrame:
@@ -135,7 +158,9 @@ def measure_arms(run: Run, arms: Mapping[str, Arm], subject: Subject | None = No
     dead (features that BatchTopK never selected on the calibration tokens);
     n_tokens (of L2, FVU and L0), ce_rows, ce_tokens.
 
-    CE is the mean over the predictions of the first `evaluation.ce_rows` rows. Under
+    CE is the mean over the predictions of the first `evaluation.ce_rows` rows; in training mode of
+    the first `model.batch_rows` of them, which are one BatchTopK batch. The model's blocks up to
+    the layer run once for all arms. Under
     `text.skip_first` the residual at position 0 stays as it is, and the prediction made there,
     which then cannot change, is left out. `subject` spares loading the language model.
     """
@@ -147,13 +172,11 @@ def measure_arms(run: Run, arms: Mapping[str, Arm], subject: Subject | None = No
         "rule": run.profile.evaluation.threshold_rule,
         "ce_rows": run.profile.evaluation.ce_rows,
     }
-    with ExitStack() as locks:
-        artefacts = {
-            name: run.artefact("fidelity", {"arm": arm.folder.name, **inputs}, VERSION)
-            for name, arm in arms.items()
-        }
-        for artefact in sorted(artefacts.values(), key=lambda artefact: artefact.key):
-            locks.enter_context(artefact.lock())
+    artefacts = {
+        name: run.artefact("fidelity", {"arm": arm.folder.name, **inputs}, VERSION)
+        for name, arm in arms.items()
+    }
+    with locked(artefacts.values()):
         missing = {name: arms[name] for name, one in artefacts.items() if not one.complete}
         if missing:
             subject = subject or load_subject(run.profile)
@@ -242,14 +265,21 @@ def _chunks(residuals: Residuals) -> Iterator[Tensor]:
 
 def _errors(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[str, dict[str, float]]:
     dtype, batch_tokens = product_dtype(run), run.profile.training.batch_tokens
-    sums = {(name, mode): Reconstruction(residuals.d) for name in arms for mode in MODES}
+    moments = Moments(residuals.d)
+    sums = {(name, mode): Reconstruction(moments) for name in arms for mode in MODES}
+    brackets = dict.fromkeys(sums, 0)
     with progress(min(TOKENS, residuals.n_tokens), f"fidelity of {len(arms)} arms") as bar:
         for i, chunk in enumerate(_chunks(residuals)):
-            for z in training_batches(chunk, batch_tokens, i):
+            for z, sizes in grouped(training_batches(chunk, batch_tokens, i)):
+                moments.add(z)
                 for name, arm in arms.items():
                     pre = pre_activations(arm.sae, z, dtype)
-                    for mode in MODES:
-                        sums[name, mode].add(z, *_reconstruct(arm.sae, pre, mode))
+                    for part, batch in zip(z.split(sizes), pre.split(sizes), strict=True):
+                        for at in ((name, mode) for mode in MODES):
+                            z_hat, active, brackets[at] = _reconstruct(
+                                arm.sae, batch, at[1], brackets[at]
+                            )
+                            sums[at].add(part, z_hat, active)
                 bar.update(len(z))
     result = {}
     for name in arms:
@@ -257,29 +287,32 @@ def _errors(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[str
         result[name] = {
             "l2": held.l2, "fvu": held.fvu, "l0_threshold": held.l0,
             "l2_batch": batch.l2, "fvu_batch": batch.fvu, "l0_batch": batch.l0,
-            "n_tokens": held.n_tokens,
+            "n_tokens": moments.n_tokens,
         }  # fmt: skip
     return result
 
 
 def _entropies(run: Run, arms: Mapping[str, Arm], subject: Subject) -> dict[str, dict[str, float]]:
-    rows = load_tokens(run).rows("scan")[: run.profile.evaluation.ce_rows]
+    rows = np.asarray(load_tokens(run).rows("scan")[: run.profile.evaluation.ce_rows])
     first, dtype = int(run.profile.text.skip_first), product_dtype(run)
+    size = run.profile.model.batch_rows
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    reached = [subject.residuals(ids) for ids in batches]
 
-    def row_means(replacement: Any) -> np.ndarray:
-        batch = run.profile.model.batch_rows
+    def row_means(replacement: Any, n_batches: int) -> np.ndarray:
         parts = [
-            subject.loss(np.asarray(rows[start : start + batch]), replacement)[:, first:]
-            for start in range(0, len(rows), batch)
+            subject.loss(ids, replacement, x)[:, first:]
+            for ids, x in zip(batches[:n_batches], reached, strict=False)
         ]
         return torch.cat(parts).double().mean(dim=1).cpu().numpy()
 
-    baseline = row_means(None)
+    baseline = row_means(lambda x: x, len(batches))
     result = {}
     with progress(len(arms), f"cross-entropy of {len(arms)} arms") as bar:
         for name, arm in arms.items():
-            held, batch = (row_means(replacement(arm.sae, mode, first, dtype)) for mode in MODES)
-            rise, rise_batch = held - baseline, batch - baseline
+            held = row_means(replacement(arm.sae, "threshold", first, dtype), len(batches))
+            batch = row_means(replacement(arm.sae, "batch", first, dtype), 1)
+            rise, rise_batch = held - baseline, batch - baseline[: len(batch)]
             ce = float(baseline.mean())
             result[name] = {
                 "ce": float(held.mean()),
@@ -291,7 +324,8 @@ def _entropies(run: Run, arms: Mapping[str, Arm], subject: Subject) -> dict[str,
                 else math.nan,
                 "ce_batch": float(batch.mean()),
                 "ce_overhead_batch_nats": float(rise_batch.mean()),
-                "ce_overhead_batch_pct": 100 * float(rise_batch.mean()) / ce,
+                "ce_overhead_batch_pct": 100
+                * float(rise_batch.mean() / baseline[: len(batch)].mean()),
                 "ce_rows": len(rows),
                 "ce_tokens": len(rows) * (rows.shape[1] - 1 - first),
             }

@@ -32,10 +32,15 @@ KINDS = {
     "solo": (BLACK, "o"),
     "joint": (BLUE, "s"),
     "control": (ORANGE, "^"),
+    "jumprelu": (GREEN, "P"),
+    "ortsae": (SKY, "X"),
+    "matched-fidelity": (RED, "*"),
+    "as-released": (GREY, "d"),
+    "meta-posthoc": ("#8C6D00", "p"),
     "paper": (RED, "D"),
     "null": (PINK, "v"),
 }
-_OTHERS = [(GREEN, "P"), (SKY, "X"), (RED, "*"), (YELLOW, "h")]
+_OTHERS = [("#5A3E99", "h"), ("#7A4A1E", ">"), ("#A9A9A9", "<")]
 _SERIES = [(BLUE, "o"), (GREEN, "s"), (PINK, "^"), (ORANGE, "D"), (SKY, "v"), (RED, "P")]
 
 #: The paper's headline in percent; drawn for scale where something else moves mean |φ|.
@@ -244,6 +249,7 @@ def training_curve(
 def fidelity(figure: Figure, frame: pd.DataFrame) -> None:
     """What each arm loses: L2 on held-out tokens and the CE overhead. Columns: arm, kind, l2,
     ce_overhead_pct."""
+    figure.set_figheight(max(3.6, 1.6 + 0.3 * len(frame)))
     axes = figure.subplots(1, 2, sharey=True)
     places = {arm: -i for i, arm in enumerate(frame.arm)}
     for ax, column in zip(axes, ("l2", "ce_overhead_pct"), strict=True):
@@ -339,6 +345,9 @@ def trade_off(figure: Figure, ours: pd.DataFrame, paper: pd.DataFrame) -> None:
     ax.plot(
         control.d_l2_pct, control.d_mean_abs_phi_pct, "^", color=ORANGE, label="control, λ₂ = 0"
     )
+    for kind in _kinds(ours[~ours.kind.isin(["solo", "control", "joint"])]):
+        part, (colour, marker) = ours[ours.kind == kind], _look(kind)
+        ax.plot(part.d_l2_pct, part.d_mean_abs_phi_pct, marker, color=colour, label=kind)
     joint = ours[ours.kind == "joint"]
     for (sigma_sq, part), (colour, marker) in zip(joint.groupby("sigma_sq"), _SERIES, strict=False):
         reach = np.abs(part[["low", "high"]].to_numpy().T - part.d_mean_abs_phi_pct.to_numpy())
@@ -380,6 +389,7 @@ def against_chance(figure: Figure, frame: pd.DataFrame) -> None:
     Columns: arm, kind, mean_abs, low, high, null_mean_abs (independent features of the same rates),
     noise_floor (√(2/(πn)), from the number of tokens alone).
     """
+    figure.set_figheight(max(4.0, 1.6 + 0.3 * len(frame)))
     ax = figure.subplots()
     for i, (_, row) in enumerate(frame.iterrows()):
         colour, marker = _look(row.kind)

@@ -19,8 +19,8 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -141,6 +141,15 @@ class Artefact:
         return ArtefactError(
             f"{self.folder / name} {what}: delete {self.folder.name} and run again"
         )
+
+
+@contextmanager
+def locked(artefacts: Iterable[Artefact]) -> Iterator[None]:
+    """Hold several artefacts at once, always in one order, so that processes never cross."""
+    with ExitStack() as locks:
+        for artefact in sorted(artefacts, key=lambda artefact: artefact.folder.name):
+            locks.enter_context(artefact.lock())
+        yield
 
 
 class Run:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from metasae_lib import cooccurrence
 from metasae_lib.activations import Residuals
 from metasae_lib.cooccurrence import (
     CooccurrenceCounter,
@@ -75,7 +76,9 @@ def sensitivity(
             if run.profile.text.bos == "every_row":
                 parts.append(_without_bos(run, arms, subject, bos_rows))
             for name in arms:
-                made = run.artefact("counts", {"arm": folders[name], **inputs}, VERSION)
+                made = run.artefact(
+                    "counts", {"arm": folders[name], **inputs}, cooccurrence.VERSION
+                )
                 parts.append(_other_thresholds(name, made))
                 parts.append(_other_pairs(name, counts[name]))
             frame = pd.concat(parts, ignore_index=True)

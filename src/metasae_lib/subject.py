@@ -9,7 +9,8 @@ stays as it is, since RMSNorm, unlike LayerNorm, does not ignore the mean.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,22 @@ class Subject:
 
     @torch.no_grad()
     def loss(
-        self, ids: np.ndarray | Tensor, replacement: Callable[[Tensor], Tensor] | None = None
+        self,
+        ids: np.ndarray | Tensor,
+        replacement: Callable[[Tensor], Tensor] | None = None,
+        residuals: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy of each next token in nats, (r, c-1) float32, of token ids (r, c).
 
         `replacement` takes the residuals (r, c, d) entering block L, of all rows at once, and
-        returns what the model goes on with, in the same shape.
+        returns what the model goes on with, in the same shape. Given together with `residuals`,
+        which `residuals(ids)` returned, the blocks before L are not run again.
         """
         ids = self._ids(ids)
+        if replacement is not None and residuals is not None:
+            replaced = replacement(residuals)
+            with self._skipping():
+                return self.loss(ids, lambda _: replaced)
         final: list[Tensor] = []
 
         def keep_last(hidden: Tensor, hook: object) -> Tensor:
@@ -93,6 +102,19 @@ class Subject:
         with self._bridge.hooks(fwd_hooks=self._replacing(replacement)):
             logits: Tensor = self._bridge(self._ids(ids), return_type="logits")
         return logits[:, -1].float()
+
+    @contextmanager
+    def _skipping(self) -> Iterator[None]:
+        """Let the blocks before L pass on what they get. The bridge's own start_at_layer runs them
+        all the same."""
+        skipped = [self._bridge.blocks[i] for i in range(self.layer)]
+        try:
+            for block in skipped:  # vars: the bridge would set it on the block that it wraps
+                vars(block)["forward"] = lambda hidden_states, *args, **kwargs: hidden_states
+            yield
+        finally:
+            for block in skipped:
+                vars(block).pop("forward", None)
 
     def _replacing(
         self, replacement: Callable[[Tensor], Tensor] | None

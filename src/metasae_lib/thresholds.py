@@ -10,15 +10,15 @@ Feature i fires on a token if its pre-activation exceeds θ_i (appendix A). Thre
 
 A feature that was never selected gets θ = +inf under every rule.
 
-Why one streamed pass is exact for `rate`: a value above the largest batch cut-off was certainly
-selected and one below the smallest certainly not, so every θ_i lies between the two. Values above
-that window need only be counted, values below it not even that.
+Why one streamed pass is exact: a value above the largest batch cut-off was certainly selected and
+one below the smallest certainly not, so every θ_i of `rate` lies between the two, and so do the
+unselected values that decide where the curves of `eer` cross. Values below that window need only be
+counted, and the largest of them kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,22 +27,23 @@ import torch
 from torch import Tensor
 
 from metasae_lib.activations import Residuals
-from metasae_lib.counting import Array, above, add_histogram
+from metasae_lib.counting import Array, above, count_below
 from metasae_lib.dictionary import normalise
 from metasae_lib.errors import MeasureError
 from metasae_lib.kernels import batch_topk, batch_topk_plain
 from metasae_lib.progress import progress
-from metasae_lib.run import atomic_write
+from metasae_lib.run import atomic_write, locked
 
 if TYPE_CHECKING:
     from metasae_lib.dictionary import Dictionary
     from metasae_lib.run import Artefact, Run
     from metasae_lib.training import Arm
 
-VERSION = 1  # of the stage
+VERSION = 2  # of the stage
 Rule = Literal["rate", "eer", "global"]
 RULES: tuple[Rule, ...] = ("rate", "eer", "global")
 N_BINS = 200  # of the `eer` histogram: with the default bin width it spans [0, 10)
+GROUP = 8192  # tokens whose pre-activations are made at once
 _MARGIN = 0.2  # first guess of the window around the first batch's cut-off
 
 
@@ -95,7 +96,9 @@ class Calibrator:
         self.n_tokens = 0
         self._above_window = np.zeros(n_features, np.int64)
         self._near: list[tuple[Array, Array]] = []
-        self._histogram = np.zeros((n_features, N_BINS), np.int64)
+        self._below = np.zeros(n_features, np.int64)  # positive values below the window,
+        self._largest_below = np.zeros(n_features, np.float32)  # and the largest of them
+        self._histogram = np.zeros((n_features, N_BINS), np.int64)  # of the others
         self._histogram_selected = np.zeros((n_features, N_BINS), np.int64)
         self._bracket = 0
 
@@ -121,9 +124,9 @@ class Calibrator:
         inside = near <= np.float32(self.window[1])
         self._above_window += np.bincount(pattern.indices[~inside], minlength=self.n_features)
         self._near.append((pattern.indices[inside], near[inside]))
-        add_histogram(dense, self.bin_width, self._histogram)
-        bins = np.minimum((values * (1 / self.bin_width)).astype(np.int64), N_BINS - 1)
-        np.add.at(self._histogram_selected, (features, bins), 1)
+        count_below(dense, low[0], self._below, self._largest_below)
+        np.add.at(self._histogram, (pattern.indices, self._bins(near)), 1)
+        np.add.at(self._histogram_selected, (features, self._bins(values)), 1)
 
     @property
     def window_held(self) -> bool:
@@ -169,9 +172,11 @@ class Calibrator:
         return features.cpu().numpy(), acts[tokens, features].cpu().numpy()
 
     def _rate(self) -> tuple[Array, int]:
-        features = np.concatenate([near[0] for near in self._near])
-        values = np.concatenate([near[1] for near in self._near])
-        values = values[np.lexsort((-values, features))]
+        features, values = (np.concatenate(part) for part in zip(*self._near, strict=True))
+        # By feature, then downwards: bits of positive floats are ordered as the floats are.
+        keys = features.astype(np.uint64) << 32 | ~values.view(np.uint32)
+        keys.sort()
+        values = (~keys.astype(np.uint32)).view(np.float32)
         stored = np.bincount(features, minlength=self.n_features)
         begin = np.cumsum(stored) - stored
         rank = self.selected - self._above_window  # of the m-th largest among the stored values
@@ -201,8 +206,16 @@ class Calibrator:
             off_by = max(off_by, int(min(fewer, more)))
         return theta, off_by
 
+    def _bins(self, values: Array) -> Array:
+        """Bin of each value; the last one takes what is beyond."""
+        return np.minimum((values * (1 / self.bin_width)).astype(np.int64), N_BINS - 1)
+
     def _eer(self) -> Array:
         unselected = self._histogram - self._histogram_selected
+        # Nothing selected lies below the window, so only the largest value there can hold the
+        # crossing off: all its fellows may stand in its bin.
+        place = np.arange(self.n_features), self._bins(self._largest_below)
+        unselected[place] += self._below
         missed = np.cumsum(self._histogram_selected, axis=1)
         false = unselected.sum(axis=1, keepdims=True) - np.cumsum(unselected, axis=1)
         missed_share = missed / np.maximum(missed[:, -1:], 1)
@@ -278,13 +291,11 @@ def calibrate_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Calibration]:
     """
     residuals = Residuals(run, "calibration")
     inputs = calibration_inputs(run, residuals)
-    with ExitStack() as locks:
-        artefacts = {
-            name: run.artefact("thresholds", {"arm": arm.folder.name, **inputs}, VERSION)
-            for name, arm in arms.items()
-        }
-        for artefact in sorted(artefacts.values(), key=lambda artefact: artefact.key):
-            locks.enter_context(artefact.lock())
+    artefacts = {
+        name: run.artefact("thresholds", {"arm": arm.folder.name, **inputs}, VERSION)
+        for name, arm in arms.items()
+    }
+    with locked(artefacts.values()):
         missing = {name: arms[name] for name, one in artefacts.items() if not one.complete}
         for arm in arms.values():
             arm.sae.to(residuals.device)
@@ -306,6 +317,21 @@ def calibration_inputs(run: Run, residuals: Residuals) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def grouped(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
+    """Join batches (b, d) into groups of about GROUP tokens, for one large product each.
+
+    Yields the group (t, d) and the sizes of its batches.
+    """
+    group: list[Tensor] = []
+    for z in batches:
+        group.append(z)
+        if sum(map(len, group)) >= GROUP:
+            yield torch.cat(group), list(map(len, group))
+            group = []
+    if group:
+        yield torch.cat(group), list(map(len, group))
+
+
 def _calibrate(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[str, Calibration]:
     dtype = product_dtype(run)
     open_ones = {name: Calibrator(arm.sae.n_features, arm.sae.k) for name, arm in arms.items()}
@@ -314,9 +340,10 @@ def _calibrate(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[
         with progress(residuals.n_tokens, f"calibrating {len(open_ones)} arms") as bar:
             for i in range(residuals.n_chunks):
                 batches = training_batches(residuals.chunk(i), run.profile.training.batch_tokens, i)
-                for z in batches:
+                for z, sizes in grouped(batches):
                     for name, calibrator in open_ones.items():
-                        calibrator.update(pre_activations(arms[name].sae, z, dtype))
+                        for pre in pre_activations(arms[name].sae, z, dtype).split(sizes):
+                            calibrator.update(pre)
                     bar.update(len(z))
         results |= {name: one.result() for name, one in open_ones.items() if one.window_held}
         open_ones = {name: one.again() for name, one in open_ones.items() if not one.window_held}

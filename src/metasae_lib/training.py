@@ -17,7 +17,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from metasae_lib.kernels import Adam, Extra, Pull
 from metasae_lib.penalty import decomposability, penalty_pull
 from metasae_lib.profile import ArmSpec, Profile
 from metasae_lib.progress import progress
-from metasae_lib.run import Artefact, Run, atomic_write
+from metasae_lib.run import Artefact, Run, atomic_write, locked
 from metasae_lib.subject import compute_device
 
 VERSION = 1  # of the stage: raise it when the same inputs give other weights
@@ -444,10 +444,8 @@ def train_arms(run: Run) -> dict[str, Arm]:
     TrainingError if even one arm alone does not fit in memory, if a loss is not finite (arm, step
     and batch named), or if a checkpoint is damaged.
     """
-    with ExitStack() as locks:
-        places = _places(run)
-        for place in sorted(places, key=lambda place: place.state.folder.name):
-            locks.enter_context(place.state.lock())
+    places = _places(run)
+    with locked(place.state for place in places):
         missing = [place for place in places if not place.result.complete]
         if missing:
             stream = BatchStream(run, order_seed=0)
