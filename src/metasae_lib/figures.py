@@ -365,6 +365,9 @@ def trade_off(figure: Figure, ours: pd.DataFrame, paper: pd.DataFrame) -> None:
     ax.plot(
         control.d_l2_pct, control.d_mean_abs_phi_pct, "^", color=ORANGE, label="control, λ₂ = 0"
     )
+    for kind in _kinds(ours[~ours.kind.isin(["solo", "control", "joint"])]):
+        part, (colour, marker) = ours[ours.kind == kind], _look(kind)
+        ax.plot(part.d_l2_pct, part.d_mean_abs_phi_pct, marker, color=colour, label=kind)
     joint = ours[ours.kind == "joint"]
     for (sigma_sq, part), (colour, marker) in zip(joint.groupby("sigma_sq"), _SERIES, strict=False):
         reach = np.abs(part[["low", "high"]].to_numpy().T - part.d_mean_abs_phi_pct.to_numpy())

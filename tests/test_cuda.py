@@ -1,0 +1,52 @@
+"""What runs on a GPU gives what the CPU gives. Without one these are skipped, and -rs says so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from metasae_lib.cooccurrence import CooccurrenceCounter
+from metasae_lib.dictionary import BatchTopK
+from metasae_lib.fidelity import reconstruct
+from metasae_lib.thresholds import RULES, Calibrator
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here: the CUDA path was NOT tested"
+)
+
+
+def test_counts_are_the_same_integers() -> None:
+    generator = np.random.default_rng(0)
+    a = generator.random((5000, 300)) < generator.uniform(0, 0.3, 300)
+    b = generator.random((5000, 170)) < 0.1
+    a[:, 0], a[:, 1] = True, False
+    for given_b, n_b in ((None, None), (torch.from_numpy(b), 170)):
+        found = []
+        for device in ("cpu", "cuda"):
+            counter = CooccurrenceCounter(300, n_b, device)
+            for part in np.array_split(np.arange(5000), 3):
+                second = None if given_b is None else given_b[part]
+                counter.update(torch.from_numpy(a)[part].to(device), second)
+            found.append(counter)
+        assert torch.equal(found[0].n11, found[1].n11.cpu())
+        assert torch.equal(found[0].n1_a, found[1].n1_a)
+
+
+def test_thresholds_and_reconstructions_are_the_same() -> None:
+    sae, z = (
+        BatchTopK(64, 256, 8),
+        torch.randn(2048, 64, generator=torch.Generator().manual_seed(0)),
+    )
+    pre = sae.pre_activations(z)
+    results = []
+    for device in ("cpu", "cuda"):
+        calibrator = Calibrator(256, 8, window=(1e-6, 1e6))
+        calibrator.update(pre.to(device))
+        results.append(calibrator.result())
+    for rule in RULES:
+        assert torch.equal(results[0].threshold(rule), results[1].threshold(rule))
+    sae.threshold = results[0].threshold("rate")
+    on_cpu = reconstruct(sae, z, "threshold")[0]
+    on_gpu = reconstruct(sae.to("cuda"), z.to("cuda"), "threshold")[0]
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-4, rtol=1e-4)
