@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from metasae_lib import cooccurrence
 from metasae_lib.activations import Residuals
 from metasae_lib.cooccurrence import (
     CooccurrenceCounter,
