@@ -75,5 +75,5 @@ def test_the_explorer_opens_from_its_page_and_shows_a_card(site: Path, chromium:
     chromium.keyboard.press("j")
     chromium.wait_for_selector("#card h2")
     assert "solo-seed0, feature" in chromium.inner_text("#card h2")
-    chromium.get_by_role("link", name="Case studies").click()
-    chromium.wait_for_selector("h1")
+    chromium.get_by_role("link", name="Back to the book").click()
+    chromium.wait_for_url("**/tiny/05_case_studies.html")

@@ -193,6 +193,6 @@ def _values(claim: Claim, runs: Mapping[str, Run]) -> str:
     if whole is None:
         return "No run of this book has a scorecard yet."
     return report.table(
-        whole, f"{claim.title} The paper's values beside every run",
+        whole, f"The paper's values beside every run: {claim.title}",
         f"tab-together-{claim.name}", filterable=True,
     ).data  # fmt: skip

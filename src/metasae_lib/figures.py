@@ -555,7 +555,7 @@ def split_counts(figure: Figure, frame: pd.DataFrame) -> None:
     ax.invert_yaxis()
     ax.margins(x=0.1)
     ax.set_xlabel("features that come apart in several of the other dictionary")
-    ax.legend(loc="best")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=2)
 
 
 @_styled(7.0, 4.2)
