@@ -114,6 +114,13 @@ def _legend(ax: Axes, **options: Any) -> None:
     ax.legend(unique.values(), unique.keys(), **options)
 
 
+def _legend_below(figure: Figure, ax: Axes, columns: int) -> None:
+    """A legend that no number of arms lets cover the data."""
+    handles, labels = ax.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=columns)
+
+
 def _zero(ax: Axes, axis: str = "y") -> None:
     draw = ax.axhline if axis == "y" else ax.axvline
     draw(0, color=BLACK, linewidth=0.8)
@@ -424,7 +431,7 @@ def against_chance(figure: Figure, frame: pd.DataFrame) -> None:
     ax.set_yticks([-i for i in range(len(frame))], list(frame.arm))
     ax.set_xlabel("mean |φ| (thousandths)")
     ax.set_xlim(0)
-    _legend(ax, loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=2)
+    _legend_below(figure, ax, 2)
 
 
 @_styled(7.2, 3.4)
@@ -509,7 +516,7 @@ def elasticity(figure: Figure, frame: pd.DataFrame) -> None:
     ax.axhline(HEADLINE, color=RED, label="the paper’s −7.5%")
     _zero(ax)
     ax.set(xlabel="every threshold θ times", ylabel="change of mean |φ| (%)")
-    _legend(ax)
+    _legend_below(figure, ax, 4)
 
 
 @_styled(7.0, 3.6)

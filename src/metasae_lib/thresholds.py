@@ -125,7 +125,7 @@ class Calibrator:
         self._above_window += np.bincount(pattern.indices[~inside], minlength=self.n_features)
         self._near.append((pattern.indices[inside], near[inside]))
         count_below(dense, low[0], self._below, self._largest_below)
-        np.add.at(self._histogram, (pattern.indices, self._bins(near)), 1)
+        np.add.at(self._histogram, (pattern.indices.astype(np.int64), self._bins(near)), 1)
         np.add.at(self._histogram_selected, (features, self._bins(values)), 1)
 
     @property
