@@ -161,8 +161,7 @@ report.table(control, "Controls against solo arms: all weights", "tab-control")
 
 # %% mystnb={"figure": {"name": "fig-ablation", "caption": "Held-out L2 against L0 of BatchTopK and JumpReLU dictionaries, solo (filled) and joint (open). Compare at equal L0: further down is better."}, "image": {"alt": "L2 against L0: blue squares BatchTopK, orange triangles JumpReLU, solid lines solo, dashed lines joint."}}
 ablation = report.ablation(run, fidelity)
-if "JumpReLU" in ablation.architecture.values:
-    run.save_table("jumprelu", ablation, "BatchTopK against JumpReLU, solo and joint")
+run.save_table("ablation", ablation, "BatchTopK against JumpReLU, solo and joint")
 figures.ablation(ablation)
 
 # %%
@@ -214,5 +213,5 @@ display(
         "*.l2_increase_absolute", "*.dead_*", "*.d_l2_pct*", label="tab-paper-02",
     ),
     report.provenance(run),
-    report.downloads(run, "arms", "training", "control", "meta_posthoc", "time"),
+    report.downloads(run, "arms", "training", "control", "ablation", "meta_posthoc", "time"),
 )  # fmt: skip
