@@ -109,7 +109,8 @@ figures.training_curve(history, "dead", "features not firing at present")
 # features: it is what was optimised.
 
 # %% mystnb={"figure": {"name": "fig-training-penalty", "caption": "Mean penalty (Eq. 2) that each arm's own meta SAE assigns to its decoder rows. The gap between joint and control at the same σ² is what λ₂ bought in the quantity that it optimises."}, "image": {"alt": "Line chart of the mean penalty against millions of training tokens for joint and control arms."}}
-figures.training_curve(history[history.kind != "solo"], "penalty", "mean penalty p (0 to 1)")
+felt = history[history.sigma_sq.notna() & history.penalty.notna()]  # not OrtSAE's, another quantity
+figures.training_curve(felt, "penalty", "mean penalty p (0 to 1)")
 
 # %% [markdown]
 # ## What it costs

@@ -194,5 +194,11 @@ def test_ablation_takes_the_first_seed_and_the_selected_penalty(run: Run) -> Non
     assert frame.architecture.tolist() == ["BatchTopK"] * 2 + ["JumpReLU"] * 2 + ["BatchTopK"]
     assert frame.k.tolist() == [8, 8, 8, 8, 4]
     # Solo: 0.19 against 0.20; joint: 0.25 against 0.21. k = 4 has no JumpReLU to compare with.
-    assert "lower L2 in 1 of 2 conditions" in report.ablation_sentence(frame)
+    assert "Of the 2 of 2 conditions" in report.ablation_sentence(frame)
+    assert "lower L2 in 1 (" in report.ablation_sentence(frame)
+    # With more active features a lower L2 proves nothing.
+    denser = frame.assign(l0=frame.l0.where(frame.arm != "4", 16.0))
+    assert "Of the 1 of 2 conditions" in report.ablation_sentence(denser)
+    denser = frame.assign(l0=frame.l0.where(frame.architecture != "JumpReLU", 16.0))
+    assert "cannot be compared" in report.ablation_sentence(denser)
     assert "no JumpReLU arm" in report.ablation_sentence(frame[frame.architecture != "JumpReLU"])

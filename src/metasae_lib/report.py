@@ -458,6 +458,9 @@ def ablation(run: Run, arms: pd.DataFrame) -> pd.DataFrame:
     ).reset_index(drop=True)
 
 
+_ALIKE = 0.1  # difference of L0 up to which L2 is compared
+
+
 def ablation_sentence(frame: pd.DataFrame) -> str:
     """Which architecture reconstructs better, condition by condition, in one sentence."""
     wide = frame.pivot_table(index=["k", "penalty"], columns="architecture", values=["l2", "l0"])
@@ -467,11 +470,22 @@ def ablation_sentence(frame: pd.DataFrame) -> str:
             "configurations."
         )
     wide = wide.dropna()
-    better = int((wide["l2"]["BatchTopK"] < wide["l2"]["JumpReLU"]).sum())
-    l0 = [f"{number(value)} for k = {k}" for (k, _), value in wide["l0"]["JumpReLU"].items()]
-    return (
-        f"BatchTopK has the lower L2 in {better} of {len(wide)} conditions (§4: in both joint and "
-        f"solo). JumpReLU meets its L0 by a term of the loss, so it is not exact: {_list(l0)}."
+    l0, l2 = wide["l0"], wide["l2"]
+    pairs = [
+        f"{number(there)} against {number(here)}"
+        for there, here in zip(l0["JumpReLU"], l0["BatchTopK"], strict=True)
+    ]
+    alike = (l0["JumpReLU"] / l0["BatchTopK"] - 1).abs() <= _ALIKE
+    text = (
+        "JumpReLU meets its L0 by a term of the loss, not exactly: its L0 is "
+        f"{_list(pairs)} for BatchTopK. "
+    )
+    if not alike.any():
+        return text + "So far apart, **their L2 cannot be compared**."
+    better = int((l2["BatchTopK"] < l2["JumpReLU"])[alike].sum())
+    return text + (
+        f"Of the {int(alike.sum())} of {len(wide)} conditions in which the two lie within "
+        f"{_ALIKE:.0%}, BatchTopK has the lower L2 in {better} (§4: in both joint and solo)."
     )
 
 
