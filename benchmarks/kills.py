@@ -25,7 +25,7 @@ from metasae_lib.activations import Residuals
 
 KILLS = 24
 OVERRIDES = (
-    "{training.train_tokens: 1_500_000, training.checkpoint_every: 40, training.seeds: [0], "
+    "{training.train_tokens: 600_000, training.checkpoint_every: 40, training.seeds: [0], "
     "training.arms: [solo, joint, control, jumprelu, ortsae, as-released], "
     "training.meta_posthoc: []}"
 )
