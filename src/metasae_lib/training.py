@@ -391,7 +391,9 @@ class Trainer:
         history = torch.tensor(self.rows, dtype=torch.float64).view(-1, len(_HISTORY))
         return tensors | {
             "history": history,
-            "progress": torch.tensor([self.step_count, self.seconds, self._meta_l2]).double(),
+            "progress": torch.tensor(
+                [self.step_count, self.seconds, self._meta_l2], dtype=torch.float64
+            ),
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
