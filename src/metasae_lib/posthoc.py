@@ -78,11 +78,10 @@ def meta_posthoc(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:
 
     Columns: arm, setting, variance_explained. Results are artefacts: a second call reads them.
     """
-    asked = [(name, setting) for name in arms for setting in settings(run.profile)]
+    asked = [(name, *setting) for name in arms for setting in settings(run.profile).items()]
     dtype: torch.dtype = getattr(torch, run.profile.training.dtype)
     rows = []
-    for name, setting in progress(asked, "meta SAEs on frozen decoders"):
-        how = settings(run.profile)[setting]
+    for name, setting, how in progress(asked, "meta SAEs on frozen decoders"):
         inputs = {"arm": arms[name].folder.name, "setting": how, "dtype": str(dtype)}
         artefact = run.artefact("meta-posthoc", inputs, _VERSION)
         with artefact.lock():
