@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -24,8 +23,9 @@ from metasae_lib import Profile, Run
 from metasae_lib.activations import Residuals
 
 KILLS = 24
+MOMENTS = (4.0, 30.0)  # seconds after the start; the imports and compiling take about ten
 OVERRIDES = (
-    "{training.train_tokens: 400_000, training.checkpoint_every: 40, training.seeds: [0], "
+    "{training.train_tokens: 1_600_000, training.checkpoint_every: 40, training.seeds: [0], "
     "training.arms: [solo, joint, control, jumprelu, ortsae, as-released], "
     "training.meta_posthoc: []}"
 )
@@ -69,15 +69,13 @@ def main() -> int:
         peaceful, killed = Path(folder, "peaceful"), Path(folder, "killed")
         for runs in (peaceful, killed):  # the text's residuals, which are another stage
             list(Residuals(Run.open(Profile.load("tiny"), runs), "train"))
-        begun = time.monotonic()
         if start(peaceful).wait() != 0:
             return 1
-        whole = time.monotonic() - begun
         kills = 0
         while True:
             process = start(killed)
-            # From the imports to the last save; after KILLS kills it may end.
-            delay = moments.uniform(0.1, 0.5) * whole if kills < KILLS else None
+            # After KILLS kills it may end.
+            delay = moments.uniform(*MOMENTS) if kills < KILLS else None
             try:
                 if process.wait(delay) != 0:
                     return 1

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from metasae_lib.cooccurrence import CooccurrenceCounter
-from metasae_lib.dictionary import BatchTopK
+from metasae_lib.dictionary import BatchTopK, normalise
 from metasae_lib.fidelity import reconstruct
+from metasae_lib.profile import ArmSpec, Profile
 from metasae_lib.thresholds import RULES, Calibrator
+from metasae_lib.training import Trainer
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here: the CUDA path was NOT tested"
@@ -50,3 +52,24 @@ def test_thresholds_and_reconstructions_are_the_same() -> None:
     on_cpu = reconstruct(sae, z, "threshold")[0]
     on_gpu = reconstruct(sae.to("cuda"), z.to("cuda"), "threshold")[0]
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["solo", "joint", "jumprelu"])
+def test_training_steps_are_the_same(kind: str) -> None:
+    """Dead features included: a GPU counts them some steps late, and pads their list."""
+    sizes = {"n_features": 512, "k": 8, "n_meta_features": 46, "meta_k": 4}
+    settings = {"batch_tokens": 256, "n_primary_steps": 4, "n_meta_steps": 2, "dtype": "float32"}
+    profile = Profile.load("tiny", {"dictionary": sizes, "training": settings})
+    spec = ArmSpec(kind, 0, *((0.3, 1.0) if kind == "joint" else ()))
+    trainers = [Trainer(spec, profile, 64, torch.device(device)) for device in ("cpu", "cuda")]
+    generator = torch.Generator().manual_seed(0)
+    for trainer in trainers:
+        trainer.primary.silent[:100] = 1000
+        trainer.primary.W_enc_T[:100] *= 1e-3
+        trainer.primary._low.copy_(trainer.primary.W_enc_T)
+    for _ in range(12):
+        z = normalise(torch.randn(256, 64, generator=generator))[0]
+        losses = [trainer.step(z.to(trainer.primary.b_dec.device)) for trainer in trainers]
+        assert int(losses[0].dead) == int(losses[1].dead) >= 90
+        assert losses[1].l2.item() == pytest.approx(losses[0].l2.item(), rel=1e-4)
+        assert losses[1].aux.item() == pytest.approx(losses[0].aux.item(), rel=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from metasae_lib.errors import ArtefactError, TrainingError
 from metasae_lib.kernels import Pull
 from metasae_lib.penalty import decomposability_penalty, orthogonality, penalty_pull
 from metasae_lib.profile import ArmSpec
-from metasae_lib.training import JumpReLULearner, Learner, Settings, Trainer
+from metasae_lib.training import HISTORY_EVERY, JumpReLULearner, Learner, Settings, Trainer
 
 D = 24
 
@@ -581,3 +582,56 @@ def test_a_step_holds_no_float32_matrix_of_batch_by_features() -> None:
     assert max(x.numel() for x in made if x.dtype == torch.bfloat16) >= b * n  # the product
     assert max(x.numel() for x in made if x.dtype.itemsize > 2) < b * n // 4
     assert numpy_peak < 4 * b * n // 2
+
+
+@pytest.mark.parametrize("kind", ["solo", "joint", "control", "jumprelu", "as-released", "ortsae"])
+def test_a_step_on_a_gpu_does_not_wait(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values, where whatever needs one on the host raises."""
+    joint = kind in ("joint", "control", "as-released")
+    spec = ArmSpec(kind, 0, *((0.3, 1.0) if joint else ()))
+    sizes = {"n_features": 96, "k": 4, "n_meta_features": 16, "meta_k": 2}
+    settings = {"batch_tokens": 64, "n_primary_steps": 2, "n_meta_steps": 1, "k_aux": 8}
+    profile = Profile.load("tiny", {"dictionary": sizes, "training": settings})
+    monkeypatch.setattr(Learner, "_bound", lambda self: 70)
+    trainer = Trainer(spec, profile, 24, torch.device("meta"))
+    assert trainer.primary.kernels is kernels.PLAIN
+    for _ in range(HISTORY_EVERY - 1):
+        losses = trainer.step(torch.empty(64, 24, device="meta"))
+    with pytest.raises(RuntimeError, match="meta"):
+        losses.l2.item()
+
+
+def test_the_list_of_dead_features_can_be_padded() -> None:
+    """As on a GPU: the same step as with the list itself."""
+    learners = []
+    for pad in (False, True):
+        learner = Learner(BatchTopK(24, 96, 4), Settings(1e-2, dtype=torch.float32, k_aux=8))
+        learner.kernels = kernels.PLAIN
+        learner.silent[:30] = 100
+        learner.sae.W_enc.data[:, :30] *= 1e-3
+        found = learner._dead
+
+        def padded(found: Any = found) -> tuple[Tensor, int]:
+            dead, count = found()
+            return torch.cat([dead, dead.new_full((34,), -1)]), count
+
+        if pad:
+            learner._dead = padded  # type: ignore[method-assign]
+        learners.append(learner)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(4):
+        z = normalise(torch.randn(50, 24, generator=generator))[0]
+        plain, padded_ = (learner.step(z) for learner in learners)
+        assert plain.dead == padded_.dead == 30
+        assert plain.aux.item() == pytest.approx(padded_.aux.item(), rel=1e-6)
+    for one, other in zip(learners[0].state().values(), learners[1].state().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_that_was_not_finite_is_found_later() -> None:
+    """As on a GPU, where nobody looks at every step."""
+    trainer = Trainer(ArmSpec("solo", 0), Profile.load("tiny"), 24, torch.device("cpu"))
+    trainer.step_count = 7
+    trainer._unread = [torch.tensor(x) for x in (1.0, math.nan, math.nan)]
+    with pytest.raises(TrainingError, match="step 6, batch 5: "):
+        trainer.state()

@@ -472,8 +472,8 @@ def row_topk(pre: Tensor, features: Tensor, k: int) -> Tensor:
 
 
 def row_topk_plain(pre: Tensor, features: Tensor, k: int) -> Tensor:
-    """Plain form of :func:`row_topk`."""
-    values = pre[:, features].relu()
+    """Plain form of :func:`row_topk`; a feature -1 is none, its column zero."""
+    values = torch.where(features < 0, 0, pre[:, features].relu())
     return torch.where(top_mask(values, k), values, torch.zeros_like(values))
 
 

@@ -20,6 +20,7 @@ import math
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -49,6 +50,8 @@ HISTORY_EVERY = 10  # steps between two rows of an arm's history
 _HISTORY = ("step", "tokens", "l2", "aux", "penalty", "l0", "dead", "meta_l2", "seconds")
 _META_SEED = 1_000_003  # added to an arm's seed for its meta dictionary
 _MEMORY_SHARE = 0.7  # of the free memory that training may plan with
+_LAG = 2  # steps after which a GPU's count of dead features is read
+_PAD = 64  # a GPU's list of dead features has a multiple of this length: few shapes
 _SMALL = 200_000_000  # multiply-adds of an encoder product that one thread does in a few ms
 _CHECKPOINT = re.compile(r"(?:final|checkpoint)-(\d+)\.safetensors")
 
@@ -86,7 +89,7 @@ class Losses:
     l2: Tensor
     aux: Tensor
     l0: float | Tensor
-    dead: int
+    dead: int | Tensor
 
 
 class Workspace:
@@ -120,6 +123,7 @@ class Learner:
         self.step_count = 0
         self.bracket = 0
         self._low = self.W_enc_T.to(settings.dtype)
+        self._soon_dead: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def errors(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Forward only: z - z_hat (b, d) and its squared norm (b,). z: (b, d) float32."""
@@ -141,7 +145,7 @@ class Learner:
             return Losses(l2, l2, math.nan, 0)
         fired = self.kernels.fired(codes)
         self.silent = torch.where(fired, 0, self.silent + 1)
-        dead = (self.silent >= self.settings.dead_after).nonzero()[:, 0]
+        dead, n_dead = self._dead()
         extra, aux, miss = self._aux(pre, centred, error, dead)
         if self.settings.as_released:
             # The residual that AuxK rebuilds depends on z_hat as well: d(e - e_hat)²/dz_hat.
@@ -159,7 +163,7 @@ class Learner:
             scale, extra, pull, adam, not self.settings.as_released,
         )  # fmt: skip
         kernels.adam_step(self.b_dec, *self.moments_b, g_b, adam)
-        return Losses(l2, aux, l0, dead.shape[0])
+        return Losses(l2, aux, l0, n_dead)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on."""
@@ -183,6 +187,7 @@ class Learner:
             else:
                 tensor.copy_(state[name])
         self._low.copy_(self.W_enc_T)
+        self._soon_dead.clear()
 
     def _products(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Centred inputs (b, d) and pre-activations (b, n) in the products' type."""
@@ -201,6 +206,32 @@ class Learner:
         """Learn what decides which activations are kept, if anything does. Returns L0."""
         return self.sae.k
 
+    def _dead(self) -> tuple[Tensor, int | Tensor]:
+        """The dead features, and how many they are; on a GPU the list is padded with -1."""
+        dead = self.silent >= self.settings.dead_after
+        if dead.device.type == "cpu":
+            found = dead.nonzero()[:, 0]
+            return found, found.shape[0]
+        size = min(-(-self._bound() // _PAD) * _PAD, dead.shape[0])
+        return torch.nonzero_static(dead, size=size, fill_value=-1)[:, 0], dead.sum()
+
+    def _bound(self) -> int:
+        """No fewer than the dead features, without waiting for the step that the GPU is at.
+
+        A feature that is dead now was silent for nearly as long a few steps ago: what was counted
+        then has reached the host.
+        """
+        lag = min(_LAG, self.settings.dead_after - 1)
+        soon = (self.silent >= self.settings.dead_after - lag).sum()
+        event = torch.cuda.Event()
+        self._soon_dead.append((soon.to("cpu", non_blocking=True), event))
+        event.record()
+        if len(self._soon_dead) <= lag:  # the first steps
+            return int(soon)
+        count, event = self._soon_dead.popleft()
+        event.synchronize()
+        return int(count)
+
     def _aux(
         self, pre: Tensor, centred: Tensor, error: Tensor, dead: Tensor
     ) -> tuple[Extra, Tensor, Tensor | None]:
@@ -209,10 +240,11 @@ class Learner:
         Dense products over the dead columns: k_aux is not small against them.
         """
         (b, d), n, m = error.shape, self.sae.n_features, dead.shape[0]
-        position = torch.full((n,), -1, dtype=torch.int32, device=dead.device)
+        # The last place takes what pads the list of dead features.
+        position = torch.full((n + 1,), -1, dtype=torch.int32, device=dead.device)
         if m == 0 or self.settings.aux_weight == 0:
             none = error.new_empty(0, d)
-            return Extra(position, none, none, none[:, 0]), error.new_zeros(()), None
+            return Extra(position[:n], none, none, none[:, 0]), error.new_zeros(()), None
         position[dead] = torch.arange(m, dtype=torch.int32, device=dead.device)
         acts = self.kernels.row_topk(pre, dead, self.settings.k_aux)
         rows = self.W_dec[dead].to(acts.dtype)
@@ -222,7 +254,7 @@ class Learner:
         g_pre = (low @ rows.T).mul_(acts > 0)
         scale = 2 * self.settings.aux_weight / (b * d)
         extra = Extra(
-            position,
+            position[:n],
             (acts.T @ low).to(error.dtype).mul_(scale),
             (g_pre.T @ centred).to(error.dtype).mul_(scale),
             g_pre.sum(0, dtype=error.dtype).mul_(scale),
@@ -337,7 +369,8 @@ class Trainer:
             )
         self.rows: list[tuple[float, ...]] = []
         self.seconds = 0.0
-        self._meta_l2 = math.nan
+        self._meta_l2: float | Tensor = math.nan
+        self._unread: list[Tensor] = []  # L2 of steps that the host has not looked at
 
     def step(self, z: Tensor) -> Losses:
         """One primary step; a meta phase follows each n_p of them. z: (b, d) normalised.
@@ -353,9 +386,11 @@ class Trainer:
             if self.meta is not None and self.step_count % self.n_primary == 0:
                 rows, _ = self._rows()
                 for _ in range(self.n_meta):
-                    self._meta_l2 = self._check(self.meta.step(rows), rows).l2.item()
+                    self._meta_l2 = self._check(self.meta.step(rows), rows).l2
+        self._unread.append(losses.l2)
         self.seconds += time.perf_counter() - started
         if self.step_count % HISTORY_EVERY == 0:
+            self._read()
             self.rows.append(
                 (
                     self.step_count,
@@ -364,8 +399,8 @@ class Trainer:
                     losses.aux.item(),
                     float(penalty),
                     float(losses.l0),
-                    losses.dead,
-                    self._meta_l2,
+                    int(losses.dead),
+                    float(self._meta_l2),
                     self.seconds,
                 )
             )
@@ -382,6 +417,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on, and the history."""
+        self._read()  # what is kept is sound
         learners = {"primary": self.primary} | ({"meta": self.meta} if self.meta else {})
         tensors = {
             f"{name}.{key}": tensor
@@ -392,7 +428,7 @@ class Trainer:
         return tensors | {
             "history": history,
             "progress": torch.tensor(
-                [self.step_count, self.seconds, self._meta_l2], dtype=torch.float64
+                [self.step_count, self.seconds, float(self._meta_l2)], dtype=torch.float64
             ),
         }
 
@@ -435,17 +471,29 @@ class Trainer:
         return self.primary.kernels.normalise_rows(self.primary.W_dec, EPS)
 
     def _check(self, losses: Losses, inputs: Tensor) -> Losses:
+        """On a CPU, stop at the first loss that is not finite."""
         if losses.l2.device.type == "cpu" and not math.isfinite(losses.l2.item()):
             blame = (
                 "the loss is not finite: lower the learning rate"
                 if inputs.isfinite().all()
                 else "the residuals of the batch hold NaN or infinite values"
             )
-            raise TrainingError(
-                f"arm {self.spec.name}, step {self.step_count + 1}, batch {self.step_count}: "
-                f"{blame}"
-            )
+            raise TrainingError(self._at(self.step_count) + blame)
         return losses
+
+    def _read(self) -> None:
+        """On a GPU, stop if a loss that was not looked at yet is not finite."""
+        finite = [math.isfinite(l2) for l2 in self._unread]
+        if not all(finite):
+            first = self.step_count - len(finite) + finite.index(False)
+            raise TrainingError(
+                self._at(first) + "the loss is not finite: lower the learning rate, or look for "
+                "NaN in the residuals; the last checkpoint is from before"
+            )
+        self._unread.clear()
+
+    def _at(self, batch: int) -> str:
+        return f"arm {self.spec.name}, step {batch + 1}, batch {batch}: "
 
 
 # --------------------------------------------------------------------------- checkpoints
@@ -670,7 +718,7 @@ def _state_line(losses: Sequence[Losses]) -> str:
     l2 = [loss.l2.item() for loss in losses]
     span = f"{min(l2):.4f}" if len(l2) == 1 else f"{min(l2):.4f}–{max(l2):.4f}"
     l0 = max(float(loss.l0) for loss in losses)
-    return f"L2 {span}, L0 ≤ {l0:.1f}, dead ≤ {max(loss.dead for loss in losses)}"
+    return f"L2 {span}, L0 ≤ {l0:.1f}, dead ≤ {max(int(loss.dead) for loss in losses)}"
 
 
 def _save_result(profile: Profile, place: _Place, trainer: Trainer) -> None:
