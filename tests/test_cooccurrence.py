@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -394,7 +399,7 @@ def test_dictionaries_of_other_residuals_are_refused_by_name(tmp_path) -> None: 
 
 
 class FakeResiduals:
-    """Five chunks of made-up residuals; `stop` chunks may be read before it is killed."""
+    """Five chunks of made-up residuals; the process is killed when it reads chunk `stop`."""
 
     device = torch.device("cpu")
     n_chunks, n_tokens, stop = 5, 5 * 300, 10**9
@@ -405,7 +410,7 @@ class FakeResiduals:
 
     def chunk(self, index: int) -> torch.Tensor:
         if self.role == "scan" and index >= FakeResiduals.stop:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGKILL)
         generator = torch.Generator().manual_seed(index + 100 * (self.role == "scan"))
         return torch.randn(300, 16, generator=generator)
 
@@ -414,7 +419,10 @@ class FakeResiduals:
 def arms(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for module in (cooccurrence, thresholds):
         monkeypatch.setattr(module, "Residuals", FakeResiduals)
-    monkeypatch.setattr(FakeResiduals, "stop", 10**9)
+    return two_arms(run)
+
+
+def two_arms(run: Run) -> dict[str, Any]:
     found = {}
     for spec in (ArmSpec("solo", 0), ArmSpec("joint", 1, 0.3, 1.0)):
         sae = BatchTopK(16, 60, 4, seed=spec.seed)
@@ -430,15 +438,26 @@ def firing_by_hand(run: Run, sae: BatchTopK) -> np.ndarray:
     return (pre > sae.threshold).numpy()
 
 
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_cooccurrence as test
+from metasae_lib import Profile, Run, cooccurrence, thresholds
+cooccurrence.Residuals = thresholds.Residuals = test.FakeResiduals
+cooccurrence._CHECKPOINT_SECONDS = -1
+test.FakeResiduals.stop = 3
+run = Run.open(Profile.load("tiny"), sys.argv[2])
+cooccurrence.scan_arms(run, test.two_arms(run))
+"""
+
+
 def test_scan_equals_brute_force_also_after_a_kill(
     run: Run, arms: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cooccurrence, "_CHECKPOINT_SECONDS", -1)
-    monkeypatch.setattr(FakeResiduals, "stop", 3)
-    with pytest.raises(KeyboardInterrupt):
-        cooccurrence.scan_arms(run, arms)
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", KILLED, here, str(run.folder.parent)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     read = []
-    monkeypatch.setattr(FakeResiduals, "stop", 10**9)
     chunk = FakeResiduals.chunk
     monkeypatch.setattr(
         FakeResiduals, "chunk", lambda self, i: read.append((self.role, i)) or chunk(self, i)
