@@ -126,7 +126,7 @@ run.save_table("arms", fidelity, "Fidelity of every arm on held-out text, at its
 figures.fidelity(fidelity)
 
 # %%
-report.fidelity_sentences(run, fidelity)
+display(report.fidelity_sentences(run, fidelity), report.both_modes(run, fidelity))
 
 # %% [markdown]
 # ## The control is the solo arm

@@ -429,6 +429,24 @@ def fidelity_sentences(run: Run, arms: pd.DataFrame) -> Markdown:
     return Markdown("\n".join(f"- {line}" for line in lines))
 
 
+def both_modes(run: Run, arms: pd.DataFrame) -> Markdown:
+    """Fidelity at the thresholds beside that of the training form, on the same held-out text."""
+    names = {"arm": "arm"} | {
+        column: f"{name}, {mode}"
+        for name, columns in (
+            ("L2", ("l2", "l2_batch")),
+            ("L0", ("l0_threshold", "l0_batch")),
+            ("CE overhead (%)", ("ce_overhead_pct", "ce_overhead_batch_pct")),
+        )
+        for column, mode in zip(columns, ("thresholds", "training mode"), strict=True)
+    }
+    rows = min(run.profile.model.batch_rows, run.profile.evaluation.ce_rows)
+    caption = (
+        f"Held-out text at fixed thresholds and in training mode (its CE: the first {rows} rows)"
+    )
+    return table(arms[list(names)].rename(columns=names), caption, "tab-modes")
+
+
 def ablation(run: Run, arms: pd.DataFrame) -> pd.DataFrame:
     """The configurations of the JumpReLU ablation that the run has (§4).
 
