@@ -65,6 +65,12 @@ text = contexts.collect(run, arms)
 peaks = {name: [t[0] if t else "" for t in explorer.peak_tokens(c)] for name, c in text.items()}
 sides = {name: splitting.Side(counts[name], peaks[name]) for name in arms}
 tokens, rule = load_tokens(run), splitting.Rule()
+matches = [
+    cooccurrence.top_matches(cross[a, b], 3, of).assign(a=a, b=b, of=of)
+    for a, b in zip(pairs.a, pairs.b, strict=True)
+    for of in ("a", "b")
+]
+run.save_table("matches", pd.concat(matches), "The three strongest φ partners, every pair of arms")
 Markdown(report.scale_of_run(run))
 
 # %% [markdown]
@@ -343,7 +349,7 @@ display(
     report.paper_against_ours(run, "*.case.*", label="tab-paper-05"),
     report.provenance(run),
     report.downloads(
-        run, "split_counts", "split_choices", "splitting", "implied_overlap", "sense_information",
+        run, "matches", "split_counts", "split_choices", "splitting", "implied_overlap", "sense_information",
         "steering", "case_study_values",
     ),
 )  # fmt: skip

@@ -451,6 +451,35 @@ cooccurrence.scan_arms(run, test.two_arms(run))
 """
 
 
+def test_a_scan_in_its_dense_form_equals_the_sparse_one(
+    run: Run, arms: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The form that a GPU takes, run here."""
+    sparse = cooccurrence.scan_arms(run, arms)
+    add = cooccurrence._Scan.add
+
+    def dense(self: Any, pre: torch.Tensor) -> None:
+        self.device = SimpleNamespace(type="not a CPU")
+        add(self, pre)
+
+    monkeypatch.setattr(cooccurrence._Scan, "add", dense)
+    other = Run.open(run.profile, tmp_path / "other")
+    again = cooccurrence.scan_arms(other, two_arms(other))
+    for name in arms:
+        assert np.array_equal(sparse[name].n11, again[name].n11)
+        assert sparse[name].l0 == again[name].l0
+    inputs = [cooccurrence.scan_inputs(r, FakeResiduals(r, "scan")) for r in (run, other)]
+    for arm in two_arms(run).values():
+        made = [
+            cooccurrence.counts_artefact(r, arm, i)
+            for r, i in zip((run, other), inputs, strict=True)
+        ]
+        assert made[0].info["l0"] == made[1].info["l0"]
+        for variant in made[0].info["l0"]:
+            one, two = (cooccurrence.load_counts(m, variant) for m in made)
+            assert np.array_equal(one.n11, two.n11)
+
+
 def test_scan_equals_brute_force_also_after_a_kill(
     run: Run, arms: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
