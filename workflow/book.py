@@ -41,6 +41,7 @@ from pages import (
 REPOSITORY = Path(__file__).resolve().parents[1]
 # One file with TeX input and HTML output; its fonts are looked for beside it.
 MATHJAX_PACKAGE = "sphinx-mathjax-offline"
+_REFERENCES = '<div role="list" class='
 MATHJAX_FILES = ["tex-mml-chtml.js", "output/chtml/fonts/woff-v2"]
 
 
@@ -100,6 +101,11 @@ def render(root: Path, staging: Path, output: Path) -> None:
         lines = re.findall(r"^.*(?:WARNING|ERROR|CRITICAL|Extension error).*$", text, re.M)
         shown = "\n".join(lines or text.splitlines()[:LINES_SHOWN])
         raise BookError(f"{shown}\nThe book was not rendered; the log is {os.path.relpath(log)}.")
+    # docutils calls its references a list, of entries that are no items of one.
+    for page in (output / "_build" / "html").rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        if _REFERENCES in text:
+            page.write_text(text.replace(_REFERENCES, "<div class="), encoding="utf-8")
 
 
 def _stage_run(run: Run, notebooks: Sequence[str], sources: Path, folder: Path) -> None:
