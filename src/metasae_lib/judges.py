@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 from metasae_lib import embedded
 from metasae_lib.contexts import Example
 from metasae_lib.errors import MetaSAEError
+from metasae_lib.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -192,12 +193,14 @@ class AskOnce:
             known = self._known(table, keys)
             new = {k: q for k, q in zip(keys, questions, strict=True) if k not in known}
             order, asked = list(new), list(new.values())
-            for index, answer in self.judge.ask(asked):
-                if answer is not None:
-                    known[order[index]] = answer
-                    row = (order[index], asked[index].task, asked[index].prompt, answer)
-                    with table:
-                        table.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row)
+            with progress(len(asked), "questions to the judge") as bar:
+                for index, answer in self.judge.ask(asked):
+                    bar.update()
+                    if answer is not None:
+                        known[order[index]] = answer
+                        row = (order[index], asked[index].task, asked[index].prompt, answer)
+                        with table:
+                            table.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row)
         return [known.get(key) for key in keys]
 
     def __len__(self) -> int:

@@ -251,7 +251,7 @@ class Learner:
         miss = (acts @ rows).to(error.dtype) - error
         loss = miss.square().mean()
         low = miss.to(acts.dtype)
-        g_pre = (low @ rows.T).mul_(acts > 0)
+        g_pre = (low @ rows.T).mul_(acts.sign())  # acts are not negative
         scale = 2 * self.settings.aux_weight / (b * d)
         extra = Extra(
             position[:n],
