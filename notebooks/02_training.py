@@ -76,7 +76,7 @@ display(
     report.table(
         last[["arm", "lambda2", "sigma_sq", "seed", "step", "l2", "l0", "dead", "penalty", "meta_l2"]]
         .rename(columns={"lambda2": "λ₂", "sigma_sq": "σ²", "l2": "L2", "penalty": "mean p"}),
-        "The arms at the end of training (one batch, training mode)", "tab-arms",
+        "The arms at the end of training (one batch, training mode)", "tab-arms", "wide",
     ),
     Markdown(
         "**Has the loss flattened?** Over the last tenth of training, the mean L2 of the arms "

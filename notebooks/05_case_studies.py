@@ -90,7 +90,7 @@ Markdown(report.scale_of_run(run))
 # Solo and joint training of one seed start from the same weights, which two solo seeds do not; so
 # the pairs to compare are those of *different* seeds. Pairs of one seed are shown too.
 
-# %% mystnb={"figure": {"name": "fig-splits", "caption": "Features of the solo dictionary that come apart in the other one (splits), and features of the other one that come apart in the solo dictionary (merges). Joint training un-blends only as far as the blue bars of solo and joint are longer than the orange ones, and longer than between two solo dictionaries."}, "image": {"alt": "Horizontal bars, two for each pair of dictionaries: number of splits and number of merges, for pairs of solo and joint, of the same start, and of two solo dictionaries."}}
+# %%
 rows = [
     splitting.count_directions(cross[a, b], sides[a], sides[b], rule)
     for a, b in zip(pairs.a, pairs.b, strict=True)
@@ -98,7 +98,10 @@ rows = [
 split_counts = pd.concat([pairs, pd.DataFrame(rows)], axis=1)
 run.save_table("split_counts", split_counts, "Splits and merges in every pair of dictionaries")
 found = splitting.headline(split_counts)
-display(Markdown(f"**{found.sentence()}**"), figures.split_counts(split_counts))
+Markdown(f"**{found.sentence()}**")
+
+# %% mystnb={"figure": {"name": "fig-splits", "caption": "Features of the solo dictionary that come apart in the other one (splits), and features of the other one that come apart in the solo dictionary (merges). Joint training un-blends only as far as the blue bars of solo and joint are longer than the orange ones, and longer than between two solo dictionaries."}, "image": {"alt": "Horizontal bars, two for each pair of dictionaries: number of splits and number of merges, for pairs of solo and joint, of the same start, and of two solo dictionaries."}}
+figures.split_counts(split_counts)
 
 # %%
 variants = {f"φ ≥ {value:g}": {"min_phi": value} for value in (0.1, 0.2, 0.3, 0.4, 0.5)}
@@ -143,7 +146,7 @@ shown = shown.assign(
     **{c: shown[c].map(senses.quoted) for c in ("peak", "partner_peak") if c in shown}
 )
 display(
-    report.table(shown, "The ten strongest candidates, a row a partner", "tab-candidates")
+    report.table(shown, "The ten strongest candidates, a row a partner", "tab-candidates", "wide")
     if len(shown)
     else Markdown("**No solo feature of this run is a candidate under the rule.**")
 )
@@ -262,7 +265,7 @@ info["chance"] = (info.null_high - info.null_mean) / (info.entropy - info.null_m
 run.save_table("sense_information", info, "Sense information of the best feature, every arm")
 Markdown(f"Too rare in this run's held-out text: {', '.join(few) or 'none'}.")
 
-# %% mystnb={"figure": {"name": "fig-senses", "caption": "How much the best single feature of each dictionary tells of a word's sense: 0 is what shuffled senses give, 1 is everything. Each mark is a dictionary. If joint training separates senses, its squares lie to the right of the solo circles, word after word."}, "image": {"alt": "Dot plot with one row per word: share of the sense information in the best feature of each solo and joint dictionary, and the 95% quantile of the shuffled null."}}
+# %%
 by_kind = info.pivot_table(index="word", columns="kind", values="share")
 sense_sentence = "No word of the list is frequent enough in this run's held-out text."
 if len(info):
@@ -275,7 +278,10 @@ if len(info):
         f"words at {spread:.3f}: "
         + ("a difference." if clear else "not a difference that these words can show.")
     )
-display(Markdown(sense_sentence), *([figures.sense_information(info)] if len(info) else []))
+Markdown(sense_sentence)
+
+# %% mystnb={"figure": {"name": "fig-senses", "caption": "How much the best single feature of each dictionary tells of a word's sense: 0 is what shuffled senses give, 1 is everything. Each mark is a dictionary. If joint training separates senses, its squares lie to the right of the solo circles, word after word."}, "image": {"alt": "Dot plot with one row per word: share of the sense information in the best feature of each solo and joint dictionary, and the 95% quantile of the shuffled null."}}
+figures.sense_information(info) if len(info) else None
 
 # %% [markdown]
 # ## Steering: take it out, or double it

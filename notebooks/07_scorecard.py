@@ -79,7 +79,7 @@ for part, title in titles.items():
     rows = report.scorecard_rows(card[card.section == part])
     display(
         Markdown(f"### {title}"),
-        report.table(rows, title, f"tab-all-{part.replace(' ', '-')}", filterable=True),
+        report.table(rows, title, f"tab-all-{part.replace(' ', '-')}", look="filterable"),
     )
 
 # %% [markdown]

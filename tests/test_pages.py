@@ -122,6 +122,13 @@ def test_failed_and_unrun_cells_are_refused() -> None:
     assert pages.unfinished(new_notebook(cells=[_ran("a"), new_code_cell("  ")])) == ""
 
 
+def test_a_figure_has_its_cell_to_itself() -> None:
+    both = _ran("a", outputs=[_shown(text_markdown="words"), _shown(image_png="")])
+    both.metadata["mystnb"] = {"figure": {"name": "fig-a", "caption": "A line."}}
+    with pytest.raises(pages.PageError, match="figure fig-a shows text as well"):
+        pages.make_page(new_notebook(cells=[both]), "tiny", [])
+
+
 def test_default_parameters_go_and_injected_ones_fold() -> None:
     default, injected = _ran('profile = "a"'), _ran('profile = "b"')
     default.metadata["tags"], injected.metadata["tags"] = ["parameters"], ["injected-parameters"]

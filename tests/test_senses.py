@@ -233,6 +233,6 @@ def test_contexts_stand_side_by_side_and_cannot_be_markup() -> None:
     acts = {"solo 1": np.array([0.0, 2.0, 1.0, 0.0]), "joint 2": np.zeros(4)}
     table = side_by_side(found, np.array([0, 1, 1, -1]), ["also", "excess"], acts, per_sense=1)
     assert table.sense.tolist() == ["also", "excess"]
-    assert table.context[1] == "`<script>ˋ|*1 【too】 next`"
+    assert table.context[1] == "`<script>ˋ|*1 «too» next`"
     assert table["solo 1"][1] == 2 and np.isnan(table["solo 1"][0])
     assert quoted("a\n\n b") == "`a b`"

@@ -176,8 +176,14 @@ def _drop_stderr(cell: NotebookNode) -> None:
 
 
 def _split(cell: NotebookNode) -> list[NotebookNode]:
-    """A code cell as cells of the page: its code, and what it showed, Markdown as text."""
+    """A code cell as cells of the page: its code, and what it showed, Markdown as text.
+
+    PageError for text in a figure's cell: the page would show the text and lose the figure.
+    """
     _drop_stderr(cell)
+    figure = cell.metadata.get("mystnb", {}).get("figure")
+    if figure and any("text/markdown" in output.get("data", {}) for output in cell.outputs):
+        raise PageError(f"the cell of figure {figure['name']} shows text as well: split it.")
     metadata = {k: v for k, v in cell.metadata.items() if k in ("mystnb", "tags")}
     if "injected-parameters" in metadata.get("tags", []):
         metadata["tags"] = ["hide-input"]

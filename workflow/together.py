@@ -194,5 +194,5 @@ def _values(claim: Claim, runs: Mapping[str, Run]) -> str:
         return "No run of this book has a scorecard yet."
     return report.table(
         whole, f"The paper's values beside every run: {claim.title}",
-        f"tab-together-{claim.name}", filterable=True,
+        f"tab-together-{claim.name}", look="filterable",
     ).data  # fmt: skip

@@ -249,7 +249,7 @@ def training_curve(
         # Plain numbers: a loss rarely spans more than one power of ten.
         ax.yaxis.set_major_formatter(ScalarFormatter())
         ax.yaxis.set_minor_formatter(ScalarFormatter())
-    _legend(ax)
+    _legend_below(figure, ax, 4)
 
 
 @_styled(8.0, 3.6)
@@ -346,13 +346,13 @@ def density_difference(figure: Figure, frame: pd.DataFrame) -> None:
     ax.set_xscale("symlog", linthresh=1e-3)
     peak = frame.difference.abs().max()
     if peak > 0:
-        ax.set_yscale("symlog", linthresh=peak / 100)
+        ax.set_yscale("symlog", linthresh=10 ** np.floor(np.log10(peak / 30)))
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 @_styled(7.2, 4.4)
 def trade_off(figure: Figure, ours: pd.DataFrame, paper: pd.DataFrame) -> None:
-    """Figure 1b: change of mean |φ| against change of L2, one series per σ².
+    """Figure 1b: change of mean |φ| against change of L2; colour is σ², size is λ₂.
 
     `ours`: kind, lambda2, sigma_sq, d_l2_pct, d_mean_abs_phi_pct, low, high (interval of the
     latter), selected (bool). `paper`: lambda2, sigma_sq, d_l2_pct, d_mean_abs_phi_pct. The line is
@@ -376,18 +376,21 @@ def trade_off(figure: Figure, ours: pd.DataFrame, paper: pd.DataFrame) -> None:
         part, (colour, marker) = ours[ours.kind == kind], _look(kind)
         ax.plot(part.d_l2_pct, part.d_mean_abs_phi_pct, marker, color=colour, label=kind)
     joint = ours[ours.kind == "joint"]
+    sizes = {value: 4 + 3 * place for place, value in enumerate(sorted(joint.lambda2.unique()))}
     for (sigma_sq, part), (colour, marker) in zip(joint.groupby("sigma_sq"), _SERIES, strict=False):
         reach = np.abs(part[["low", "high"]].to_numpy().T - part.d_mean_abs_phi_pct.to_numpy())
         ax.errorbar(
-            part.d_l2_pct, part.d_mean_abs_phi_pct, reach, fmt=marker, color=colour, capsize=3,
-            label=f"joint, σ² = {sigma_sq:g}",
+            part.d_l2_pct, part.d_mean_abs_phi_pct, reach, fmt="none", color=colour, capsize=3,
+            elinewidth=0.8, alpha=0.5,
         )  # fmt: skip
-        one = part.drop_duplicates("lambda2")
-        for _, row in one.iterrows():
-            ax.annotate(
-                f"λ₂ {row.lambda2:g}", (row.d_l2_pct, row.d_mean_abs_phi_pct), color=colour,
-                xytext=(6, 5), textcoords="offset points", fontsize=9,
+        for lambda2, same in part.groupby("lambda2"):
+            ax.plot(
+                same.d_l2_pct, same.d_mean_abs_phi_pct, marker, color=colour,
+                markersize=sizes[lambda2],
             )  # fmt: skip
+        ax.plot([], [], marker, color=colour, label=f"joint, σ² = {sigma_sq:g}")
+    for lambda2, size in sizes.items():
+        ax.plot([], [], "o", color=GREY, mfc="none", markersize=size, label=f"λ₂ = {lambda2:g}")
     front = pareto_front(joint)
     if len(front) > 1:
         ax.plot(front.d_l2_pct, front.d_mean_abs_phi_pct, color=BLACK, linewidth=1, zorder=1)
@@ -732,4 +735,4 @@ def scores_together(figure: Figure, frame: pd.DataFrame) -> None:
                 label=kind, markersize=3, alpha=0.35,
             )  # fmt: skip
         ax.set(xlabel=names[x], ylabel=names[y])
-    _legend(axes[0])
+    _legend_below(figure, axes[0], 2)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -100,16 +100,19 @@ def between(low: float, high: float, show: Callable[[float], str] = number) -> s
     return f"{show(low)} to {show(high)}"
 
 
-def table(frame: pd.DataFrame, caption: str, label: str, filterable: bool = False) -> Markdown:
+def table(
+    frame: pd.DataFrame, caption: str, label: str, look: Literal["", "filterable", "wide"] = ""
+) -> Markdown:
     """A numbered MyST table of a frame; its index is left out.
 
-    filterable: on a page of the book it gets a search box and a choice of verdict.
+    look: what it is on a page of the book: `filterable`, with a search box and a choice of verdict;
+    `wide`, in small type and with unbroken names, to be scrolled where it does not fit.
     """
     columns = [_cell(c) for c in frame.columns]
     lines = [columns, ["---"] * len(columns)]
     lines += [[_cell(number(value)) for value in row] for row in frame.itertuples(index=False)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    kind = ":class: filterable\n" if filterable else ""
+    kind = f":class: {look}\n" if look else ""
     return Markdown(f":::{{table}} {caption}\n:name: {label}\n{kind}\n{body}\n:::\n")
 
 
@@ -325,14 +328,16 @@ def effects(run: Run, phi: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
 
 
 def phi_rows(phi: pd.DataFrame) -> pd.DataFrame:
-    """The columns of `phi_table` that a reader needs first."""
+    """The columns of `phi_table` that a reader needs first; mean |φ| in thousandths."""
+    columns = ["mean_abs", "low", "high", "null_mean_abs", "noise_floor"]
+    mean_abs, low, high, null, floor = (1e3 * phi[column] for column in columns)
     return pd.DataFrame(
         {
             "arm": phi.arm,
-            "mean |φ|": [number(v) for v in phi.mean_abs],
-            "95% over features": [between(a, b) for a, b in zip(phi.low, phi.high, strict=True)],
-            "null, same rates": phi.null_mean_abs,
-            "noise floor": phi.noise_floor,
+            "10³ mean |φ|": mean_abs,
+            "95% over features": [between(a, b) for a, b in zip(low, high, strict=True)],
+            "null, same rates": null,
+            "noise floor": floor,
             "φ < 0": [f"{100 * v:.1f}%" for v in phi.share_negative],
             "largest φ": phi.maximum,
             "L0": phi.l0,
@@ -436,7 +441,7 @@ def both_modes(run: Run, arms: pd.DataFrame) -> Markdown:
         for name, columns in (
             ("L2", ("l2", "l2_batch")),
             ("L0", ("l0_threshold", "l0_batch")),
-            ("CE overhead (%)", ("ce_overhead_pct", "ce_overhead_batch_pct")),
+            ("CE %", ("ce_overhead_pct", "ce_overhead_batch_pct")),
         )
         for column, mode in zip(columns, ("thresholds", "training mode"), strict=True)
     }
@@ -444,7 +449,7 @@ def both_modes(run: Run, arms: pd.DataFrame) -> Markdown:
     caption = (
         f"Held-out text at fixed thresholds and in training mode (its CE: the first {rows} rows)"
     )
-    return table(arms[list(names)].rename(columns=names), caption, "tab-modes")
+    return table(arms[list(names)].rename(columns=names), caption, "tab-modes", "wide")
 
 
 def ablation(run: Run, arms: pd.DataFrame) -> pd.DataFrame:
@@ -687,7 +692,10 @@ def measured(run: Run, published: Published) -> dict[str, Measured]:
     for notebook, name in LATER_TABLES.items():
         if run.has_table(name):
             rows = run.load_table(name).to_dict("records")
-            ours |= {str(row["id"]): _row(row, f"{notebook} has no value for it") for row in rows}
+            why_not = f"{notebook} has no value for it"
+            if notebook == "04_autointerp":
+                why_not = "no judge of this run passed its controls"
+            ours |= {str(row["id"]): _row(row, why_not) for row in rows}
     return ours
 
 

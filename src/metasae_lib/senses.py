@@ -418,7 +418,7 @@ def side_by_side(
     for sense, name in enumerate(names):
         for i in np.flatnonzero(labels == sense)[:per_sense]:
             one = found[i]
-            text = f"{one.before[-40:]}【{one.word}】{one.after[:30]}"
+            text = f"{one.before[-40:]}«{one.word}»{one.after[:30]}"
             values = {heading: float(a[i]) or None for heading, a in acts.items()}
             rows.append({"sense": name, "context": quoted(text), **values})
     return pd.DataFrame(rows, columns=["sense", "context", *acts])
