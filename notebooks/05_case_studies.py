@@ -65,12 +65,7 @@ text = contexts.collect(run, arms)
 peaks = {name: [t[0] if t else "" for t in explorer.peak_tokens(c)] for name, c in text.items()}
 sides = {name: splitting.Side(counts[name], peaks[name]) for name in arms}
 tokens, rule = load_tokens(run), splitting.Rule()
-matches = [
-    cooccurrence.top_matches(cross[a, b], 3, of).assign(a=a, b=b, of=of)
-    for a, b in zip(pairs.a, pairs.b, strict=True)
-    for of in ("a", "b")
-]
-run.save_table("matches", pd.concat(matches), "The three strongest φ partners, every pair of arms")
+run.save_table("matches", cooccurrence.partners(cross), "The three strongest φ partners, all pairs")
 Markdown(report.scale_of_run(run))
 
 # %% [markdown]

@@ -395,6 +395,21 @@ def test_dictionaries_of_other_residuals_are_refused_by_name(tmp_path) -> None: 
     check_comparable(arms[0], arms[0])
 
 
+def test_partners_are_looked_up_from_both_sides() -> None:
+    a, b = adversarial(400, 9), np.random.default_rng(3).random((400, 7)) < 0.2
+    n1 = [x.sum(0).astype(np.int64) for x in (a, b)]
+    cross = CrossCounts(brute(a, b), n1[0], n1[1], 400)
+    table = cooccurrence.partners({("solo", "joint"): cross}, 2)
+    for of, one, other in (("a", a, b), ("b", b, a)):
+        mine = table[table.of == of]
+        assert set(mine.a) == {"solo"} and set(mine.b) == {"joint"}
+        with np.errstate(invalid="ignore", divide="ignore"):
+            r = np.corrcoef(one.T, other.T)[: one.shape[1], one.shape[1] :]
+        for row in mine[mine["rank"] == 0].itertuples():
+            assert row.phi == pytest.approx(r[row.feature, row.match])
+            assert abs(row.phi) == pytest.approx(np.nanmax(np.abs(r[row.feature])))
+
+
 # --------------------------------------------------------------------------- scans of a run
 
 

@@ -1003,3 +1003,18 @@ def top_matches(cross: CrossCounts, m: int = 5, of: str = "a") -> pd.DataFrame:
             )
         )
     return pd.concat(parts, ignore_index=True)
+
+
+def partners(crosses: Mapping[tuple[str, str], CrossCounts], m: int = 3) -> pd.DataFrame:
+    """:func:`top_matches` of several pairs (a, b) of arms, in both directions.
+
+    Columns besides: a, b, of (whose features are looked up).
+    """
+    return pd.concat(
+        [
+            top_matches(cross, m, of).assign(a=a, b=b, of=of)
+            for (a, b), cross in crosses.items()
+            for of in ("a", "b")
+        ],
+        ignore_index=True,
+    )
