@@ -65,7 +65,9 @@ text = contexts.collect(run, arms)
 peaks = {name: [t[0] if t else "" for t in explorer.peak_tokens(c)] for name, c in text.items()}
 sides = {name: splitting.Side(counts[name], peaks[name]) for name in arms}
 tokens, rule = load_tokens(run), splitting.Rule()
-run.save_table("matches", cooccurrence.partners(cross), "The three strongest φ partners, all pairs")
+run.save_table(
+    "matches", cooccurrence.partners(cross, 2).round(4), "Strongest φ partners, all pairs"
+)
 Markdown(report.scale_of_run(run))
 
 # %% [markdown]

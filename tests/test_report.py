@@ -34,6 +34,7 @@ def full(run: Run) -> Run:
     phi = arms[["arm", "kind", "seed", "lambda2", "sigma_sq"]].assign(
         mean_abs=[2.00e-3, 2.02e-3, 1.90e-3, 1.91e-3, 2.00e-3],
         low=1.8e-3, high=2.1e-3, n_pairs=100, share_negative=0.7, median=-1e-4, maximum=0.2,
+        alive=run.profile.dictionary.n_features,
     )  # fmt: skip
     draws = np.random.default_rng(0).normal(0, 1e-5, (5, 400))
     replicates = {arm: m + d for arm, m, d in zip(phi.arm, phi.mean_abs, draws, strict=True)}
@@ -137,6 +138,20 @@ def test_effects_and_conclusion(full: Run) -> None:
     headline = report.headline(full, report.run_scorecard(full))
     assert any("bit for bit" in sentence for sentence in headline["sentences"])
     assert sum(headline["verdicts"].values()) == len(load_published().values)
+
+
+def test_collapsed_dictionaries_judge_nothing(full: Run) -> None:
+    assert report.collapsed(full) == ""
+    phi = full.load_table("phi")
+    n = full.profile.dictionary.n_features
+    phi.loc[0, "alive"] = n // 2 - 1
+    full.save_table("phi", phi, "one arm mostly dead")
+    assert f"only {n // 2 - 1}" in report.collapsed(full)
+    assert report.conclusion(full)[1].startswith("But of 256 features only")
+    card = report.run_scorecard(full)
+    results = card[card.section.isin(report.RESULTS)]
+    assert set(results.group) <= {"not run", "not printed"}
+    assert f"only {n // 2 - 1}" in results.verdict[results.group == "not run"].iloc[0]
 
 
 def test_table_1_has_a_row_for_each_setting(full: Run) -> None:

@@ -185,7 +185,7 @@ def _values(claim: Claim, runs: Mapping[str, Run]) -> str:
     for name, run in runs.items():
         if not run.has_table("scorecard"):
             continue
-        card = run.load_table("scorecard")
+        card = report.run_scorecard(run)  # the table on disk has lost which values are numbers
         card = card[[any(fnmatch(i, pattern) for pattern in claim.ids) for i in card.id]]
         rows = report.scorecard_rows(card).drop(columns="difference")
         rows = rows.rename(columns={"ours (interval)": name, "verdict": f"{name}: verdict"})

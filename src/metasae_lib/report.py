@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 _CHANGES = ("d_l2_pct", "d_mean_abs_phi_pct")
+RESULTS = ("result", "table 1", "case study")  # sections of what the paper found
 #: What the notebooks to come may save, one row a published value: id, value, low, high, words.
 LATER_TABLES = {"04_autointerp": "autointerp_values", "05_case_studies": "case_study_values"}
 #: Which table stands for each artefact of the paper.
@@ -584,8 +585,20 @@ def conclusion(run: Run) -> list[str]:
             f", and by {percent(every.change_pct)} over all seeds "
             f"({between(every.low, every.high, percent)})"
         )
-    second = reading(every.low, every.high, published) + "."
-    return [first + ".", second[0].upper() + second[1:]]
+    second = reading(every.low, every.high, published)
+    if reason := collapsed(run):
+        second = f"but {reason}: such dictionaries say nothing for or against the paper"
+    return [first + ".", second[0].upper() + second[1:] + "."]
+
+
+def collapsed(run: Run) -> str:
+    """That most features of an arm never fire, in words; empty where they do."""
+    if not run.has_table("phi"):
+        return ""
+    alive, n = run.load_table("phi").alive, run.profile.dictionary.n_features
+    if alive.min() >= n / 2:
+        return ""
+    return f"of {n:,} features only {alive.min():,} to {alive.max():,} ever fire"
 
 
 def elasticity_sentence(run: Run) -> str:
@@ -603,7 +616,7 @@ def elasticity_sentence(run: Run) -> str:
 
 def scorecard_sentence(card: pd.DataFrame) -> str:
     """How many of the paper's results this run can judge, and how they stand."""
-    results = card[card.section.isin(["result", "table 1", "case study"])]
+    results = card[card.section.isin(RESULTS)]
     counts = results.group.value_counts()
     judged = [f"{counts[g]} “{g}”" for g in COMPARED if g in counts]
     total = sum(int(counts.get(g, 0)) for g in COMPARED)
@@ -696,6 +709,10 @@ def measured(run: Run, published: Published) -> dict[str, Measured]:
             if notebook == "04_autointerp":
                 why_not = "no judge of this run passed its controls"
             ours |= {str(row["id"]): _row(row, why_not) for row in rows}
+    if reason := collapsed(run):
+        for value_id, value in published.values.items():
+            if value.section in RESULTS:
+                ours[value_id] = Measured(why_not=reason)
     return ours
 
 
