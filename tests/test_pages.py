@@ -176,9 +176,15 @@ def test_labels_carry_the_profile(before: str, after: str) -> None:
 
 def test_labels_are_found_in_text_outputs_and_figures() -> None:
     table = _shown(text_markdown=":::{table} T\n:name: tab-a\n:::")
-    cell = _ran("plot()", outputs=[table])
+    cell = _ran("plot()")
     cell.metadata["mystnb"] = {"figure": {"name": "fig-a", "caption": "see {numref}`tab-a`"}}
-    notebook = new_notebook(cells=[new_markdown_cell("$$ x $$ (eq-a)\n\n(sec-a)=\n# T"), cell])
+    notebook = new_notebook(
+        cells=[
+            new_markdown_cell("$$ x $$ (eq-a)\n\n(sec-a)=\n# T"),
+            cell,
+            _ran("show()", outputs=[table]),
+        ]
+    )
     found = pages.labels(notebook)
     assert found == {"tab-a", "fig-a", "eq-a", "sec-a"}
     page = pages.make_page(notebook, "tiny", found)
