@@ -453,19 +453,6 @@ def firing_by_hand(run: Run, sae: BatchTopK) -> np.ndarray:
     return (pre > sae.threshold).numpy()
 
 
-KILLED = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import test_cooccurrence as test
-from metasae_lib import Profile, Run, cooccurrence, thresholds
-cooccurrence.Residuals = thresholds.Residuals = test.FakeResiduals
-cooccurrence._CHECKPOINT_SECONDS = -1
-test.FakeResiduals.stop = 3
-run = Run.open(Profile.load("tiny"), sys.argv[2])
-cooccurrence.scan_arms(run, test.two_arms(run))
-"""
-
-
 def test_a_scan_in_its_dense_form_equals_the_sparse_one(
     run: Run, arms: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -493,6 +480,19 @@ def test_a_scan_in_its_dense_form_equals_the_sparse_one(
         for variant in made[0].info["l0"]:
             one, two = (cooccurrence.load_counts(m, variant) for m in made)
             assert np.array_equal(one.n11, two.n11)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_cooccurrence as test
+from metasae_lib import Profile, Run, cooccurrence, thresholds
+cooccurrence.Residuals = thresholds.Residuals = test.FakeResiduals
+cooccurrence._CHECKPOINT_SECONDS = -1
+test.FakeResiduals.stop = 3
+run = Run.open(Profile.load("tiny"), sys.argv[2])
+cooccurrence.scan_arms(run, test.two_arms(run))
+"""
 
 
 def test_scan_equals_brute_force_also_after_a_kill(

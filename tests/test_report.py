@@ -11,7 +11,7 @@ import pytest
 
 from metasae_lib import Profile, Run, report
 from metasae_lib.errors import ArtefactError, MeasureError, PublishedError
-from metasae_lib.published import load_published
+from metasae_lib.published import RESULTS, load_published
 
 ROOT = Path(__file__).parents[1]
 HEADLINE = "gpt2-large.table1.lambda0.3-sigma1.d_mean_abs_phi_pct"
@@ -149,7 +149,7 @@ def test_collapsed_dictionaries_judge_nothing(full: Run) -> None:
     assert f"only {n // 2 - 1}" in report.collapsed(full)
     assert report.conclusion(full)[1].startswith("But of 256 features only")
     card = report.run_scorecard(full)
-    results = card[card.section.isin(report.RESULTS)]
+    results = card[card.section.isin(RESULTS)]
     assert set(results.group) <= {"not run", "not printed"}
     assert f"only {n // 2 - 1}" in results.verdict[results.group == "not run"].iloc[0]
 

@@ -41,8 +41,8 @@ from pages import (
 REPOSITORY = Path(__file__).resolve().parents[1]
 # One file with TeX input and HTML output; its fonts are looked for beside it.
 MATHJAX_PACKAGE = "sphinx-mathjax-offline"
-_REFERENCES = '<div role="list" class='
 MATHJAX_FILES = ["tex-mml-chtml.js", "output/chtml/fonts/woff-v2"]
+_REFERENCES = '<div role="list" class='
 
 
 class BookError(Exception):

@@ -33,6 +33,7 @@ MADE = "made"
 #: The verdicts that answer the paper, from good to bad; the order of every table and figure.
 COMPARED = (AGREES, SAME_DIRECTION, INCONCLUSIVE, DISAGREES)
 NOT_COMPARED = (OTHER_MODEL, NOT_RUN, NOT_PRINTED)
+RESULTS = ("result", "table 1", "case study")  # sections of what the paper found, not of its set-up
 
 
 @dataclass(frozen=True)
@@ -399,7 +400,7 @@ def verdict_counts(
     counts = {}
     for factor in factors:
         card = scorecard(published, ours, model, factor)
-        card = card[~card.section.isin(["set-up", "artefact"])]
+        card = card[card.section.isin(RESULTS)]
         counts[f"{factor:g} × tolerance"] = card.group.value_counts()
     frame = pd.DataFrame(counts).fillna(0).astype(int)
     order = [g for g in (*COMPARED, *NOT_COMPARED) if g in frame.index]

@@ -27,6 +27,7 @@ from metasae_lib.published import (
     INCONCLUSIVE,
     NOT_RUN,
     OTHER_MODEL,
+    RESULTS,
     Measured,
     Published,
     grid_id,
@@ -43,9 +44,12 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 _CHANGES = ("d_l2_pct", "d_mean_abs_phi_pct")
-RESULTS = ("result", "table 1", "case study")  # sections of what the paper found
-#: What the notebooks to come may save, one row a published value: id, value, low, high, words.
-LATER_TABLES = {"04_autointerp": "autointerp_values", "05_case_studies": "case_study_values"}
+#: What the notebooks to come may save, one row a published value: id, value, low, high, words; and
+#: why a row may have no value.
+LATER_TABLES = {
+    "autointerp_values": "no judge of this run passed its controls",
+    "case_study_values": "05_case_studies has no value for it",
+}
 #: Which table stands for each artefact of the paper.
 _ARTEFACTS = {
     "figure-1a": "figure_1a", "figure-1b": "grid", "table-1": "grid",
@@ -702,12 +706,9 @@ def measured(run: Run, published: Published) -> dict[str, Measured]:
             ours[value_id] = Measured(why_not=_later("04_autointerp"))
     for key, mine in {**_fidelity(run), **_cooccurrence(run)}.items():
         ours |= {i: mine for i in published.values if fnmatch(i, key)}
-    for notebook, name in LATER_TABLES.items():
+    for name, why_not in LATER_TABLES.items():
         if run.has_table(name):
             rows = run.load_table(name).to_dict("records")
-            why_not = f"{notebook} has no value for it"
-            if notebook == "04_autointerp":
-                why_not = "no judge of this run passed its controls"
             ours |= {str(row["id"]): _row(row, why_not) for row in rows}
     if reason := collapsed(run):
         for value_id, value in published.values.items():
