@@ -5,21 +5,31 @@
 Both are about the same examples under the same explanations: planted features with the right one
 and with another's, and features of the solo arm. Delphi's fuzzing is not the paper's: which *marks*
 in a text are right, asked of each text by itself. Its answers are scored as balanced accuracy.
+
+Delphi asks for a list such as [1,0,0,1,1] about five texts. A server writes one, if it can. The
+in-process judge chooses among all 32 by its usual rule: how much more probable the explanation
+makes a list than "any text" in its place does. (Left to write, SmolLM2-135M wrote a list for less
+than a sixth of the chats.)
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metasae_lib import Profile, Run
+from metasae_lib import Profile, Run, embedded
 from metasae_lib import autointerp as ai
 from metasae_lib.contexts import collect
 from metasae_lib.judges import Question
@@ -43,17 +53,70 @@ class Chat(Question):
         return found
 
 
-def delphi_scores(records: list[dict[str, Any]], answers: ai.Answers, python: str) -> pd.DataFrame:
+Chats = list[list[dict[str, str]]]
+
+
+def said_to(answers: ai.Answers, asked: Chats, unexplained: Chats) -> Sequence[str | None]:
+    """What a judge writes."""
+    return answers([Chat("explain", "", (), chat=json.dumps(chat)) for chat in asked])
+
+
+class Chooser:
+    """A model in this process that chooses among all lists of five."""
+
+    def __init__(self, source: str) -> None:
+        folder = embedded.snapshot(source)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        with embedded.quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self._model = model.eval()
+        self._lists = ["[" + ",".join(bits) + "]" for bits in itertools.product("01", repeat=5)]
+
+    def __call__(self, asked: Chats, unexplained: Chats) -> list[str]:
+        """The list that each chat's explanation speaks for most."""
+        both = zip(asked, unexplained, strict=True)
+        evidence = [self._log_p(chat) - self._log_p(plain) for chat, plain in both]
+        return [self._lists[int(e.argmax())] for e in evidence]
+
+    @torch.no_grad()
+    def _log_p(self, chat: list[dict[str, str]]) -> torch.Tensor:
+        """log p of each list after a chat, (32,)."""
+        written = self._tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
+        ids, lists = (
+            self._tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+            for text in (written, self._lists)
+        )
+        read = self._model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        read.batch_repeat_interleave(len(lists))
+        after = torch.cat([ids[:, -1:].expand(len(lists), 1), lists[:, :-1]], dim=1)
+        logits = self._model(after, past_key_values=read).logits.double()
+        return logits.log_softmax(-1).gather(2, lists[..., None]).sum((1, 2))
+
+
+def delphi_scores(
+    records: list[dict[str, Any]],
+    answer: Callable[[Chats, Chats], Sequence[str | None]],
+    python: str,
+) -> pd.DataFrame:
     """Balanced accuracies of Delphi's two scorers, and the share of answers that it cannot read."""
     script = Path(__file__).with_name("peers") / "delphi_scores.py"
+
+    def delphi(folder: Path, explained: bool) -> Chats:
+        given = records if explained else [r | {"explanation": "any text"} for r in records]
+        (folder / "records.json").write_text(json.dumps(given))
+        subprocess.run([python, str(script), str(folder)], check=True)
+        chats: Chats = json.loads((folder / "prompts.json").read_text())
+        return chats
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "records.json").write_text(json.dumps(records))
-        subprocess.run([python, str(script), name], check=True)
-        chats = [json.dumps(chat) for chat in json.loads((folder / "prompts.json").read_text())]
-        said = answers([Chat("explain", "", (), chat=chat) for chat in chats])
-        (folder / "answers.json").write_text(json.dumps(dict(zip(chats, said, strict=True))))
-        subprocess.run([python, str(script), name], check=True)
+        unexplained, asked = delphi(folder, False), delphi(folder, True)
+        said = answer(asked, unexplained)
+        keys = [json.dumps(chat) for chat in asked]
+        (folder / "answers.json").write_text(json.dumps(dict(zip(keys, said, strict=True))))
+        delphi(folder, True)
         scores = json.loads((folder / "scores.json").read_text())
     frame = pd.DataFrame()
     for scorer, rows in scores.items():
@@ -77,6 +140,8 @@ def main() -> None:
     contexts = collect(run, {name: load_arms(run)[name]}, profile.autointerp.window)[name]
     judge = ai.judge_of(profile)
     answers = ai.answers_for(run, judge)
+    in_process = profile.autointerp.judge == "in-process"
+    answer = Chooser(profile.autointerp.model) if in_process else partial(said_to, answers)
     known = ai.planted(contexts, plan, copies=1)
     features = contexts.usable(plan.examples, plan.examples)[: options.features]
     own = ai.materials(contexts, features, plan)
@@ -91,7 +156,7 @@ def main() -> None:
     frames = []
     for group, (made, given) in groups.items():
         ours = ai.score(made, given, answers)
-        theirs = delphi_scores(ai.delphi_records(made, given), answers, options.python)
+        theirs = delphi_scores(ai.delphi_records(made, given), answer, options.python)
         frames.append(
             pd.concat([ours[["fuzzing", "detection"]], theirs], axis=1).assign(group=group)
         )
