@@ -40,6 +40,7 @@ from IPython.display import HTML, Markdown, display
 from scipy import sparse
 
 from metasae_lib import (
+    autointerp,
     contexts,
     cooccurrence,
     explorer,
@@ -55,14 +56,14 @@ from metasae_lib.subject import load_subject
 from metasae_lib.training import load_arms
 
 run = report.open_run(profile, overrides, runs_dir)
-# Two seeds of the two arms compared, whatever else the run holds: this page costs the same.
-arms = splitting.two_seeds(load_arms(run), run.profile.selected)
+every_arm = load_arms(run)  # for the explorer; the rest looks at two seeds of the arms compared
+arms = splitting.two_seeds(every_arm, run.profile.selected)
 solo, joint = report.compared_arms(run)  # the solo arm and the selected joint arm, first seed
 pairs = splitting.seed_pairs(arms, run.profile.selected)
 counts = cooccurrence.scan_arms(run, arms)
 cross = cooccurrence.cross_scan(run, arms, list(zip(pairs.a, pairs.b, strict=True)))
-text = contexts.collect(run, arms)
-peaks = {name: [t[0] if t else "" for t in explorer.peak_tokens(c)] for name, c in text.items()}
+text = contexts.collect(run, every_arm)
+peaks = {n: [t[0] if t else "" for t in explorer.peak_tokens(text[n])] for n in arms}
 sides = {name: splitting.Side(counts[name], peaks[name]) for name in arms}
 tokens, rule = load_tokens(run), splitting.Rule()
 run.save_table(
@@ -130,7 +131,10 @@ candidates = splitting.find(cross[solo, joint], sides[solo], sides[joint], rule)
 told = pd.DataFrame(columns=["arm", "feature", "explanation", "fuzz"])
 if run.has_table("autointerp_scores"):  # of several judges, the one with a language model
     scores = run.load_table("autointerp_scores").sort_values("judge", key=lambda j: j == "lexical")
-    told = scores.assign(arm=scores.kind.map({"solo": solo, "joint": joint}), fuzz=scores.fuzzing)
+    told = scores.assign(
+        arm=scores.kind.map({"solo": solo, "joint": joint}), fuzz=scores.fuzzing,
+        explanation=scores.explanation.map(autointerp.in_words, na_action="ignore"),
+    )  # fmt: skip
     told = told.drop_duplicates(["arm", "feature"])
 for side, arm in (("feature", solo), ("partner", joint)):
     named = told[told.arm == arm][["feature", "explanation", "fuzz"]]
@@ -326,18 +330,21 @@ display(
 # %% [markdown]
 # ## The feature explorer
 #
-# Every feature of the arms of this page, with its contexts, its partner in the other dictionary and the
-# features it fires with: search, filter, and share the address of what you find. It is a page of
-# its own in the book that needs no server.
+# Every feature of every arm, with its contexts, its partner in the other dictionary and the features
+# it fires with: search, filter, and share the address of what you find. It is a page of its own in
+# the book that needs no server.
 
 # %%
-pages = explorer.collect(run, arms, text, (solo, joint), told if len(told) else None)
+pages = explorer.collect(run, every_arm, text, (solo, joint), told if len(told) else None)
 name = run.profile.name
 back = f"../../{name}/05_case_studies.html"
 sizes = explorer.write(run.folder / "explorer", pages, name, run.profile.about, back)
 display(
     HTML(f'<p><a href="../explorer/{name}/index.html">Open the feature explorer of {name}</a></p>'),
-    Markdown(f"{len(pages)} dictionaries, {sum(sizes.values()) / 2**20:.1f} MiB in all."),
+    Markdown(
+        f"{sum(sizes.values()) / 2**20:.1f} MiB in all. Arms that ended with the same weights as another "
+        "(controls without a penalty) are left out."
+    ),
 )
 
 # %%

@@ -263,7 +263,7 @@ def test_what_is_collected_is_what_was_counted(
         {"arm": ["solo"], "feature": [1], "explanation": ["ones"], "fuzz": [0.5], "more": [1]}
     )
     contexts = {name: FakeContexts() for name in arms}
-    pages = collect(None, arms, contexts, ("solo", "joint"), told)  # type: ignore[arg-type]
+    pages = list(collect(None, arms, contexts, ("solo", "joint"), told))  # type: ignore[arg-type]
     assert [page.name for page in pages] == ["solo", "joint"]  # the copy is the solo arm again
     features = pages[0].features
     assert features.partner.tolist() == [2, 1, 0]

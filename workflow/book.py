@@ -101,8 +101,11 @@ def render(root: Path, staging: Path, output: Path) -> None:
         lines = re.findall(r"^.*(?:WARNING|ERROR|CRITICAL|Extension error).*$", text, re.M)
         shown = "\n".join(lines or text.splitlines()[:LINES_SHOWN])
         raise BookError(f"{shown}\nThe book was not rendered; the log is {os.path.relpath(log)}.")
+    site = output / "_build" / "html"
+    for source_map in site.rglob("*.map"):  # 3 MB for the authors of the theme's scripts
+        source_map.unlink()
     # docutils calls its references a list, of entries that are no items of one.
-    for page in (output / "_build" / "html").rglob("*.html"):
+    for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         if _REFERENCES in text:
             page.write_text(text.replace(_REFERENCES, "<div class="), encoding="utf-8")

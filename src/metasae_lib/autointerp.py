@@ -891,7 +891,7 @@ def examples_page(contexts: Contexts, frame: pd.DataFrame, examples: int = 3) ->
     """
     parts = []
     for row in frame.to_dict("records"):
-        text = html.escape(str(row["explanation"])) if row["explanation"] else "no explanation"
+        text = html.escape(in_words(row["explanation"]) or "no explanation")
         lines = "".join(
             f"<li>… {highlighted(example)} …</li>"
             for example in contexts.top(int(row["feature"]), examples)

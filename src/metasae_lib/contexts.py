@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,16 +107,13 @@ class Pieces:
 
         A character whose bytes are spread over tokens belongs to the first of them.
         """
-        parts = [self._of(int(i)) for i in ids]
+        parts = [self._of(i) for i in ids]
         joined = b"".join(parts)
-        starts = np.cumsum([0, *map(len, parts)])
+        if joined.isascii():  # nearly always, and ten times as fast
+            return tuple(part.decode("ascii") for part in parts)
         pieces = [""] * len(parts)
         position = 0
-        for k, part in enumerate(parts):
-            end = starts[k + 1]
-            if position == starts[k] and part.isascii():
-                pieces[k], position = part.decode("ascii"), end
-                continue
+        for k, end in enumerate(accumulate(map(len, parts))):
             while position < end:
                 length = _character_length(joined, position)
                 piece = joined[position : position + length]
@@ -348,8 +346,8 @@ class Contexts:
 
     def _example(self, segment: int, acts: Array) -> Example:
         row, start = self.layout.place(segment)
-        ids = tuple(int(i) for i in self._rows[row, start : start + self.layout.window])
-        return Example(ids, self.pieces(ids), tuple(float(a) for a in acts), segment)
+        ids = tuple(self._rows[row, start : start + self.layout.window].tolist())
+        return Example(ids, self.pieces(ids), tuple(acts.tolist()), segment)
 
     def _bits(self, feature: int) -> Array:
         return np.unpackbits(self._fired[feature]).astype(bool)

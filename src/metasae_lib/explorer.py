@@ -14,7 +14,7 @@ import math
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,8 +104,9 @@ def collect(
     main: tuple[str, str],
     explanations: pd.DataFrame | None = None,
     n_contexts: tuple[int, int] = (6, 2),
-) -> list[ArmPage]:
-    """Everything that the explorer shows of the arms with contexts, `main` (solo, joint) first.
+) -> Iterator[ArmPage]:
+    """Everything that the explorer shows of the arms with contexts, `main` (solo, joint) first, one
+    by one.
 
     Every arm is matched with the solo arm of `main`, and that one with the joint arm. Arms with
     the same weights as an earlier one are left out: a control at λ₂ = 0 is the solo arm again.
@@ -119,30 +120,26 @@ def collect(
     others = {name: main[1] if name == main[0] else main[0] for name in names}
     counts = scan_arms(run, {name: arms[name] for name in names})
     cross = cross_scan(run, arms, list(others.items()))
-    pages = []
     for name in names:
         tokens = peak_tokens(contexts[name])
         shown = n_contexts[name not in main]
-        pages.append(
-            ArmPage(
-                name=name,
-                title=name,
-                other=others[name],
-                features=_features(
-                    name, arms[name], arms[others[name]], counts[name], contexts[name],
-                    cross[name, others[name]], explanations,
-                ),
-                tokens=tokens,
-                histograms=[_histogram(contexts[name], i) for i in range(len(tokens))],
-                near=_neighbours(_within(counts[name]), _NEAR, itself=True),
-                cross=_neighbours(cross[name, others[name]], _CROSS),
-                contexts=[
-                    [Context(e.pieces, e.acts) for e in contexts[name].top(i, shown)]
-                    for i in range(len(tokens))
-                ],
-            )
+        yield ArmPage(
+            name=name,
+            title=name,
+            other=others[name],
+            features=_features(
+                name, arms[name], arms[others[name]], counts[name], contexts[name],
+                cross[name, others[name]], explanations,
+            ),
+            tokens=tokens,
+            histograms=[_histogram(contexts[name], i) for i in range(len(tokens))],
+            near=_neighbours(_within(counts[name]), _NEAR, itself=True),
+            cross=_neighbours(cross[name, others[name]], _CROSS),
+            contexts=[
+                [Context(e.pieces, e.acts) for e in contexts[name].top(i, shown)]
+                for i in range(len(tokens))
+            ],
         )  # fmt: skip
-    return pages
 
 
 def _features(
@@ -213,16 +210,15 @@ def _histogram(contexts: Contexts, feature: int) -> list[int]:
 
 
 def write(
-    folder: Path, arms: Sequence[ArmPage], profile: str, about: str, back: str
+    folder: Path, arms: Iterable[ArmPage], profile: str, about: str, back: str
 ) -> dict[str, int]:
     """Write the whole explorer into `folder`, from nothing.
 
-    arms: in the order of the menu, the first is shown first. back: address of the page that leads
-    here, seen from `folder`. Returns the size in bytes of every file. MeasureError for an arm
-    whose parts differ in length, or a file above 3 MiB.
+    arms: in the order of the menu, the first is shown first; one at a time is held in memory. back:
+    address of the page that leads here, seen from `folder`. Returns the size in bytes of every
+    file. MeasureError for an arm whose parts differ in length or whose partner is not there, or a
+    file above 3 MiB.
     """
-    for arm in arms:
-        _check(arm, {other.name for other in arms})
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     source = next((f / "explorer" for f in repository_folders("book")), None)
@@ -230,11 +226,10 @@ def write(
         raise MeasureError("the folder book/explorer is not here or above: run in the repository")
     for name in _PAGE:
         shutil.copyfile(source / name, folder / name)
-    site = {
-        "profile": profile,
-        "about": about,
-        "back": back,
-        "arms": [
+    listed: list[dict[str, Any]] = []
+    for arm in arms:
+        _check(arm)
+        listed.append(
             {
                 "name": arm.name,
                 "title": arm.title,
@@ -243,11 +238,7 @@ def write(
                 "block": _BLOCK,
                 "alive": int((arm.features.rate > 0).sum()),
             }
-            for arm in arms
-        ],
-    }
-    _write(folder, "site", site)
-    for arm in arms:
+        )
         columns = _index(arm)
         for part, start in enumerate(range(0, len(arm.tokens), _PART)):
             cut = {name: values[start : start + _PART] for name, values in columns.items()}
@@ -256,6 +247,13 @@ def write(
         for block in range(math.ceil(len(arm.tokens) / _BLOCK)):
             features = [next(cards) for _ in range(min(_BLOCK, len(arm.tokens) - block * _BLOCK))]
             _write(folder, f"{arm.name}/block-{block}", {"features": features})
+    names = {arm["name"] for arm in listed}
+    for one in listed:
+        if one["other"] not in names | {None}:
+            raise MeasureError(
+                f"{one['name']} is matched with {one['other']}, which is not in the explorer"
+            )
+    _write(folder, "site", {"profile": profile, "about": about, "back": back, "arms": listed})
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -263,13 +261,11 @@ def write(
     }
 
 
-def _check(arm: ArmPage, names: set[str]) -> None:
+def _check(arm: ArmPage) -> None:
     n = len(arm.features)
     parts = (arm.tokens, arm.histograms, arm.near, arm.cross, arm.contexts)
     if any(len(part) != n for part in parts):
         raise MeasureError(f"{arm.name} has {n} features, but its parts differ: give one for each")
-    if arm.other is not None and arm.other not in names:
-        raise MeasureError(f"{arm.name} is matched with {arm.other}, which is not in the explorer")
 
 
 def _index(arm: ArmPage) -> dict[str, list[Any]]:
