@@ -109,27 +109,19 @@ report.table(unread, "Questions asked, and answers that could not be read", "tab
 # %%
 compared = ai.compare_all(asked, scores, run.profile.evaluation.bootstrap)
 run.save_table("autointerp_compared", compared, "Joint minus solo scores over pairs of features")
-shown = [
-    "judge",
-    "pairs",
-    "score",
-    "n",
-    "solo",
-    "joint",
-    "delta",
-    "low",
-    "high",
-    "t",
-    "d",
-    "higher",
-    "higher_low",
-    "higher_high",
-]
+shown = compared[["judge", "pairs", "score", "n", "solo", "joint", "t", "d"]].copy()
+for column, name in {"delta": "", "higher": "higher_"}.items():
+    ends = zip(compared[f"{name}low"], compared[f"{name}high"], strict=True)
+    shown[column] = [
+        f"{report.number(value)} ({report.between(*interval)})"
+        for value, interval in zip(compared[column], ends, strict=True)
+    ]
 report.table(
-    compared[shown],
-    "Joint minus solo: paired difference with its bootstrap interval, t, effect size d, and the "
-    "share of pairs in which joint is higher with its interval (ties left out)",
+    shown,
+    "Joint minus solo: t, effect size d, paired difference (delta) with its bootstrap interval, and "
+    "the share of pairs in which joint is higher with its interval (ties left out)",
     "tab-compared",
+    "wide",
 )
 
 # %% [markdown]

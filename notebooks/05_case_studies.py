@@ -136,18 +136,24 @@ if run.has_table("autointerp_scores"):  # of several judges, the one with a lang
         explanation=scores.explanation.map(autointerp.in_words, na_action="ignore"),
     )  # fmt: skip
     told = told.drop_duplicates(["arm", "feature"])
-for side, arm in (("feature", solo), ("partner", joint)):
-    named = told[told.arm == arm][["feature", "explanation", "fuzz"]]
-    named = named.rename(columns={"feature": side, "explanation": f"{side}_explanation",
-                                  "fuzz": f"{side}_fuzz"})  # fmt: skip
-    candidates = candidates.merge(named.astype({side: int}), on=side, how="left")
+for side, prefix, arm in (("feature", "", solo), ("partner", "partner_", joint)):
+    named = told[told.arm == arm][["feature", "explanation", "fuzz"]].add_prefix(prefix)
+    named = named.rename(columns={f"{prefix}feature": side}).astype({side: int})
+    candidates = candidates.merge(named, on=side, how="left")
+rows = [arms[a].sae.W_dec.detach() for a in (solo, joint)]
+rows = [w[candidates[c].to_numpy()] for w, c in zip(rows, ("feature", "partner"), strict=True)]
+candidates["cosine"] = (rows[0] * rows[1]).sum(1).tolist()  # rows have length 1
 run.save_table("splitting", candidates, "Splitting candidates: solo features, joint partners, φ")
-shown = candidates[candidates["rank"] <= 10].dropna(axis=1, how="all")
-shown = shown.assign(
-    **{c: shown[c].map(senses.quoted) for c in ("peak", "partner_peak") if c in shown}
-)
+shown = splitting.listed(candidates).dropna(axis=1, how="all")
+shown["peak"] = shown["peak"].map(senses.quoted)
 display(
-    report.table(shown, "The ten strongest candidates, a row a partner", "tab-candidates", "wide")
+    report.table(
+        shown,
+        "The ten strongest candidates: solo features and their joint partners; φ and cosine "
+        "of decoder rows with the solo feature, overlap: largest φ with a stronger partner",
+        "tab-candidates",
+        "wide",
+    )
     if len(shown)
     else Markdown("**No solo feature of this run is a candidate under the rule.**")
 )
@@ -348,7 +354,7 @@ display(
 )
 
 # %%
-cases = published.loc[published.section == "case study", ["id"]]
+cases = published.loc[published.id.str.endswith(".phi"), ["id"]]
 ours = cases.merge(pd.DataFrame(values, columns=["id", "value"]), how="left")
 ours = ours.assign(low=np.nan, high=np.nan, words="")
 run.save_table("case_study_values", ours, "φ of our joint partners, in the order of the paper's")

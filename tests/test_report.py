@@ -103,7 +103,8 @@ def test_an_empty_run_says_why_nothing_is_there(run: Run) -> None:
     assert (card.verdict.str.len() > len("not run: ")).all()
     assert card.loc["gpt2-large.setup.optimizer", "verdict"] == "as in the paper"
     assert card.loc["gpt2-large.setup.k", "ours"] == run.profile.dictionary.k
-    assert "05_case_studies" in card.loc["gpt2-large.case.too.solo-2827.fuzz", "verdict"]
+    assert "single features" in card.loc["gpt2-large.case.too.solo-2827.fuzz", "verdict"]
+    assert "05_case_studies" in card.loc["gpt2-large.case.too.joint-4741.phi", "verdict"]
     sentences = report.headline(run, report.run_scorecard(run))["sentences"]
     assert "small run" in sentences[0] and "**0**" in sentences[-1]
 

@@ -23,6 +23,7 @@ from metasae_lib.splitting import (
     find,
     headline,
     least_overlap,
+    listed,
     reverse,
     seed_pairs,
     two_seeds,
@@ -217,3 +218,24 @@ def test_no_three_features_break_the_bound(seed: int) -> None:
 def test_what_is_no_phi_is_refused() -> None:
     with pytest.raises(MeasureError, match="between -1 and 1"):
         least_overlap(1.2, 0)
+
+
+def test_candidates_are_listed_with_their_partners() -> None:
+    """Two candidates by hand: a solo row, then its partners in their order; the third is cut."""
+    frame = pd.DataFrame(
+        {
+            "rank": [1, 1, 2, 3], "feature": [7, 7, 4, 5], "score": 0.4, "rate": [0.1, 0.1, 0.2, 0],
+            "peak": ["a", "a", "b", "c"], "partner": [3, 9, 3, 1], "phi": [0.6, 0.4, 0.5, 0.3],
+            "partner_rate": [0.3, 0.9, 0.3, 0.1], "partner_peak": ["x", "y", "x", "z"],
+            "overlap": [np.nan, 0.2, np.nan, np.nan], "cosine": [0.8, 0.1, 0.7, 0.0],
+            "explanation": "mine", "fuzz": 1.0,
+            "partner_explanation": "theirs", "partner_fuzz": 0.5,
+        }
+    )  # fmt: skip
+    shown = listed(frame, 2)
+    assert shown.feature.tolist() == [7, 3, 9, 4, 3]
+    assert shown.sae.tolist() == ["solo", "joint", "joint", "solo", "joint"]
+    assert shown.peak.tolist() == ["a", "x", "y", "b", "x"]
+    assert shown.fuzz.tolist() == [1.0, 0.5, 0.5, 1.0, 0.5]
+    assert shown.phi[shown.sae == "solo"].isna().all()
+    assert shown.cosine.dropna().tolist() == [0.8, 0.1, 0.7]

@@ -126,7 +126,10 @@ def execute(source: Path, run: Run, overrides: dict[str, Any] | None = None) -> 
         "overrides": overrides or {},
         "runs_dir": os.path.relpath(run.folder.parent, source.parent),
     }
-    with _alone(logs / f"{name}.lock"), Reporter(name, logs / f"{name}.progress") as reporter:
+    with (
+        _alone(logs / f"{name}.lock"),
+        Reporter(f"{run.name} {name}", logs / f"{name}.progress") as reporter,
+    ):
         os.environ["METASAE_PROGRESS"] = str(reporter.progress_file)
         reporter.progress_file.unlink(missing_ok=True)
         nbformat.write(notebook, converted)

@@ -843,27 +843,30 @@ def density_difference(
 
 
 def published_values(found: dict[str, float], matched: int) -> pd.DataFrame:
-    """A fuzzing comparison (`compare`) under the ids of the paper's values (§5.2, §4).
+    """A fuzzing comparison (`compare`) under the ids of the paper's values (§5.2, §4, §6).
 
     Columns: id, value, low, high, words.
     """
     nothing = float("nan")
     solo = found.get("solo", nothing)
     percent = [100 * found.get(name, nothing) / solo for name in ("delta", "low", "high")]
+    change = tuple(percent) if solo > 0 else (nothing,) * 3
     share = [100 * found.get(name, nothing) for name in ("higher", "higher_low", "higher_high")]
-    rows = {
+    gpt2 = {
         "fuzz_joint_mean": (found.get("joint", nothing), nothing, nothing),
         "fuzz_solo_mean": (solo, nothing, nothing),
         "fuzz_paired_delta": tuple(found.get(name, nothing) for name in ("delta", "low", "high")),
-        "fuzz_delta_pct": tuple(percent) if solo > 0 else (nothing,) * 3,
+        "fuzz_delta_pct": change,
         "fuzz_paired_t": (found.get("t", nothing), nothing, nothing),
         "fuzz_paired_p": (found.get("p", nothing), nothing, nothing),
         "fuzz_joint_higher_pct": tuple(share),
         "matched_pairs": (float(matched), nothing, nothing),
     }
+    rows = {f"gpt2-large.{name}": row for name, row in gpt2.items()}
+    rows["gemma-2-9b.fuzz_delta_pct_selected"] = change
     return pd.DataFrame(
         [
-            {"id": f"gpt2-large.{name}", "value": value, "low": low, "high": high, "words": ""}
+            {"id": name, "value": value, "low": low, "high": high, "words": ""}
             for name, (value, low, high) in rows.items()
         ]
     )

@@ -48,7 +48,7 @@ _CHANGES = ("d_l2_pct", "d_mean_abs_phi_pct")
 #: why a row may have no value.
 LATER_TABLES = {
     "autointerp_values": "no judge of this run passed its controls",
-    "case_study_values": "05_case_studies has no value for it",
+    "case_study_values": "a word for Gemma profiles, or too rare in this run's text",
 }
 #: Which table stands for each artefact of the paper.
 _ARTEFACTS = {
@@ -441,18 +441,14 @@ def fidelity_sentences(run: Run, arms: pd.DataFrame) -> Markdown:
 
 def both_modes(run: Run, arms: pd.DataFrame) -> Markdown:
     """Fidelity at the thresholds beside that of the training form, on the same held-out text."""
-    names = {"arm": "arm"} | {
-        column: f"{name}, {mode}"
-        for name, columns in (
-            ("L2", ("l2", "l2_batch")),
-            ("L0", ("l0_threshold", "l0_batch")),
-            ("CE %", ("ce_overhead_pct", "ce_overhead_batch_pct")),
-        )
-        for column, mode in zip(columns, ("thresholds", "training mode"), strict=True)
-    }
+    names = {
+        "arm": "arm", "l2": "L2", "l2_batch": "L2, training", "l0_threshold": "L0",
+        "l0_batch": "L0, training", "ce_overhead_pct": "CE %",
+        "ce_overhead_batch_pct": "CE %, training",
+    }  # fmt: skip
     rows = min(run.profile.model.batch_rows, run.profile.evaluation.ce_rows)
     caption = (
-        f"Held-out text at fixed thresholds and in training mode (its CE: the first {rows} rows)"
+        f"Held-out text at fixed thresholds, and in training mode (its CE: the first {rows} rows)"
     )
     return table(arms[list(names)].rename(columns=names), caption, "tab-modes", "wide")
 
@@ -628,7 +624,7 @@ def scorecard_sentence(card: pd.DataFrame) -> str:
         f"Of the {len(results)} results that the paper prints, this run judges **{total}**"
         + (f": {_list(judged)}. " if judged else ". ")
         + f"{counts.get(OTHER_MODEL, 0)} are values of another model, {counts.get(NOT_RUN, 0)} "
-        "have not been run."
+        "have no value here."
     )
 
 
@@ -701,7 +697,11 @@ def measured(run: Run, published: Published) -> dict[str, Measured]:
         elif value.section == "artefact":
             ours[value_id] = _artefact(run, key)
         elif value.section == "case study":
-            ours[value_id] = Measured(why_not=_later("05_case_studies"))
+            ours[value_id] = Measured(
+                why_not="fuzzing scores of single features are not compared"
+                if key == "fuzz"
+                else _later("05_case_studies")
+            )
         elif key.startswith("fuzz") or key == "matched_pairs":
             ours[value_id] = Measured(why_not=_later("04_autointerp"))
     for key, mine in {**_fidelity(run), **_cooccurrence(run)}.items():
@@ -739,6 +739,10 @@ def _setting(run: Run, key: str) -> Measured:
         "cooccurrence_tokens": profile.text.roles["scan"],
         "calibration_tokens": profile.text.roles["calibration"],
         "autointerp_tokens": profile.text.roles["contexts"],
+        "judge": profile.autointerp.judge
+        if profile.autointerp.judge == "lexical"
+        else profile.autointerp.model.rpartition("/")[2],
+        "fuzz_features_per_config": profile.autointerp.features,
         "optimizer": "Adam",
     }
     value = flat.get(key)
@@ -762,7 +766,10 @@ def _artefact(run: Run, key: str) -> Measured:
         "figure-2": _later("04_autointerp"),
         "table-1": "03_cooccurrence has not been run",
     }
-    late = _later("05_case_studies") if key.startswith("table-") else "no notebook has made it"
+    late = "no notebook has made it"
+    if key.startswith("table-"):
+        studied = run.has_table("case_study_values")
+        late = LATER_TABLES["case_study_values"] if studied else _later("05_case_studies")
     return Measured(why_not=why.get(key, late))
 
 
@@ -942,5 +949,5 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_plain(v)}" for key, v in value.items())
     if isinstance(value, list | tuple):
-        return " ".join(_plain(v) for v in value)
+        return " ".join(_plain(v) for v in value) or "none"
     return str(value)

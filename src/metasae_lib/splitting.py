@@ -110,6 +110,22 @@ def find(cross: CrossCounts, a: Side, b: Side, rule: Rule | None = None) -> pd.D
     return found[columns].reset_index(drop=True)
 
 
+def listed(candidates: pd.DataFrame, count: int = 10) -> pd.DataFrame:
+    """The first `count` candidates for reading: a row for the solo feature, then its partners.
+
+    candidates: of `find`, with columns cosine and, for the feature and `partner_...`, explanation
+    and fuzz. Columns: rank, sae, feature, peak, rate, phi, cosine, overlap, fuzz, explanation.
+    """
+    first = candidates[candidates["rank"] <= count]
+    about = ["feature", "peak", "rate", "fuzz", "explanation"]
+    theirs = dict(zip(["partner", *(f"partner_{c}" for c in about[1:])], about, strict=True))
+    solo = first.drop_duplicates("feature")[["rank", *about]].assign(sae="solo")
+    joint = first[["rank", *theirs, "phi", "cosine", "overlap"]].rename(columns=theirs)
+    both = pd.concat([solo, joint.assign(sae="joint")]).sort_values("rank", kind="stable")
+    columns = ["rank", "sae", *about[:3], "phi", "cosine", "overlap", *about[3:]]
+    return both[columns].reset_index(drop=True)
+
+
 def reverse(cross: CrossCounts) -> CrossCounts:
     """The same counts seen from the other dictionary."""
     return CrossCounts(cross.n11.T, cross.n1_b, cross.n1_a, cross.n_tokens)
