@@ -144,11 +144,11 @@ rows = [arms[a].sae.W_dec.detach() for a in (solo, joint)]
 rows = [w[candidates[c].to_numpy()] for w, c in zip(rows, ("feature", "partner"), strict=True)]
 candidates["cosine"] = (rows[0] * rows[1]).sum(1).tolist()  # rows have length 1
 run.save_table("splitting", candidates, "Splitting candidates: solo features, joint partners, φ")
-shown = splitting.listed(candidates).dropna(axis=1, how="all")
+shown = splitting.listed(candidates)
 shown["peak"] = shown["peak"].map(senses.quoted)
 display(
     report.table(
-        shown,
+        shown.dropna(axis=1, how="all"),
         "The ten strongest candidates: solo features and their joint partners; φ and cosine "
         "of decoder rows with the solo feature, overlap: largest φ with a stronger partner",
         "tab-candidates",

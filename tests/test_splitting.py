@@ -239,3 +239,4 @@ def test_candidates_are_listed_with_their_partners() -> None:
     assert shown.fuzz.tolist() == [1.0, 0.5, 0.5, 1.0, 0.5]
     assert shown.phi[shown.sae == "solo"].isna().all()
     assert shown.cosine.dropna().tolist() == [0.8, 0.1, 0.7]
+    assert listed(frame[:0]).empty
