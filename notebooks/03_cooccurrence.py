@@ -64,7 +64,11 @@ run.save_table("phi", phi, "φ over all pairs, every arm: mean |φ|, interval, n
 display(
     Markdown(report.scale_of_run(run) + " " + cooccurrence.enough_tokens(summaries[solo])),
     report.table(
-        report.phi_rows(phi), "φ over all pairs of living features, every arm", "tab-phi", "wide"
+        report.phi_rows(phi),
+        "φ over all pairs of living features, every arm; mean |φ| with its interval over features, "
+        "its null (independent features of the same rates) and the noise floor in thousandths",
+        "tab-phi",
+        "wide",
     ),
 )
 

@@ -110,12 +110,9 @@ report.table(unread, "Questions asked, and answers that could not be read", "tab
 compared = ai.compare_all(asked, scores, run.profile.evaluation.bootstrap)
 run.save_table("autointerp_compared", compared, "Joint minus solo scores over pairs of features")
 shown = compared[["judge", "pairs", "score", "n", "solo", "joint", "t", "d"]].copy()
-for column, name in {"delta": "", "higher": "higher_"}.items():
-    ends = zip(compared[f"{name}low"], compared[f"{name}high"], strict=True)
-    shown[column] = [
-        f"{report.number(value)} ({report.between(*interval)})"
-        for value, interval in zip(compared[column], ends, strict=True)
-    ]
+for column, low, high in (("delta", "low", "high"), ("higher", "higher_low", "higher_high")):
+    ends = compared[[column, low, high]].map("{:.3f}".format).replace("-", "−", regex=True)
+    shown[column] = ends[column] + " (" + ends[low] + " to " + ends[high] + ")"
 report.table(
     shown,
     "Joint minus solo: t, effect size d, paired difference (delta) with its bootstrap interval, and "

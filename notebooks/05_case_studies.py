@@ -159,6 +159,29 @@ display(
 )
 
 # %% [markdown]
+# And in context, for the first three: places where the solo feature fires, grouped by the joint
+# partner that is strongest there. If the partners are its senses, the groups differ in meaning.
+
+# %%
+two, tables = {name: arms[name] for name in (solo, joint)}, []
+for feature, group in candidates[candidates["rank"] <= 3].groupby("feature", sort=False):
+    places, partners = senses.places_of(text[solo], feature), group.partner.tolist()
+    acts = senses.firing_at(run, two, "contexts", places)
+    mine, theirs = acts[solo][:, [feature]].toarray(), acts[joint][:, partners].toarray()
+    strongest = np.where(theirs.any(axis=1), theirs.argmax(axis=1), len(partners))
+    heads = [f"joint {partner}" for partner in partners]
+    beside = {f"solo {feature}": mine[:, 0], **dict(zip(heads, theirs.T, strict=True))}
+    inside = senses.side_by_side(places, strongest, [*heads, "no partner"], beside)
+    tables.append(
+        report.table(
+            inside.rename(columns={"sense": "strongest"}),
+            f"Solo feature {feature} in context, and its joint partners",
+            f"tab-candidate-{len(tables) + 1}",
+        )
+    )
+display(*tables)
+
+# %% [markdown]
 # ## What the paper's own tables imply
 #
 # φ is a correlation, and correlations constrain each other: two features that both correlate with a
@@ -203,7 +226,6 @@ numbers = {"too": 2, "let": 3} | (
 )
 ids, verdicts, values = tokens.rows("scan"), [], []
 heading = {"phi": "φ with the solo feature", "phi_word": "φ with the word", "sense": "belongs to"}
-two = {name: arms[name] for name in (solo, joint)}
 for word, number in numbers.items():
     places = senses.occurrences(ids, tokens.tokenizer, word, int(run.profile.text.skip_first))
     kinds = senses.WORDS[word]

@@ -21,6 +21,7 @@ from metasae_lib import autointerp as ai
 from metasae_lib.contexts import Contexts, Layout, Pieces, collect
 from metasae_lib.dictionary import BatchTopK, normalise
 from metasae_lib.errors import MeasureError
+from metasae_lib.senses import places_of
 
 N_ROWS, LENGTH, D, N, WINDOW = 150, 20, 16, 24, 6
 TEXT = ["Größe, naïve café — 日本語のテキスト", "plain words and 100 numbers", "emoji 👩‍🚀🙂 here"]
@@ -161,6 +162,18 @@ def test_bits_counts_and_activations_equal_brute_force(stage: Stage) -> None:
             window = firing[row, start : start + WINDOW, feature]
             assert example.acts == pytest.approx(window.tolist(), rel=1e-5)
             assert example.acts[example.peak] == example.strength > 0
+
+
+def test_places_of_a_feature_are_its_peaks(stage: Stage) -> None:
+    found, firing = stage.collect(), stage.firing()
+    for feature in range(N):
+        places = places_of(found, feature)
+        assert len(places) == len(found.examples(feature))
+        for place, example in zip(places, found.examples(feature), strict=True):
+            strength = firing[place.row, place.position, feature]
+            assert strength == pytest.approx(example.strength) and strength > 0
+            assert f"{place.before}{place.word}{place.after}" == example.text
+            assert example.pieces[example.peak].lstrip() == place.word
 
 
 def test_the_sample_is_uniform(stage: Stage) -> None:

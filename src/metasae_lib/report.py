@@ -333,18 +333,19 @@ def effects(run: Run, phi: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
 
 
 def phi_rows(phi: pd.DataFrame) -> pd.DataFrame:
-    """The columns of `phi_table` that a reader needs first; mean |φ| in thousandths."""
+    """The columns of `phi_table` that a reader needs first; mean |φ|, its null (the same rates,
+    independent) and the noise floor in thousandths."""
     columns = ["mean_abs", "low", "high", "null_mean_abs", "noise_floor"]
     mean_abs, low, high, null, floor = (1e3 * phi[column] for column in columns)
     return pd.DataFrame(
         {
             "arm": phi.arm,
             "10³ mean |φ|": mean_abs,
-            "95% over features": [between(a, b) for a, b in zip(low, high, strict=True)],
-            "null, same rates": null,
-            "noise floor": floor,
+            "95%": [between(a, b) for a, b in zip(low, high, strict=True)],
+            "null": null,
+            "floor": floor,
             "φ < 0": [f"{100 * v:.1f}%" for v in phi.share_negative],
-            "largest φ": phi.maximum,
+            "largest": phi.maximum,
             "L0": phi.l0,
             "living": phi.alive,
         }

@@ -25,6 +25,7 @@ from metasae_lib.run import Run
 from metasae_lib.thresholds import pre_activations, product_dtype
 
 if TYPE_CHECKING:
+    from metasae_lib.contexts import Contexts
     from metasae_lib.training import Arm
 
 PURE = 0.8  # share of one sense from which a feature belongs to it
@@ -178,6 +179,18 @@ def occurrences(
             gap = itself[: len(itself) - len(itself.lstrip())]
             found.append(Occurrence(int(row), end - 1, before + gap, itself.lstrip(), after))
     return sorted(found, key=lambda o: (o.row, o.position))
+
+
+def places_of(contexts: Contexts, feature: int) -> list[Occurrence]:
+    """Where a feature fires in the role `contexts`: the strongest token of each segment kept."""
+    found = []
+    for example in contexts.examples(feature):
+        row, start = contexts.layout.place(example.segment)
+        parts = (slice(example.peak), example.peak, slice(example.peak + 1, None))
+        before, word, after = ("".join(example.pieces[part]) for part in parts)
+        gap = word[: len(word) - len(word.lstrip())]
+        found.append(Occurrence(row, start + example.peak, before + gap, word.lstrip(), after))
+    return found
 
 
 def label(occurrence: Occurrence, senses: Sequence[Sense]) -> int:
