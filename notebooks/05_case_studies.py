@@ -145,7 +145,6 @@ rows = [w[candidates[c].to_numpy()] for w, c in zip(rows, ("feature", "partner")
 candidates["cosine"] = (rows[0] * rows[1]).sum(1).tolist()  # rows have length 1
 run.save_table("splitting", candidates, "Splitting candidates: solo features, joint partners, φ")
 shown = splitting.listed(candidates)
-shown["peak"] = shown["peak"].map(senses.quoted)
 display(
     report.table(
         shown.dropna(axis=1, how="all"),

@@ -228,14 +228,15 @@ def test_candidates_are_listed_with_their_partners() -> None:
             "peak": ["a", "a", "b", "c"], "partner": [3, 9, 3, 1], "phi": [0.6, 0.4, 0.5, 0.3],
             "partner_rate": [0.3, 0.9, 0.3, 0.1], "partner_peak": ["x", "y", "x", "z"],
             "overlap": [np.nan, 0.2, np.nan, np.nan], "cosine": [0.8, 0.1, 0.7, 0.0],
-            "explanation": "mine", "fuzz": 1.0,
+            "explanation": "<b>mine", "fuzz": 1.0,
             "partner_explanation": "theirs", "partner_fuzz": 0.5,
         }
     )  # fmt: skip
     shown = listed(frame, 2)
     assert shown.feature.tolist() == [7, 3, 9, 4, 3]
     assert shown.sae.tolist() == ["solo", "joint", "joint", "solo", "joint"]
-    assert shown.peak.tolist() == ["a", "x", "y", "b", "x"]
+    assert shown.peak.tolist() == ["`a`", "`x`", "`y`", "`b`", "`x`"]
+    assert shown.explanation[0] == "`<b>mine`"
     assert shown.fuzz.tolist() == [1.0, 0.5, 0.5, 1.0, 0.5]
     assert shown.phi[shown.sae == "solo"].isna().all()
     assert shown.cosine.dropna().tolist() == [0.8, 0.1, 0.7]

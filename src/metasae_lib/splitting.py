@@ -18,6 +18,7 @@ from scipy import stats
 
 from metasae_lib.cooccurrence import Counts, CrossCounts, phi, top_matches
 from metasae_lib.errors import MeasureError
+from metasae_lib.senses import quoted
 
 if TYPE_CHECKING:
     from metasae_lib.training import Arm
@@ -114,7 +115,8 @@ def listed(candidates: pd.DataFrame, count: int = 10) -> pd.DataFrame:
     """The first `count` candidates for reading: a row for the solo feature, then its partners.
 
     candidates: of `find`, with columns cosine and, for the feature and `partner_...`, explanation
-    and fuzz. Columns: rank, sae, feature, peak, rate, phi, cosine, overlap, fuzz, explanation.
+    and fuzz. Columns: rank, sae, feature, peak, rate, phi, cosine, overlap, fuzz, explanation; what
+    comes from the text is quoted, so that nothing in it is read as Markdown or HTML.
     """
     first = candidates[candidates["rank"] <= count]
     about = ["feature", "peak", "rate", "fuzz", "explanation"]
@@ -122,6 +124,8 @@ def listed(candidates: pd.DataFrame, count: int = 10) -> pd.DataFrame:
     solo = first.drop_duplicates("feature")[["rank", *about]].assign(sae="solo")
     joint = first[["rank", *theirs, "phi", "cosine", "overlap"]].rename(columns=theirs)
     both = pd.concat([solo, joint.assign(sae="joint")]).sort_values("rank", kind="stable")
+    for column in ("peak", "explanation"):
+        both[column] = both[column].map(quoted, na_action="ignore")
     columns = ["rank", "sae", *about[:3], "phi", "cosine", "overlap", *about[3:]]
     return both[columns].reset_index(drop=True)
 
