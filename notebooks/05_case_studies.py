@@ -316,8 +316,8 @@ figures.sense_information(info) if len(info) else None
 #
 # The paper's introduction argues that a blended feature steers too much at once. So here is the use
 # itself, small: the strongest candidate's solo feature and its joint partner are removed from the
-# residual stream, or doubled, on one context where the solo feature fires, and the probabilities of
-# the next token are read off.
+# residual stream, or doubled, wherever they fire in a row of held-out text up to the place where the
+# solo feature is strongest, and the probabilities of the next token are read off.
 #
 # ```{tip}
 # **Change this yourself.** Any feature and factor: `steering.scaled(arms[joint].sae, 123, 4.0)`;
@@ -326,16 +326,16 @@ figures.sense_information(info) if len(info) else None
 
 # %%
 if len(candidates):
-    first = candidates.iloc[0]
-    feature, partner = int(first.feature), int(first.partner)
+    feature, partner = (int(candidates[side].iloc[0]) for side in ("feature", "partner"))
 else:  # no candidate: a solo feature that fires, and its strongest joint partner
     best = cooccurrence.top_matches(cross[solo, joint], 1).sort_values("phi").iloc[-1]
     feature, partner = int(best.feature), int(best.match)
 example = text[solo].top(feature, 1)[0]
-start = [tokens.tokenizer.bos_token_id] if run.profile.text.bos != "none" else []
-prompt = torch.tensor([*start, *example.ids[: example.peak + 1]])
+row, column = text[solo].layout.place(example.segment)
+prompt = torch.tensor(tokens.rows("contexts")[row, : column + example.peak + 1].tolist())
+first = int(run.profile.text.skip_first)
 replacements = {
-    f"{name} {factor}": steering.scaled(arms[arm].sae, i, scale)
+    f"{name} {factor}": steering.scaled(arms[arm].sae, i, scale, first)
     for name, arm, i in (("solo", solo, feature), ("joint", joint, partner))
     for factor, scale in (("removed", 0.0), ("doubled", 2.0))
 }
@@ -345,7 +345,7 @@ steered = steering.next_tokens(
 run.save_table("steering", steered, "Next-token probabilities, a feature removed or doubled")
 changes = steered[["token", "unchanged", *(f"change {name}" for name in replacements)]]
 display(
-    Markdown(f"Text: {senses.quoted(''.join(example.pieces[: example.peak + 1]))} …"),
+    Markdown(f"The row ends with: {senses.quoted(''.join(example.pieces[: example.peak + 1]))} …"),
     report.table(
         changes.assign(token=changes.token.map(senses.quoted)).head(10),
         f"Next token after steering solo feature {feature} and joint feature {partner}: "

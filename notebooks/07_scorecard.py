@@ -57,6 +57,7 @@ display(
     report.table(
         counts, "Verdicts on results, if tolerances were half or twice as wide", "tab-counts"
     ),
+    report.table(report.tolerances(card), "The tolerances, in the values' units", "tab-tolerances"),
 )
 
 # %% [markdown]

@@ -105,6 +105,9 @@ def test_an_empty_run_says_why_nothing_is_there(run: Run) -> None:
     assert card.loc["gpt2-large.setup.k", "ours"] == run.profile.dictionary.k
     assert "single features" in card.loc["gpt2-large.case.too.solo-2827.fuzz", "verdict"]
     assert "05_case_studies" in card.loc["gpt2-large.case.too.joint-4741.phi", "verdict"]
+    found = report.tolerances(report.run_scorecard(run)).set_index("where the tolerance comes from")
+    scatter = found.loc["twice the scatter of a difference of two of its four seeds (§5.1)"]
+    assert scatter.tolist() == [9, "1.3", "1.3"]  # nine settings; 2 √2 · 1e-5 / 2.15e-3 is 1.32%
     sentences = report.headline(run, report.run_scorecard(run))["sentences"]
     assert "small run" in sentences[0] and "**0**" in sentences[-1]
 

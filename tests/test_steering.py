@@ -49,6 +49,13 @@ def test_a_feature_is_scaled_where_it_fires_and_nowhere_else(sae: BatchTopK) -> 
             torch.testing.assert_close(steered[row, column].double(), by_hand, atol=1e-5, rtol=0)
 
 
+def test_positions_before_the_first_stay_as_they_are(sae: BatchTopK) -> None:
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    every, later = scaled(sae, 3, 5.0)(x), scaled(sae, 3, 5.0, 1)(x)
+    assert torch.equal(later[:, 0], x[:, 0]) and torch.equal(later[:, 1:], every[:, 1:])
+    assert not torch.equal(every[:, 0], x[:, 0])
+
+
 def test_removing_a_feature_removes_it(sae: BatchTopK) -> None:
     """Orthogonal rows, so that taking one out leaves the others and it alone is gone."""
     q = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))[0]

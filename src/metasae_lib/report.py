@@ -136,7 +136,7 @@ def paper_against_ours(run: Run, *ids: str, label: str) -> Markdown:
 
 
 def scorecard_rows(card: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a scorecard as a reader sees them."""
+    """Rows of a scorecard as a reader sees them: what was judged with its tolerance."""
     rows = []
     for row in card.to_dict("records"):
         ours = number(row["ours"])
@@ -144,11 +144,14 @@ def scorecard_rows(card: pd.DataFrame) -> pd.DataFrame:
             ours += _unit(row)
         if not pd.isna(row["low"]):
             ours += f" ({between(row['low'], row['high'])})"
+        paper = _printed(row)
+        if row["group"] in COMPARED and row["tolerance"] > 0:
+            paper += f" ± {number(row['tolerance'], 2)}"
         rows.append(
             {
                 "value": row["what"] if row["model"] == "gpt2-large" else f"{row['what']} (Gemma)",
                 "where": row["where"],
-                "paper": _printed(row),
+                "paper": paper,
                 "ours (interval)": ours,
                 "difference": number(row["difference"]),
                 "verdict": row["verdict"],
@@ -613,6 +616,17 @@ def elasticity_sentence(run: Run) -> str:
         f"In this run, thresholds times {low:g} move mean |φ| by {percent(down)}, "
         f"times {high:g} by {percent(up)} (mean over arms)."
     )
+
+
+def tolerances(card: pd.DataFrame) -> pd.DataFrame:
+    """Where the tolerances of the results come from: origin, values, tolerance (from, to)."""
+    found = card[card.section.isin(RESULTS) & (card.tolerance > 0)]
+    rows = [
+        (origin, len(part), number(part.tolerance.min(), 2), number(part.tolerance.max(), 2))
+        for origin, part in found.groupby("origin", sort=False)
+    ]
+    columns = ["where the tolerance comes from", "values", "least", "largest"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def scorecard_sentence(card: pd.DataFrame) -> str:
