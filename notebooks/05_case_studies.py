@@ -369,8 +369,8 @@ sizes = explorer.write(run.folder / "explorer", pages, name, run.profile.about, 
 display(
     HTML(f'<p><a href="../explorer/{name}/index.html">Open the feature explorer of {name}</a></p>'),
     Markdown(
-        f"{sum(sizes.values()) / 2**20:.1f} MiB in all. Arms that ended with the same weights as another "
-        "(controls without a penalty) are left out."
+        f"{sum(sizes.values()) / 2**20:.1f} MiB in all. Arms that ended with the same weights as "
+        "another (controls without a penalty) are left out."
     ),
 )
 
@@ -386,7 +386,7 @@ display(
     report.paper_against_ours(run, "*.case.*", label="tab-paper-05"),
     report.provenance(run),
     report.downloads(
-        run, "matches", "split_counts", "split_choices", "splitting", "implied_overlap", "sense_information",
-        "steering", "case_study_values",
+        run, "matches", "split_counts", "split_choices", "splitting", "implied_overlap",
+        "sense_information", "steering", "case_study_values",
     ),
 )  # fmt: skip
