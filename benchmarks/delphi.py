@@ -27,12 +27,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metasae_lib import Profile, Run, embedded
+from metasae_lib import Profile, Run
 from metasae_lib import autointerp as ai
 from metasae_lib.contexts import collect
-from metasae_lib.judges import Question
+from metasae_lib.judges import InProcessJudge, Question
 from metasae_lib.profile import ArmSpec
 from metasae_lib.training import load_arms
 
@@ -62,14 +61,10 @@ def said_to(answers: ai.Answers, asked: Chats, unexplained: Chats) -> Sequence[s
 
 
 class Chooser:
-    """A model in this process that chooses among all lists of five."""
+    """The in-process judge's model, choosing among all lists of five."""
 
-    def __init__(self, source: str) -> None:
-        folder = embedded.snapshot(source)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        with embedded.quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        self._model = model.eval()
+    def __init__(self, judge: InProcessJudge) -> None:
+        self._tokenizer, self._model = judge.tokenizer, judge.model
         self._lists = ["[" + ",".join(bits) + "]" for bits in itertools.product("01", repeat=5)]
 
     def __call__(self, asked: Chats, unexplained: Chats) -> list[str]:
@@ -85,7 +80,9 @@ class Chooser:
             chat, tokenize=False, add_generation_prompt=True
         )
         ids, lists = (
-            self._tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+            self._tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(
+                self._model.device
+            )
             for text in (written, self._lists)
         )
         read = self._model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
@@ -140,8 +137,7 @@ def main() -> None:
     contexts = collect(run, {name: load_arms(run)[name]}, profile.autointerp.window)[name]
     judge = ai.judge_of(profile)
     answers = ai.answers_for(run, judge)
-    in_process = profile.autointerp.judge == "in-process"
-    answer = Chooser(profile.autointerp.model) if in_process else partial(said_to, answers)
+    answer = Chooser(judge) if isinstance(judge, InProcessJudge) else partial(said_to, answers)
     known = ai.planted(contexts, plan, copies=1)
     features = contexts.usable(plan.examples, plan.examples)[: options.features]
     own = ai.materials(contexts, features, plan)

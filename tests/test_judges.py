@@ -223,7 +223,7 @@ def small_judge(tmp_path_factory: pytest.TempPathFactory) -> InProcessJudge:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     judge = InProcessJudge(f"folder:{folder}", batch_tokens=100)
-    judge._model.float()
+    judge.model.float()
     return judge
 
 
@@ -235,7 +235,7 @@ def test_packed_likelihoods_equal_one_text_at_a_time(small_judge: InProcessJudge
         prompt = small_judge._ids(f"Words to look for: {explanation or 'any text'}.\nText:")
         ids = torch.tensor([prompt + small_judge._ids(text)])
         with torch.no_grad():
-            logp = small_judge._model(ids).logits[0].log_softmax(-1)
+            logp = small_judge.model(ids).logits[0].log_softmax(-1)
         alone = sum(float(logp[i - 1, ids[0, i]]) for i in range(len(prompt), ids.shape[1]))
         assert found[explanation, text] == pytest.approx(alone, abs=1e-3)
 

@@ -150,10 +150,12 @@ def write(runs: Mapping[str, Run], staging: Path) -> list[str]:
     """Write the pages and their figures into `staging/together`; return the pages' names."""
     folder = staging / FOLDER
     folder.mkdir()
+    # Made anew, because a table on disk has lost which values are numbers.
+    cards = {n: report.run_scorecard(run) for n, run in runs.items() if run.has_table("scorecard")}
     for claim in CLAIMS:
         parts = [f"# {claim.title}", claim.text]
         pictures = [_tabs(claim, picture, runs, folder) for picture in claim.pictures]
-        values = ["## The paper's values and ours", _values(claim, runs)]
+        values = ["## The paper's values and ours", _values(claim, cards)]
         parts += [*pictures, *values]
         (folder / f"{claim.name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [f"{FOLDER}/{claim.name}" for claim in CLAIMS]
@@ -179,13 +181,10 @@ def _tabs(claim: Claim, picture: Picture, runs: Mapping[str, Run], folder: Path)
     return "\n".join([*lines, ":::::"])
 
 
-def _values(claim: Claim, runs: Mapping[str, Run]) -> str:
+def _values(claim: Claim, cards: Mapping[str, pd.DataFrame]) -> str:
     """A table with a row a published value, and two columns a profile: ours and the verdict."""
     whole = None
-    for name, run in runs.items():
-        if not run.has_table("scorecard"):
-            continue
-        card = report.run_scorecard(run)  # the table on disk has lost which values are numbers
+    for name, card in cards.items():
         card = card[[any(fnmatch(i, pattern) for pattern in claim.ids) for i in card.id]]
         rows = report.scorecard_rows(card).drop(columns="difference")
         rows = rows.rename(columns={"ours (interval)": name, "verdict": f"{name}: verdict"})

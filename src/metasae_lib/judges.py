@@ -344,7 +344,8 @@ class InProcessJudge:
                 yield start + k, _choice(block[k].task, values)
 
     @cached_property
-    def _model(self) -> Any:
+    def model(self) -> Any:
+        """The language model, loaded on first use, on a GPU where there is one."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -355,7 +356,8 @@ class InProcessJudge:
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(embedded.snapshot(self._source))
@@ -397,7 +399,7 @@ class InProcessJudge:
         import torch
 
         length = max(map(len, rows))
-        device = self._model.device
+        device = self.model.device
         ids = torch.zeros(len(rows), length, dtype=torch.int64)
         positions = torch.zeros_like(ids)
         # A token sees itself and what its own path holds; padding sees itself.
@@ -408,13 +410,13 @@ class InProcessJudge:
             seen = sees[r].numpy()
             for token, parent in enumerate(row.parents[1:], 1):
                 seen[token] |= seen[parent]
-        mask = torch.zeros(sees.shape, dtype=self._model.dtype)
+        mask = torch.zeros(sees.shape, dtype=self.model.dtype)
         mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
         read = [(r, k) for r, row in enumerate(rows) for k in range(row.prompt, len(row))]
         before = [rows[r].parents[k] for r, k in read]
         targets = torch.tensor([rows[r].ids[k] for r, k in read], device=device)
         with torch.no_grad():
-            hidden = self._model.model(
+            hidden = self.model.model(
                 input_ids=ids.to(device), attention_mask=mask[:, None].to(device),
                 position_ids=positions.to(device), use_cache=False,
             ).last_hidden_state[[r for r, _ in read], before]  # fmt: skip
@@ -428,14 +430,14 @@ class InProcessJudge:
         return scores
 
     def _log_p(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._model.lm_head(hidden).float()
+        logits: torch.Tensor = self.model.lm_head(hidden).float()
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
     def _generate(self, chats: Sequence[list[dict[str, str]]]) -> list[str]:
         """Greedy answers to chats, in the model's own form."""
         import torch
 
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         tokenizer.padding_side = "left"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         texts = []
@@ -446,8 +448,8 @@ class InProcessJudge:
             ]
             given = tokenizer(written, return_tensors="pt", padding=True, add_special_tokens=False)
             with torch.no_grad():
-                out = self._model.generate(
-                    **given.to(self._model.device), do_sample=False, max_new_tokens=24,
+                out = self.model.generate(
+                    **given.to(self.model.device), do_sample=False, max_new_tokens=24,
                     pad_token_id=tokenizer.pad_token_id,
                 )  # fmt: skip
             new = out[:, given["input_ids"].shape[1] :]
@@ -455,7 +457,7 @@ class InProcessJudge:
         return [text.strip() for text in texts]
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
 

@@ -145,6 +145,12 @@ class Occurrence:
     word: str
     after: str
 
+    @classmethod
+    def of(cls, row: int, position: int, before: str, token: str, after: str) -> Occurrence:
+        """From a token's text, whose leading blanks stand before the word."""
+        word = token.lstrip()
+        return cls(row, position, before + token.removesuffix(word), word, after)
+
 
 def spellings(tokenizer: Any, word: str) -> list[tuple[int, ...]]:
     """Token ids of a word with and without a blank before it, in lower and title case."""
@@ -176,8 +182,7 @@ def occurrences(
             glued = before[-1:].isalnum() and not itself[:1].isspace()
             if glued or after[:1].isalnum():
                 continue
-            gap = itself[: len(itself) - len(itself.lstrip())]
-            found.append(Occurrence(int(row), end - 1, before + gap, itself.lstrip(), after))
+            found.append(Occurrence.of(int(row), end - 1, before, itself, after))
     return sorted(found, key=lambda o: (o.row, o.position))
 
 
@@ -188,8 +193,7 @@ def places_of(contexts: Contexts, feature: int) -> list[Occurrence]:
         row, start = contexts.layout.place(example.segment)
         parts = (slice(example.peak), example.peak, slice(example.peak + 1, None))
         before, word, after = ("".join(example.pieces[part]) for part in parts)
-        gap = word[: len(word) - len(word.lstrip())]
-        found.append(Occurrence(row, start + example.peak, before + gap, word.lstrip(), after))
+        found.append(Occurrence.of(row, start + example.peak, before, word, after))
     return found
 
 
