@@ -14,8 +14,9 @@ import time
 import numpy as np
 import torch
 
-from metasae_lib.cooccurrence import CooccurrenceCounter, summarise
-from metasae_lib.counting import Pattern, index_type
+from metasae_lib.measure.counting import CooccurrenceCounter
+from metasae_lib.measure.patterns import Pattern, index_type
+from metasae_lib.measure.phi import summarise
 
 CHUNK = 1024  # tokens of one product
 

@@ -29,11 +29,13 @@ import pandas as pd
 import torch
 
 from metasae_lib import Profile, Run
-from metasae_lib import autointerp as ai
-from metasae_lib.contexts import collect
-from metasae_lib.judges import InProcessJudge, Question
-from metasae_lib.profile import ArmSpec
-from metasae_lib.training import load_arms
+from metasae_lib.interpret import controls, material
+from metasae_lib.interpret import scores as scoring
+from metasae_lib.interpret.contexts import collect_contexts
+from metasae_lib.interpret.judges.in_process import InProcessJudge
+from metasae_lib.interpret.judges.questions import Question
+from metasae_lib.study.arms import ArmSpec
+from metasae_lib.train.training import load_arms
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Chat(Question):
 Chats = list[list[dict[str, str]]]
 
 
-def said_to(answers: ai.Answers, asked: Chats, unexplained: Chats) -> Sequence[str | None]:
+def said_to(answers: scoring.Answers, asked: Chats, unexplained: Chats) -> Sequence[str | None]:
     """What a judge writes."""
     return answers([Chat("explain", "", (), chat=json.dumps(chat)) for chat in asked])
 
@@ -118,7 +120,7 @@ def delphi_scores(
     frame = pd.DataFrame()
     for scorer, rows in scores.items():
         pairs = [tuple(zip(*row, strict=True)) for row in rows]
-        frame[f"delphi {scorer}"] = [ai.detection_score(said, true) for true, said in pairs]
+        frame[f"delphi {scorer}"] = [scoring.detection_score(said, true) for true, said in pairs]
         frame[f"unreadable {scorer}"] = [said.count(None) / len(said) for _, said in pairs]
     return frame.astype(float)
 
@@ -132,27 +134,27 @@ def main() -> None:
     parser.add_argument("--python", default=".venv-delphi/bin/python", help="of what has Delphi")
     options = parser.parse_args()
     run = Run.open(Profile.load(options.profile), options.runs)
-    profile, plan = run.profile, ai.plan_of(run.profile)
+    profile, plan = run.profile, scoring.plan_of(run.profile)
     name = ArmSpec("solo", profile.training.seeds[0]).name
-    contexts = collect(run, {name: load_arms(run)[name]}, profile.autointerp.window)[name]
-    judge = ai.judge_of(profile)
-    answers = ai.answers_for(run, judge)
+    contexts = collect_contexts(run, {name: load_arms(run)[name]}, profile.autointerp.window)[name]
+    judge = scoring.judge_of(profile)
+    answers = scoring.answers_for(run, judge)
     answer = Chooser(judge) if isinstance(judge, InProcessJudge) else partial(said_to, answers)
-    known = ai.planted(contexts, plan, copies=1)
+    known = material.planted(contexts, plan, copies=1)
     features = contexts.usable(plan.examples, plan.examples)[: options.features]
-    own = ai.materials(contexts, features, plan)
-    explanations = ai.explanations_of(profile, judge, own, answers)
+    own = material.materials(contexts, features, plan)
+    explanations = scoring.explanations_of(profile, judge, own, answers)
     explained = [(made, text) for made, text in zip(own, explanations, strict=True) if text]
     texts = [text for _, text in known]
     groups = {
         "planted, right": ([made for made, _ in known], texts),
-        "planted, shuffled": ([made for made, _ in known], ai.shuffled(texts)),
+        "planted, shuffled": ([made for made, _ in known], controls.shuffled(texts)),
         "features": ([made for made, _ in explained], [text for _, text in explained]),
     }
     frames = []
     for group, (made, given) in groups.items():
-        ours = ai.score(made, given, answers)
-        theirs = delphi_scores(ai.delphi_records(made, given), answer, options.python)
+        ours = scoring.score(made, given, answers)
+        theirs = delphi_scores(material.delphi_records(made, given), answer, options.python)
         frames.append(
             pd.concat([ours[["fuzzing", "detection"]], theirs], axis=1).assign(group=group)
         )

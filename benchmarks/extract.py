@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from metasae_lib import Profile, embedded
-from metasae_lib.subject import compute_device, load_subject
+from metasae_lib import Profile
+from metasae_lib.subject import embedded
+from metasae_lib.subject.model import compute_device, load_subject
 
 ROUNDS = 3
 

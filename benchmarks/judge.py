@@ -28,9 +28,10 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from metasae_lib import embedded
-from metasae_lib.contexts import Example
-from metasae_lib.judges import AskOnce, HttpJudge, Question
+from metasae_lib.interpret.examples import Example
+from metasae_lib.interpret.judges.http import HttpJudge
+from metasae_lib.interpret.judges.questions import AskOnce, Question
+from metasae_lib.subject import embedded
 
 HOST = "127.0.0.1"
 KINDS = ("500", "cut", "garbage")

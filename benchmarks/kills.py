@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from metasae_lib import Profile, Run
-from metasae_lib.activations import Residuals
+from metasae_lib.subject.activations import Residuals
 
 KILLS = 24
 MOMENTS = (4.0, 30.0)  # seconds after the start; the imports and compiling take about ten

@@ -17,10 +17,10 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from metasae_lib import Profile, Run
-from metasae_lib.activations import Residuals
-from metasae_lib.dictionary import denormalise, normalise
-from metasae_lib.thresholds import calibrate_arms
-from metasae_lib.training import train_arms
+from metasae_lib.measure.thresholds import calibrate_arms
+from metasae_lib.subject.activations import Residuals
+from metasae_lib.train.dictionary import denormalise, normalise
+from metasae_lib.train.training import train_arms
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_PEER = """

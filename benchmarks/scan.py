@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from metasae_lib import Profile, Run
-from metasae_lib.cooccurrence import CooccurrenceCounter
-from metasae_lib.corpus import load_tokens
-from metasae_lib.counting import above
-from metasae_lib.dictionary import BatchTopK, normalise
-from metasae_lib.subject import load_subject
-from metasae_lib.thresholds import Calibrator, pre_activations, product_dtype
+from metasae_lib.measure.counting import CooccurrenceCounter
+from metasae_lib.measure.patterns import above
+from metasae_lib.measure.thresholds import Calibrator, pre_activations, product_dtype
+from metasae_lib.subject.corpus import load_tokens
+from metasae_lib.subject.model import load_subject
+from metasae_lib.train.dictionary import BatchTopK, normalise
 
 N, L0 = 4096, 32
 

@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 from playwright.sync_api import Page, sync_playwright
 
-from metasae_lib import Profile, Run, explorer
-from metasae_lib.corpus import load_tokens
+from metasae_lib import Profile, Run
+from metasae_lib.show import explorer
+from metasae_lib.subject.corpus import load_tokens
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "workflow"))

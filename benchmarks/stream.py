@@ -23,11 +23,12 @@ import torch
 from transformers import GPT2Config, GPT2Model
 
 from metasae_lib import Profile, Run
-from metasae_lib.activations import BatchStream
-from metasae_lib.dictionary import normalise
-from metasae_lib.profile import ArmSpec
-from metasae_lib.subject import Subject, compute_device, load_subject
-from metasae_lib.training import Trainer, Workspace
+from metasae_lib.study.arms import ArmSpec
+from metasae_lib.subject.activations import BatchStream
+from metasae_lib.subject.model import Subject, compute_device, load_subject
+from metasae_lib.train.dictionary import normalise
+from metasae_lib.train.learner import Workspace
+from metasae_lib.train.trainer import Trainer
 
 SOLO, CONTROL, JOINT = (
     ArmSpec("solo", 0),

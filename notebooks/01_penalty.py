@@ -34,10 +34,11 @@ import pandas as pd
 import torch
 from IPython.display import Markdown, display
 
-from metasae_lib import figures, report
-from metasae_lib.penalty import decomposability, decomposability_penalty, penalty_pull
+from metasae_lib import show
+from metasae_lib.show import figures
+from metasae_lib.train import decomposability, decomposability_penalty, penalty_pull
 
-run = report.open_run(profile, overrides, runs_dir)
+run = show.open_run(profile, overrides, runs_dir)
 grid = run.profile.training
 Markdown(
     f"This run: profile **{run.name}**, with λ₂ in {grid.lambda2} and σ² in {grid.sigma_sq}. "
@@ -134,7 +135,7 @@ for name, squared in {"nothing is rebuilt": 1, "at a right angle": 2, "opposite"
 bounds["strongest push at r"] = np.sqrt(bounds["σ²"] / 2)
 bounds["its length f"] = np.sqrt(2 / np.e / bounds["σ²"])
 run.save_table("penalty_bounds", bounds, "Eq. 2 at the distances that unit rows can reach")
-report.table(bounds, "What is left of the penalty at best, and where it pushes most", "tab-bounds")
+show.table(bounds, "What is left of the penalty at best, and where it pushes most", "tab-bounds")
 
 # %% [markdown]
 # Two consequences are worth keeping in mind when reading the results.
@@ -223,11 +224,11 @@ figures.escape(paths)
 
 # %%
 display(
-    report.paper_against_ours(
+    show.paper_against_ours(
         run, "*.setup.lambda2", "*.setup.sigma_sq", "*.setup.n_*_steps", label="tab-paper-01"
     ),
-    report.provenance(run),
-    report.downloads(
+    show.provenance(run),
+    show.downloads(
         run, "penalty_gradient", "penalty_profile", "penalty_bounds", "push_2d", "push_3d",
         "penalty_escape",
     ),

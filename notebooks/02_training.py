@@ -44,20 +44,19 @@ import pandas as pd
 import torch
 from IPython.display import Markdown, display
 
-from metasae_lib import figures, report
-from metasae_lib.fidelity import measure_arms
-from metasae_lib.posthoc import meta_posthoc
-from metasae_lib.thresholds import calibrate_arms
-from metasae_lib.training import train_arms
+from metasae_lib import show
+from metasae_lib.measure import calibrate_arms, measure_arms
+from metasae_lib.show import figures
+from metasae_lib.train import meta_posthoc, train_arms
 
-run = report.open_run(profile, overrides, runs_dir)
+run = show.open_run(profile, overrides, runs_dir)
 arms = train_arms(run)
 about = pd.DataFrame([{"arm": name} | vars(arm.spec) for name, arm in arms.items()])
 sizes, training = run.profile.dictionary, run.profile.training
 Markdown(
     f"**{len(arms)} arms** with {sizes.n_features:,} features, k = {sizes.k}, trained on "
     f"{training.train_tokens:,} tokens each ({run.profile.steps:,} steps of "
-    f"{training.batch_tokens:,}). {report.scale_of_run(run)}"
+    f"{training.batch_tokens:,}). {show.scale_of_run(run)}"
 )
 
 # %% [markdown]
@@ -71,16 +70,16 @@ history = pd.concat([arm.history.assign(arm=name) for name, arm in arms.items()]
 history = history.merge(about, on="arm")
 run.save_table("training", history, "Losses of every arm during training, every ten steps")
 last = history.groupby("arm", sort=False).tail(1).set_index("arm").loc[about.arm].reset_index()
-flat = report.flattening(history)
+flat = show.flattening(history)
 display(
-    report.table(
+    show.table(
         last[["arm", "lambda2", "sigma_sq", "seed", "step", "l2", "l0", "dead", "penalty", "meta_l2"]]
         .rename(columns={"lambda2": "λ₂", "sigma_sq": "σ²", "l2": "L2", "penalty": "mean p"}),
         "The arms at the end of training (one batch, training mode)", "tab-arms", "wide",
     ),
     Markdown(
         "**Has the loss flattened?** Over the last tenth of training, the mean L2 of the arms "
-        f"changed by {report.percent(flat.min())} to {report.percent(flat.max())} against the tenth "
+        f"changed by {show.percent(flat.min())} to {show.percent(flat.max())} against the tenth "
         "before. " + ("That is flat enough to compare arms." if flat.abs().max() < 1 else
         "It still moves, so differences between arms may yet change with more tokens.")
     ),
@@ -126,7 +125,7 @@ run.save_table("arms", fidelity, "Fidelity of every arm on held-out text, at its
 figures.fidelity(fidelity)
 
 # %%
-display(report.fidelity_sentences(run, fidelity), report.both_modes(run, fidelity))
+display(show.fidelity_sentences(run, fidelity), show.both_modes(run, fidelity))
 
 # %% [markdown]
 # ## The control is the solo arm
@@ -149,7 +148,7 @@ control["largest_difference"] = [
 ]  # fmt: skip
 control["bit_for_bit"] = [torch.equal(arms[a].sae.W_dec, arms[b].sae.W_dec) for a, b in rows]
 run.save_table("control", control, "Weights of every control against the solo arm of its seed")
-report.table(control, "Controls against solo arms: all weights", "tab-control")
+show.table(control, "Controls against solo arms: all weights", "tab-control")
 
 # %% [markdown]
 # ## BatchTopK against JumpReLU
@@ -161,12 +160,12 @@ report.table(control, "Controls against solo arms: all weights", "tab-control")
 # the mean number of active features near k.
 
 # %% mystnb={"figure": {"name": "fig-ablation", "caption": "Held-out L2 against L0 of BatchTopK and JumpReLU dictionaries, solo (filled) and joint (open). Compare at equal L0: further down is better."}, "image": {"alt": "L2 against L0: blue squares BatchTopK, orange triangles JumpReLU, solid lines solo, dashed lines joint."}}
-ablation = report.ablation(run, fidelity)
+ablation = show.ablation(run, fidelity)
 run.save_table("ablation", ablation, "BatchTopK against JumpReLU, solo and joint")
 figures.ablation(ablation)
 
 # %%
-Markdown(report.ablation_sentence(ablation))
+Markdown(show.ablation_sentence(ablation))
 
 # %% [markdown]
 # ## Other ways to train
@@ -180,7 +179,7 @@ Markdown(report.ablation_sentence(ablation))
 # - *critic*: the joint arm with one of the last two choices at a time.
 
 # %%
-report.competitors(run, fidelity)
+show.competitors(run, fidelity)
 
 # %% [markdown]
 # ## A critic that the arm never saw
@@ -197,22 +196,22 @@ chosen = {
 }  # fmt: skip
 posthoc = meta_posthoc(run, chosen)
 run.save_table("meta_posthoc", posthoc, "Decoder variance explained by a meta SAE afterwards")
-report.explained(run, posthoc)
+show.explained(run, posthoc)
 
 # %% [markdown]
 # ## Where the time went
 
 # %% mystnb={"figure": {"name": "fig-time", "caption": "Time that the stages of this run took when they were made. Artefacts are kept: running this notebook again takes none of it."}, "image": {"alt": "Horizontal bars: seconds for each stage of the run."}}
-time = report.time_spent(run)
+time = show.time_spent(run)
 run.save_table("time", time, "Seconds that each stage of the run took when it was made")
 figures.time_spent(time)
 
 # %%
 display(
-    report.paper_against_ours(
+    show.paper_against_ours(
         run, "*.solo_l2", "*ce_nats", "*.solo_ce_*", "*.joint_ce_*", "*.joint_*_ce_*",
         "*.l2_increase_absolute", "*.dead_*", "*.d_l2_pct*", label="tab-paper-02",
     ),
-    report.provenance(run),
-    report.downloads(run, "arms", "training", "control", "ablation", "meta_posthoc", "time"),
+    show.provenance(run),
+    show.downloads(run, "arms", "training", "control", "ablation", "meta_posthoc", "time"),
 )  # fmt: skip

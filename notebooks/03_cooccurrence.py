@@ -41,30 +41,29 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 
-from metasae_lib import cooccurrence, figures, report, statistics
-from metasae_lib.fidelity import norms
-from metasae_lib.sensitivity import headline, sensitivity
-from metasae_lib.thresholds import calibrate_arms
-from metasae_lib.training import load_arms
+from metasae_lib import measure, show
+from metasae_lib.measure import calibrate_arms, headline_by_choice, norms, sensitivity
+from metasae_lib.show import figures
+from metasae_lib.train import load_arms
 
-run = report.open_run(profile, overrides, runs_dir)
+run = show.open_run(profile, overrides, runs_dir)
 arms = load_arms(run)
 about = pd.DataFrame([{"arm": name} | vars(arm.spec) for name, arm in arms.items()])
-solo, joint = report.compared_arms(run)  # the solo arm and the selected joint arm, first seed
+solo, joint = show.compared_arms(run)  # the solo arm and the selected joint arm, first seed
 calibrations = calibrate_arms(run, arms)
-counts = cooccurrence.scan_arms(run, arms)
-summaries = {name: cooccurrence.summarise(counts[name]) for name in arms}
+counts = measure.scan_arms(run, arms)
+summaries = {name: measure.summarise(counts[name]) for name in arms}
 n_draws = run.profile.evaluation.bootstrap
 replicates = {
-    name: statistics.bootstrap_mean_abs(cooccurrence.abs_phi_blocks(counts[name]), n_draws, seed)
+    name: measure.bootstrap_mean_abs(measure.abs_phi_blocks(counts[name]), n_draws, seed)
     for seed, name in enumerate(arms)
 }
-phi = report.phi_table(about, counts, summaries, replicates)
+phi = show.phi_table(about, counts, summaries, replicates)
 run.save_table("phi", phi, "φ over all pairs, every arm: mean |φ|, interval, null, floor, L0, ...")
 display(
-    Markdown(report.scale_of_run(run) + " " + cooccurrence.enough_tokens(summaries[solo])),
-    report.table(
-        report.phi_rows(phi),
+    Markdown(show.scale_of_run(run) + " " + measure.enough_tokens(summaries[solo])),
+    show.table(
+        show.phi_rows(phi),
         "φ over all pairs of living features, every arm; mean |φ| with its interval over features, "
         "its null (independent features of the same rates) and the noise floor in thousandths",
         "tab-phi",
@@ -141,9 +140,9 @@ figures.density_difference(figure_1a)
 # point can wander with no method at all.
 
 # %% mystnb={"figure": {"name": "fig-1b", "caption": "Figure 1b of the paper for this model: change of mean |φ| against change of L2, with 95% intervals over features, a colour per σ², a size per λ₂, the controls and the other solo seeds; open diamonds are the paper's Table 1. The line, where there is one, joins the settings that no other beats in both."}, "image": {"alt": "Scatter of percent change of mean absolute phi against percent change of L2: our joint arms with vertical intervals, controls at the origin, other solo seeds, and the paper's nine points as open red diamonds."}}
-grid = report.grid_changes(run, phi, run.load_table("arms"), replicates)
+grid = show.grid_changes(run, phi, run.load_table("arms"), replicates)
 run.save_table("grid", grid, "Figure 1b and Table 1: every arm against the solo arm of its seed")
-figures.trade_off(grid, report.paper_grid())
+figures.trade_off(grid, show.paper_grid())
 
 # %% [markdown]
 # ## The independent baseline
@@ -154,7 +153,7 @@ figures.trade_off(grid, report.paper_grid())
 # solo seeds, and over seeds. Few seeds make wide intervals; that is the truth about few seeds.
 
 # %% mystnb={"figure": {"name": "fig-effect", "caption": "Change of mean |φ| by joint training at the selected setting, under each way to compare, with 95% intervals. Red: the paper's value against its own solo dictionary and against its four independent ones."}, "image": {"alt": "Horizontal intervals of the percent change of mean absolute phi, one row per comparison, with vertical lines at zero, minus 7.5 and minus 2.3 percent."}}
-effects = report.effects(run, phi, grid)
+effects = show.effects(run, phi, grid)
 run.save_table("effects", effects, "Change of mean |φ|, joint against solo, by way to compare")
 figures.effect(effects, {"the paper, −7.5%": figures.HEADLINE, "its four seeds, −2.3%": -2.3})
 
@@ -165,20 +164,20 @@ figures.effect(effects, {"the paper, −7.5%": figures.HEADLINE, "its four seeds
 
 # %%
 a, b = (phi[phi.arm == name].iloc[0] for name in (solo, joint))
-test = statistics.welch(
+test = measure.welch(
     a.n_pairs, a.mean_abs, a.std_abs**2, b.n_pairs, b.mean_abs, b.std_abs**2
 )  # fmt: skip
 run.save_table("welch", pd.DataFrame([vars(test)]), "Welch's t over pairs, as §5.1 has it")
 display(
-    report.section(
+    show.section(
         "Welch's t over pairs, and why not",
-        f"As the paper does it, over {a.n_pairs:,} pairs a side: t = {report.number(test.t)}, "
-        f"p = {report.number(test.p)}, but an effect of d = {report.number(test.d)}. "
+        f"As the paper does it, over {a.n_pairs:,} pairs a side: t = {show.number(test.t)}, "
+        f"p = {show.number(test.p)}, but an effect of d = {show.number(test.d)}. "
         f"{a.alive:,} features make all these pairs, so they hang together and the standard error is "
         "too small; a large t would say that there are many pairs, not that the difference would come "
         "again. With the paper's own numbers the test does not add up (box 3 of the scorecard).",
     ),
-    report.table_1(run),
+    show.table_1(run),
 )
 
 # %% [markdown]
@@ -199,7 +198,7 @@ figures.firing_rates(rates)
 
 # %% mystnb={"figure": {"name": "fig-by-rate", "caption": "mean |φ| of the pairs whose rarer feature fires at a given rate (tenths of the features), beside independent features of the same rates (dashed). Rare features have small |φ| by necessity; an effect on features must show at equal rates."}, "image": {"alt": "Curves of mean absolute phi against firing rate on logarithmic axes for the solo and the joint arm, with dashed pink curves for independent features."}}
 by_rate = pd.concat(
-    report.by_rarer(summaries[name].by_rate).assign(arm=name, kind=arms[name].spec.kind)
+    show.by_rarer(summaries[name].by_rate).assign(arm=name, kind=arms[name].spec.kind)
     for name in (solo, joint)
 )
 run.save_table("phi_by_rate", by_rate, "mean |φ| and its null by the rarer feature's firing rate")
@@ -254,28 +253,28 @@ run.save_table("elasticity", elasticity, "mean |φ| when all thresholds are scal
 figures.elasticity(elasticity)
 
 # %%
-under = headline(choices, solo, joint)
+under = headline_by_choice(choices, solo, joint)
 under = under[~under.variant.str.startswith("scale-")]
 run.save_table("headline_by_choice", under, "Joint against solo under every other choice")
 display(
-    report.table(
+    show.table(
         under.rename(columns={"change_pct": "change %"}),
         "The headline under other choices (first seed)",
         "tab-choices",
     ),
-    Markdown(report.spread_sentence(under)),
+    Markdown(show.spread_sentence(under)),
 )
 
 # %%
 display(
-    Markdown("## What a reader may conclude\n\n" + " ".join(report.conclusion(run))),
-    report.paper_against_ours(
+    Markdown("## What a reader may conclude\n\n" + " ".join(show.conclusion(run))),
+    show.paper_against_ours(
         run, "*.d_mean_abs_phi_pct", "*.solo_mean_abs_phi", "*.independent_*", "*.joint_solo_gap",
         "*.n_pairs", "*.welch_*", "*.phi_*", "*.activation_norm_*", "*_over_norm_pct",
         "*.lambda?_*", "gemma-2-9b.selected", label="tab-paper-03",
     ),
-    report.provenance(run),
-    report.downloads(
+    show.provenance(run),
+    show.downloads(
         run, "phi", "effects", "grid", "welch", "figure_1a", "thresholds", "firing_rates",
         "phi_by_rate", "phi_histogram", "norms", "sensitivity", "elasticity", "headline_by_choice",
     ),

@@ -39,37 +39,25 @@ import torch
 from IPython.display import HTML, Markdown, display
 from scipy import sparse
 
-from metasae_lib import (
-    autointerp,
-    contexts,
-    cooccurrence,
-    explorer,
-    figures,
-    report,
-    senses,
-    splitting,
-    steering,
-)
-from metasae_lib.corpus import load_tokens
-from metasae_lib.published import load_published
-from metasae_lib.subject import load_subject
-from metasae_lib.training import load_arms
+from metasae_lib import interpret, measure, show
+from metasae_lib.interpret import senses, splitting, steering
+from metasae_lib.show import explorer, figures, load_published
+from metasae_lib.subject import load_subject, load_tokens
+from metasae_lib.train import load_arms
 
-run = report.open_run(profile, overrides, runs_dir)
+run = show.open_run(profile, overrides, runs_dir)
 every_arm = load_arms(run)  # for the explorer; the rest looks at two seeds of the arms compared
 arms = splitting.two_seeds(every_arm, run.profile.selected)
-solo, joint = report.compared_arms(run)  # the solo arm and the selected joint arm, first seed
+solo, joint = show.compared_arms(run)  # the solo arm and the selected joint arm, first seed
 pairs = splitting.seed_pairs(arms, run.profile.selected)
-counts = cooccurrence.scan_arms(run, arms)
-cross = cooccurrence.cross_scan(run, arms, list(zip(pairs.a, pairs.b, strict=True)))
-text = contexts.collect(run, every_arm)
+counts = measure.scan_arms(run, arms)
+cross = measure.cross_scan(run, arms, list(zip(pairs.a, pairs.b, strict=True)))
+text = interpret.collect_contexts(run, every_arm)
 peaks = {n: [t[0] if t else "" for t in explorer.peak_tokens(text[n])] for n in arms}
 sides = {name: splitting.Side(counts[name], peaks[name]) for name in arms}
 tokens, rule = load_tokens(run), splitting.Rule()
-run.save_table(
-    "matches", cooccurrence.partners(cross, 2).round(4), "Strongest φ partners, all pairs"
-)
-Markdown(report.scale_of_run(run))
+run.save_table("matches", measure.partners(cross, 2).round(4), "Strongest φ partners, all pairs")
+Markdown(show.scale_of_run(run))
 
 # %% [markdown]
 # ## Splits and merges
@@ -114,7 +102,7 @@ for clause, changed in variants.items():
         rows.append({"clause": clause, "pair": row.role, **counted})
 choices = pd.DataFrame(rows).groupby(["clause", "pair"], sort=False).sum().reset_index()
 run.save_table("split_choices", choices, "Splits and merges when one clause of the rule changes")
-report.table(
+show.table(
     choices.assign(pair=choices.pair.map({"joint": "solo, joint", "null": "solo, solo"})),
     "The same counts when one clause changes, summed over pairs of different seeds",
     "tab-split-choices",
@@ -133,7 +121,7 @@ if run.has_table("autointerp_scores"):  # of several judges, the one with a lang
     scores = run.load_table("autointerp_scores").sort_values("judge", key=lambda j: j == "lexical")
     told = scores.assign(
         arm=scores.kind.map({"solo": solo, "joint": joint}), fuzz=scores.fuzzing,
-        explanation=scores.explanation.map(autointerp.in_words, na_action="ignore"),
+        explanation=scores.explanation.map(interpret.in_words, na_action="ignore"),
     )  # fmt: skip
     told = told.drop_duplicates(["arm", "feature"])
 for side, prefix, arm in (("feature", "", solo), ("partner", "partner_", joint)):
@@ -146,7 +134,7 @@ candidates["cosine"] = (rows[0] * rows[1]).sum(1).tolist()  # rows have length 1
 run.save_table("splitting", candidates, "Splitting candidates: solo features, joint partners, φ")
 shown = splitting.listed(candidates)
 display(
-    report.table(
+    show.table(
         shown.dropna(axis=1, how="all"),
         "The ten strongest candidates: solo features and their joint partners; φ and cosine "
         "of decoder rows with the solo feature, overlap: largest φ with a stronger partner",
@@ -172,7 +160,7 @@ for feature, group in candidates[candidates["rank"] <= 3].groupby("feature", sor
     beside = {f"solo {feature}": mine[:, 0], **dict(zip(heads, theirs.T, strict=True))}
     inside = senses.side_by_side(places, strongest, [*heads, "no partner"], beside)
     tables.append(
-        report.table(
+        show.table(
             inside.rename(columns={"sense": "strongest"}),
             f"Solo feature {feature} in context, and its joint partners",
             f"tab-candidate-{len(tables) + 1}",
@@ -203,7 +191,7 @@ implied = pd.DataFrame(rows, columns=["word", "first", "second", "φ", "φ ", "l
 run.save_table("implied_overlap", implied, "Least φ between the paper's joint features of a word")
 forced = list(dict.fromkeys(implied[implied["least φ of the two"] > 0].word))
 display(
-    report.table(implied, "The paper's joint features and the least they overlap", "tab-implied"),
+    show.table(implied, "The paper's joint features and the least they overlap", "tab-implied"),
     Markdown(
         f"So for {' and '.join(f'*{word}*' for word in forced) or 'no word'} at least two of the "
         "joint features that the paper calls different senses must fire on shared tokens."
@@ -245,11 +233,11 @@ for word, number in numbers.items():
     beside = {head: a.toarray().ravel() for head, a in heads.items()}
     display(
         Markdown(f"### “{word}”"),
-        report.table(study.rename(columns=heading), f"Table {number} for this model: “{word}”",
+        show.table(study.rename(columns=heading), f"Table {number} for this model: “{word}”",
                      f"tab-{word}"),
-        report.table(theirs[["feature", "value", "note"]], f"The paper's Table {number}: joint "
+        show.table(theirs[["feature", "value", "note"]], f"The paper's Table {number}: joint "
                      "features, φ with its solo feature, sense", f"tab-{word}-paper"),
-        report.table(senses.side_by_side(places, labels, names, beside),
+        show.table(senses.side_by_side(places, labels, names, beside),
                      f"“{word}” in context, and what fires", f"tab-{word}-contexts"),
     )  # fmt: skip
 Markdown("\n\n".join(verdicts))
@@ -328,7 +316,7 @@ figures.sense_information(info) if len(info) else None
 if len(candidates):
     feature, partner = (int(candidates[side].iloc[0]) for side in ("feature", "partner"))
 else:  # no candidate: a solo feature that fires, and its strongest joint partner
-    best = cooccurrence.top_matches(cross[solo, joint], 1).sort_values("phi").iloc[-1]
+    best = measure.top_matches(cross[solo, joint], 1).sort_values("phi").iloc[-1]
     feature, partner = int(best.feature), int(best.match)
 example = text[solo].top(feature, 1)[0]
 row, column = text[solo].layout.place(example.segment)
@@ -346,7 +334,7 @@ run.save_table("steering", steered, "Next-token probabilities, a feature removed
 changes = steered[["token", "unchanged", *(f"change {name}" for name in replacements)]]
 display(
     Markdown(f"The row ends with: {senses.quoted(''.join(example.pieces[: example.peak + 1]))} …"),
-    report.table(
+    show.table(
         changes.assign(token=changes.token.map(senses.quoted)).head(10),
         f"Next token after steering solo feature {feature} and joint feature {partner}: "
         "probability, and its change in percentage points",
@@ -383,9 +371,9 @@ sentences = [found.sentence(), *verdicts, sense_sentence]
 run.save_json("case_study_sentences", [s.replace("**", "") for s in sentences])
 display(
     Markdown("## What a reader may conclude\n\n" + "\n".join(f"- {s}" for s in sentences)),
-    report.paper_against_ours(run, "*.case.*", label="tab-paper-05"),
-    report.provenance(run),
-    report.downloads(
+    show.paper_against_ours(run, "*.case.*", label="tab-paper-05"),
+    show.provenance(run),
+    show.downloads(
         run, "matches", "split_counts", "split_choices", "splitting", "implied_overlap",
         "sense_information", "steering", "case_study_values",
     ),

@@ -34,14 +34,16 @@ import pandas as pd
 import torch
 from IPython.display import Markdown, display
 
-from metasae_lib import Profile, figures, report, synthetic
-from metasae_lib.profile import ArmSpec
+from metasae_lib import Profile, show
+from metasae_lib.measure import synthetic
+from metasae_lib.show import figures
+from metasae_lib.study import ArmSpec
 
 torch.set_num_threads(
     1
 )  # for matrices as small as these, a second thread costs more than it brings
 numba.set_num_threads(1)
-run = report.open_run(profile, overrides, runs_dir)
+run = show.open_run(profile, overrides, runs_dir)
 seeds, grid = [0, 1, 2], [0.03, 0.1, 0.3]
 sizes = {"n_features": 128, "k": 4, "n_meta_features": 12, "meta_k": 4}
 training = {"batch_tokens": 512, "train_tokens": 512 * 1000, "dtype": "float32", "k_aux": 32}
@@ -79,13 +81,13 @@ for i in range(len(world.kinds)):
     facts.loc[i, "cosine within the pair"] = (world.atoms[2 * i] @ world.atoms[2 * i + 1]).item()
 published_ratio, ratio = 1280 / 64, tokens.shape[1] / settings.dictionary.k
 display(
-    report.table(
+    show.table(
         facts.groupby("pair", sort=False).mean().reset_index(),
         "The world as sampled: means over the sixteen pairs of each kind",
         "tab-world",
     ),
     Markdown(
-        f"Atoms on a token: {report.number((strength > 0).sum(1).double().mean().item())}, against "
+        f"Atoms on a token: {show.number((strength > 0).sum(1).double().mean().item())}, against "
         f"k = {settings.dictionary.k}. d/k is {ratio:g} here and {published_ratio:g} in the paper, "
         "so the same λ₂ weighs about the same."
     ),
@@ -117,7 +119,7 @@ scores["recovered"] = scores.filter(like="recovered ").mean(axis=1)
 run.save_table("ground_truth", scores, "Synthetic world: recovery, blending and φ, every arm")
 summary = scores.groupby("lambda2")[["l2", "recovered", "mean_abs_phi"]].agg(["mean", "std"])
 summary = summary.stack(level=0, future_stack=True).reset_index(names=["λ₂", "measure"])
-report.table(
+show.table(
     summary.assign(measure=summary.measure.str.replace("_", " ")),
     f"Every setting over {len(seeds)} seeds (λ₂ = 0: solo); recovered is the share of all atoms",
     "tab-truth",
@@ -180,9 +182,9 @@ display(
         "known; whether language models are like this world, it cannot show. The paper has no "
         "synthetic experiment; below are its settings."
     ),
-    report.paper_against_ours(
+    show.paper_against_ours(
         run, "gpt2-large.setup.lambda2", "gpt2-large.setup.sigma_sq", label="tab-paper-06"
     ),
-    report.provenance(run),
-    report.downloads(run, "ground_truth", "recovery"),
+    show.provenance(run),
+    show.downloads(run, "ground_truth", "recovery"),
 )  # fmt: skip

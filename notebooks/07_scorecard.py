@@ -37,27 +37,26 @@ import math
 import pandas as pd
 from IPython.display import Markdown, display
 
-from metasae_lib import figures, report
-from metasae_lib.cooccurrence import noise_floor, null_mean_abs
-from metasae_lib.published import load_published, verdict_counts
-from metasae_lib.report import number, percent, section
+from metasae_lib import show
+from metasae_lib.measure import noise_floor, null_mean_abs
+from metasae_lib.show import figures, load_published, number, percent, section, verdict_counts
 
-run = report.open_run(profile, overrides, runs_dir)
+run = show.open_run(profile, overrides, runs_dir)
 published = load_published()
 paper = {i.removeprefix("gpt2-large."): v.value for i, v in published.values.items()}
-card = report.run_scorecard(run)
+card = show.run_scorecard(run)
 run.save_table("scorecard", card, "Every published value, ours, the difference and the verdict")
 figures.scorecard_overview(card)
 
 # %%
-counts = verdict_counts(published, report.measured(run, published), run.profile.name)
+counts = verdict_counts(published, show.measured(run, published), run.profile.name)
 run.save_table("verdict_counts", counts, "Verdicts on results at 1/2, 1 and 2 times the tolerances")
 display(
-    Markdown(report.scorecard_sentence(card)),
-    report.table(
+    Markdown(show.scorecard_sentence(card)),
+    show.table(
         counts, "Verdicts on results, if tolerances were half or twice as wide", "tab-counts"
     ),
-    report.table(report.tolerances(card), "The tolerances, in the values' units", "tab-tolerances"),
+    show.table(show.tolerances(card), "The tolerances, in the values' units", "tab-tolerances"),
 )
 
 # %% [markdown]
@@ -77,10 +76,10 @@ titles = {
     "case study": "Case studies (Tables 2 to 5)", "artefact": "Figures and tables",
 }  # fmt: skip
 for part, title in titles.items():
-    rows = report.scorecard_rows(card[card.section == part])
+    rows = show.scorecard_rows(card[card.section == part])
     display(
         Markdown(f"### {title}"),
-        report.table(rows, title, f"tab-all-{part.replace(' ', '-')}", look="filterable"),
+        show.table(rows, title, f"tab-all-{part.replace(' ', '-')}", look="filterable"),
     )
 
 # %% [markdown]
@@ -151,7 +150,7 @@ display(
         f"{sum(f > 0 for f in falls)} of 3 values of σ², by {percent(min(falls))} to "
         f"{percent(max(falls))}.",
     ),
-    report.table(monotone, "Δ mean |φ| as the paper's Table 1 prints it", "tab-monotone"),
+    show.table(monotone, "Δ mean |φ| as the paper's Table 1 prints it", "tab-monotone"),
 )
 
 # %%
@@ -168,7 +167,7 @@ section(
 )
 
 # %%
-moved = report.elasticity_sentence(run)
+moved = show.elasticity_sentence(run)
 section(
     "6. The threshold rule can move mean |φ| as much as the method",
     "Appendix A describes thresholds that match each feature's own firing rate. The released code "
@@ -235,18 +234,18 @@ display(
         f"{number(noise_floor(35_000_000))}, beside a joint-solo gap of {number(gap)}; with Gemma's 5 "
         f"million {number(noise_floor(5_000_000))}. The paper draws no floor.",
     ),
-    report.table(floors, "What chance alone gives", "tab-floors"),
+    show.table(floors, "What chance alone gives", "tab-floors"),
 )
 
 # %%
-headline = report.headline(run, card)
+headline = show.in_short(run, card)
 run.save_json("headline", headline)
 display(
     Markdown("## In short\n\n" + "\n".join(f"- {s}" for s in headline["sentences"])),
-    report.paper_against_ours(
+    show.paper_against_ours(
         run, "gpt2-large.table1.lambda0.3-sigma1.*", "*.joint_minus_solo_ce_points",
         "*.fuzz_delta_pct*", "*.lambda0_control", label="tab-paper-07",
     ),
-    report.provenance(run),
-    report.downloads(run, "scorecard", "verdict_counts", "noise_floors"),
+    show.provenance(run),
+    show.downloads(run, "scorecard", "verdict_counts", "noise_floors"),
 )  # fmt: skip

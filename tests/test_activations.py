@@ -12,10 +12,11 @@ from small_models import save_model, save_text, small_profile
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from metasae_lib import Run, activations
-from metasae_lib.activations import BatchStream, Residuals
-from metasae_lib.corpus import load_tokens
-from metasae_lib.errors import ArtefactError
+from metasae_lib import Run
+from metasae_lib.study.errors import ArtefactError
+from metasae_lib.subject import activations
+from metasae_lib.subject.activations import BatchStream, Residuals
+from metasae_lib.subject.corpus import load_tokens
 
 
 @pytest.fixture(scope="module")

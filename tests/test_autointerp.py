@@ -14,11 +14,15 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metasae_lib import autointerp as ai
-from metasae_lib.contexts import Example
-from metasae_lib.errors import MeasureError
-from metasae_lib.judges import LexicalJudge, Question
-from metasae_lib.published import load_published
+from metasae_lib.interpret import comparison, controls
+from metasae_lib.interpret import scores as scoring
+from metasae_lib.interpret.examples import Example
+from metasae_lib.interpret.judges.lexical import LexicalJudge
+from metasae_lib.interpret.judges.questions import Question
+from metasae_lib.interpret.material import Marginal, Material, Plan, alter, delphi_records, prepare
+from metasae_lib.show import examples
+from metasae_lib.show.published import load_published
+from metasae_lib.study.errors import MeasureError
 
 WORDS = [f" w{i}" for i in range(40)]
 
@@ -31,10 +35,10 @@ def example(ids: Sequence[int], acts: Sequence[float], segment: int = 0) -> Exam
     return Example(tuple(ids), pieces(ids), tuple(acts), segment)
 
 
-def materials(n: int = 24, plan: ai.Plan | None = None) -> list[ai.Material]:
+def materials(n: int = 24, plan: Plan | None = None) -> list[Material]:
     """Features that fire on token `feature % 12` alone, the more the earlier it stands."""
-    plan = plan or ai.Plan()
-    marginal = ai.Marginal([0] * 12 + [1] * 28)
+    plan = plan or Plan()
+    marginal = Marginal([0] * 12 + [1] * 28)
     generator = np.random.default_rng(1)
     made = []
     for feature in range(n):
@@ -47,7 +51,7 @@ def materials(n: int = 24, plan: ai.Plan | None = None) -> list[ai.Material]:
                 ids[place], acts[place] = token, 1.0 + k
             (firing if k < plan.examples else silent).append(example(ids, acts, k))
         made.append(
-            ai.prepare(
+            prepare(
                 feature, firing[: plan.explain], firing[plan.explain :], silent[: plan.score],
                 silent[plan.score :], plan, marginal, pieces,  # type: ignore[arg-type]
             )
@@ -78,28 +82,28 @@ class Oracle:
 
 
 def test_fuzzing_score_by_hand() -> None:
-    assert ai.fuzzing_score([True, True, True, False]) == 0.5
-    assert ai.fuzzing_score([True, None, None]) == 1.0
-    assert ai.fuzzing_score([False, False]) == -1.0
-    assert ai.fuzzing_score([None, None]) is None
-    assert ai.fuzzing_score([]) is None
+    assert scoring.fuzzing_score([True, True, True, False]) == 0.5
+    assert scoring.fuzzing_score([True, None, None]) == 1.0
+    assert scoring.fuzzing_score([False, False]) == -1.0
+    assert scoring.fuzzing_score([None, None]) is None
+    assert scoring.fuzzing_score([]) is None
 
 
 def test_spearman_score_by_hand() -> None:
-    assert ai.spearman_score([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
-    assert ai.spearman_score([3, 2, 1], [10, 20, 30]) == pytest.approx(-1)
-    assert ai.spearman_score([5, 5, 5], [1, 2, 3]) == 0.0
-    assert ai.spearman_score([1, None, 3], [1, 2, 3]) is None
-    assert ai.spearman_score(None, [1, 2, 3]) is None
-    assert ai.spearman_score([1, 2, 3], [4, 4, 4]) is None
+    assert scoring.spearman_score([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert scoring.spearman_score([3, 2, 1], [10, 20, 30]) == pytest.approx(-1)
+    assert scoring.spearman_score([5, 5, 5], [1, 2, 3]) == 0.0
+    assert scoring.spearman_score([1, None, 3], [1, 2, 3]) is None
+    assert scoring.spearman_score(None, [1, 2, 3]) is None
+    assert scoring.spearman_score([1, 2, 3], [4, 4, 4]) is None
     with pytest.raises(MeasureError, match="give one for each"):
-        ai.spearman_score([1, 2], [1, 2, 3])
+        scoring.spearman_score([1, 2], [1, 2, 3])
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99)), min_size=2, max_size=30))
 def test_spearman_score_is_pearson_of_the_ranks(points: list[tuple[int, int]]) -> None:
     predicted, actual = zip(*points, strict=True)
-    ours = ai.spearman_score(list(predicted), list(actual))
+    ours = scoring.spearman_score(list(predicted), list(actual))
     if len(set(actual)) < 2:
         assert ours is None
     elif len(set(predicted)) < 2:
@@ -110,18 +114,21 @@ def test_spearman_score_is_pearson_of_the_ranks(points: list[tuple[int, int]]) -
 
 
 def test_detection_score_by_hand() -> None:
-    assert ai.detection_score([True, True, False], [True, True, False]) == 1.0
+    assert scoring.detection_score([True, True, False], [True, True, False]) == 1.0
     # 3 of 4 true ones and 1 of 2 false ones
-    assert ai.detection_score([True] * 3 + [False] * 2 + [True], [True] * 4 + [False] * 2) == 0.625
-    assert ai.detection_score([True, None, False, None], [True, True, False, False]) == 1.0
-    assert ai.detection_score([True, None], [True, False]) is None
-    assert ai.detection_score([True] * 10, [True] * 9 + [False]) == 0.5
+    assert (
+        scoring.detection_score([True] * 3 + [False] * 2 + [True], [True] * 4 + [False] * 2)
+        == 0.625
+    )
+    assert scoring.detection_score([True, None, False, None], [True, True, False, False]) == 1.0
+    assert scoring.detection_score([True, None], [True, False]) is None
+    assert scoring.detection_score([True] * 10, [True] * 9 + [False]) == 0.5
     with pytest.raises(MeasureError, match="give one for each"):
-        ai.detection_score([True], [True, False])
+        scoring.detection_score([True], [True, False])
 
 
 def test_material_keeps_its_promises() -> None:
-    plan = ai.Plan(rounds=6)
+    plan = Plan(rounds=6)
     first = 0
     for material in materials(40, plan):
         token = material.feature % 12
@@ -144,23 +151,23 @@ def test_material_keeps_its_promises() -> None:
 
 def test_material_is_a_function_of_the_seed() -> None:
     assert materials(3) == materials(3)
-    assert materials(3) != materials(3, ai.Plan(seed=1))
+    assert materials(3) != materials(3, Plan(seed=1))
 
 
 def test_marginal_draws_as_the_text_has_tokens() -> None:
     generator = np.random.default_rng(0)
-    marginal = ai.Marginal([5, 0, 3, 2, 100], leave_out=[4, 700])
+    marginal = Marginal([5, 0, 3, 2, 100], leave_out=[4, 700])
     drawn = np.bincount([marginal.draw(generator, 9) for _ in range(20_000)], minlength=5)
     assert drawn / 20_000 == pytest.approx([0.5, 0, 0.3, 0.2, 0], abs=0.02)
     assert all(marginal.draw(generator, 0) != 0 for _ in range(200))
     with pytest.raises(MeasureError, match="two tokens"):
-        ai.Marginal([0, 4, 0])
+        Marginal([0, 4, 0])
 
 
 def test_alter_replaces_what_is_at_half_of_the_peak() -> None:
     before = example([0, 1, 2, 3], [4.0, 1.9, 2.0, 0.0])
-    marginal = ai.Marginal([0] * 20 + [1] * 20)
-    after = ai.alter(before, marginal, pieces, np.random.default_rng(0))  # type: ignore[arg-type]
+    marginal = Marginal([0] * 20 + [1] * 20)
+    after = alter(before, marginal, pieces, np.random.default_rng(0))  # type: ignore[arg-type]
     assert [a == b for a, b in zip(before.ids, after.ids, strict=True)] == [
         False, True, False, True
     ]  # fmt: skip
@@ -168,11 +175,11 @@ def test_alter_replaces_what_is_at_half_of_the_peak() -> None:
 
 def test_a_judge_that_knows_scores_full_and_a_wrong_explanation_does_not() -> None:
     made = materials()
-    answers = ai.answers_of(Oracle())
-    right = ai.score(made, [WORDS[m.feature % 12] for m in made], answers)
+    answers = scoring.answers_of(Oracle())
+    right = scoring.score(made, [WORDS[m.feature % 12] for m in made], answers)
     assert (right.fuzzing == 1).all() and (right.detection == 1).all()
     assert (right.spearman > 0.99).all() and (right.unreadable == 0).all()
-    wrong = ai.score(made, [WORDS[(m.feature + 1) % 12] for m in made], answers)
+    wrong = scoring.score(made, [WORDS[(m.feature + 1) % 12] for m in made], answers)
     assert (wrong.detection == 0.5).all()
     assert (wrong.spearman == 0).all()
     assert wrong.fuzzing.isna().all()  # it sees no difference, and says so
@@ -181,13 +188,13 @@ def test_a_judge_that_knows_scores_full_and_a_wrong_explanation_does_not() -> No
 
 def test_unreadable_answers_are_counted_and_never_right() -> None:
     made = materials(4)
-    frame = ai.score(made, ["x"] * 4, ai.answers_of(Oracle("mumbles")))
+    frame = scoring.score(made, ["x"] * 4, scoring.answers_of(Oracle("mumbles")))
     assert (frame.unreadable == frame.asked).all() and (frame.asked == 4 + 5 + 10).all()
-    assert frame[list(ai.SCORES)].isna().all(axis=None)
+    assert frame[list(scoring.SCORES)].isna().all(axis=None)
 
 
 def test_features_without_an_explanation_are_kept_in_the_table() -> None:
-    frame = ai.score(materials(3), [None, WORDS[1], None], ai.answers_of(Oracle()))
+    frame = scoring.score(materials(3), [None, WORDS[1], None], scoring.answers_of(Oracle()))
     assert list(frame.feature) == [0, 1, 2]
     assert list(frame.asked) == [0, 19, 0]
     assert list(frame.fuzzing.isna()) == [True, False, True]
@@ -195,48 +202,48 @@ def test_features_without_an_explanation_are_kept_in_the_table() -> None:
 
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=30), st.integers(0, 3))
 def test_shuffled_is_a_permutation_without_right_ones(texts: list[int], seed: int) -> None:
-    given_to = ai.shuffled([str(t) for t in texts], seed)
+    given_to = controls.shuffled([str(t) for t in texts], seed)
     assert sorted(map(str, given_to)) == sorted(map(str, texts))
     if len(set(texts)) == len(texts):
         assert all(str(a) != b for a, b in zip(texts, given_to, strict=True))
 
 
-def controls(wrong: str = "") -> pd.DataFrame:
+def judged(wrong: str = "") -> pd.DataFrame:
     known = [(m, WORDS[m.feature % 12]) for m in materials()]
-    answers = ai.answers_of(Oracle(wrong))
-    return ai.control_table(known, known[:4], answers, answers)
+    answers = scoring.answers_of(Oracle(wrong))
+    return controls.control_table(known, known[:4], answers, answers)
 
 
 def test_the_controls_pass_a_judge_that_knows() -> None:
-    table = controls()
+    table = judged()
     assert set(table.group) == {"planted", "features"}
     assert set(table.condition) == {"right", "shuffled", "empty", "again"}
-    for name in ai.SCORES:
-        verdict = ai.judge_verdict(table, name)
+    for name in scoring.SCORES:
+        verdict = controls.judge_verdict(table, name)
         assert verdict.able and f"able to judge by {name}" in verdict.words
-    summary = ai.control_summary(table).set_index(["group", "condition", "score"])
+    summary = controls.control_summary(table).set_index(["group", "condition", "score"])
     assert summary.loc[("planted", "right", "detection"), "mean"] == 1
     assert summary.loc[("planted", "empty", "detection"), "mean"] == 0.5
 
 
 def test_the_controls_fail_judges_that_do_not() -> None:
-    says_a = ai.judge_verdict(controls("says A"))
+    says_a = controls.judge_verdict(judged("says A"))
     assert not says_a.able and "says 'A' in 100% of the rounds" in says_a.words
-    mumbles = ai.judge_verdict(controls("mumbles"))
+    mumbles = controls.judge_verdict(judged("mumbles"))
     assert not mumbles.able and "100% of the answers unreadable" in mumbles.words
     with pytest.raises(MeasureError, match="no score"):
-        ai.judge_verdict(controls(), "fuzz")
+        controls.judge_verdict(judged(), "fuzz")
 
 
 def test_the_lexical_judge_learns_a_token_and_loses_it_when_shuffled() -> None:
-    made, answers = materials(), ai.answers_of(LexicalJudge())
-    explanations = ai.explain(made, answers)
-    right = ai.score(made, explanations, answers)
+    made, answers = materials(), scoring.answers_of(LexicalJudge())
+    explanations = scoring.explain(made, answers)
+    right = scoring.score(made, explanations, answers)
     assert (right.fuzzing == 1).all() and (right.detection == 1).all()
-    wrong = ai.score(made, ai.shuffled(explanations), answers)
+    wrong = scoring.score(made, controls.shuffled(explanations), answers)
     assert wrong.detection.mean() < 0.75
-    assert ai.in_words(explanations[5]) == "w5"
-    assert ai.in_words("any sentence") == "any sentence" and ai.in_words(None) is None
+    assert scoring.in_words(explanations[5]) == "w5"
+    assert scoring.in_words("any sentence") == "any sentence" and scoring.in_words(None) is None
 
 
 def test_compare_agrees_with_scipy() -> None:
@@ -246,7 +253,7 @@ def test_compare_agrees_with_scipy() -> None:
     pairs = pd.DataFrame({"solo": np.arange(60), "joint": np.arange(60)[::-1]})
     solo = pd.DataFrame({"feature": np.arange(60), "fuzzing": a})
     joint = pd.DataFrame({"feature": np.arange(60), "fuzzing": b[::-1]})
-    found = ai.compare(pairs, solo, joint, "fuzzing", 500)
+    found = comparison.compare(pairs, solo, joint, "fuzzing", 500)
     kept = np.delete(np.arange(60), 7)
     test = scipy.stats.ttest_rel(b[kept], a[kept])
     assert found["n"] == 59 and found["lost"] == 1
@@ -255,18 +262,20 @@ def test_compare_agrees_with_scipy() -> None:
     assert found["low"] == pytest.approx(reach.low, abs=0.08)
     assert found["high"] == pytest.approx(reach.high, abs=0.08)
     assert found["higher"] == (b[kept] > a[kept]).mean()
-    assert ai.compare(pairs[:0], solo, joint, "fuzzing", 10) == {"n": 0, "lost": 0}
+    assert comparison.compare(pairs[:0], solo, joint, "fuzzing", 10) == {"n": 0, "lost": 0}
 
 
 def test_pairs_needed_at_the_papers_effect() -> None:
     # t = 8.12 over 20,456 pairs: a spread of 0.0175 √20456 / 8.12 = 0.308 (NOTES 2.9: d = 0.057).
     spread = 0.0175 * math.sqrt(20456) / 8.12
     assert 0.0175 / spread == pytest.approx(0.057, abs=0.0005)
-    assert ai.pairs_needed(spread) == pytest.approx((1.96 + 0.8416) ** 2 / 0.0568**2, rel=0.01)
+    assert comparison.pairs_needed(spread) == pytest.approx(
+        (1.96 + 0.8416) ** 2 / 0.0568**2, rel=0.01
+    )
 
 
 def test_density_difference_by_hand() -> None:
-    frame = ai.density_difference([-1, 0, 0.5, 1], [1, 0, 0.5, 1], bins=4, resamples=50)
+    frame = comparison.density_difference([-1, 0, 0.5, 1], [1, 0, 0.5, 1], bins=4, resamples=50)
     assert list(frame.score) == [-0.75, -0.25, 0.25, 0.75]
     # One of four pairs moved from the first bin to the last; bins are half a unit wide.
     assert list(frame.difference) == [-0.5, 0, 0, 0.5]
@@ -274,29 +283,29 @@ def test_density_difference_by_hand() -> None:
 
 
 def test_comparisons_and_figure_2_of_every_judge() -> None:
-    made, answers = materials(), ai.answers_of(Oracle())
-    right = ai.score(made, [WORDS[m.feature % 12] for m in made], answers)
+    made, answers = materials(), scoring.answers_of(Oracle())
+    right = scoring.score(made, [WORDS[m.feature % 12] for m in made], answers)
     half = [WORDS[(m.feature + m.feature % 2) % 12] for m in made]  # odd ones are wrong
     frames = [
-        ai.score(made, half, answers).assign(judge="oracle", kind="solo"),
+        scoring.score(made, half, answers).assign(judge="oracle", kind="solo"),
         right.assign(judge="oracle", kind="joint"),
     ]
     scores = pd.concat(frames, ignore_index=True)
     pairs = pd.DataFrame({"solo": range(24), "joint": range(24), "cosine": 1.0})
-    compared = ai.compare_all({"oracle": pairs}, scores, 100).set_index(["pairs", "score"])
+    compared = comparison.compare_all({"oracle": pairs}, scores, 100).set_index(["pairs", "score"])
     detection = compared.loc[("matched", "detection")]
     assert detection["solo"] == 0.75 and detection["joint"] == 1 and detection["delta"] == 0.25
     assert detection["n"] == 24 and detection["ties"] == 12 and detection["higher"] == 1
     assert compared.loc[("matched", "fuzzing"), "lost"] == 12  # unanswered, counted
-    assert set(ai.figure_2({"oracle": pairs}, scores).judge) == {"oracle"}
-    assert ai.figure_2({"oracle": pairs[:0]}, scores).empty
+    assert set(comparison.figure_2({"oracle": pairs}, scores).judge) == {"oracle"}
+    assert comparison.figure_2({"oracle": pairs[:0]}, scores).empty
 
 
 def test_the_first_line_says_whether_the_judge_is_able() -> None:
-    verdicts = ai.verdict_table({"oracle": controls(), "mumbler": controls("mumbles")})
+    verdicts = controls.verdict_table({"oracle": judged(), "mumbler": judged("mumbles")})
     assert list(verdicts.able) == [True] * 3 + [False] * 3
-    assert ai.first_line(verdicts, "oracle").startswith("**The oracle judge is able to judge")
-    line = ai.first_line(verdicts, "mumbler")
+    assert controls.first_line(verdicts, "oracle").startswith("**The oracle judge is able to judge")
+    line = controls.first_line(verdicts, "mumbler")
     assert line.startswith("**The mumbler judge is unable to judge")
     assert "say nothing about the dictionaries" in line
 
@@ -305,7 +314,7 @@ def test_published_values_have_the_papers_ids() -> None:
     published = load_published()
     found = {"solo": 0.23, "joint": 0.248, "delta": 0.0175, "low": 0.01, "high": 0.03, "t": 8.12,
              "p": 5e-16, "higher": 0.516, "higher_low": 0.5, "higher_high": 0.53}  # fmt: skip
-    rows = ai.published_values(found, 20456).set_index("id")
+    rows = comparison.published_values(found, 20456).set_index("id")
     gemma = "gemma-2-9b.fuzz_delta_pct_selected"  # the same quantity of another model
     assert rows.value.pop(gemma) == rows.value["gpt2-large.fuzz_delta_pct"]
     rows = rows.drop(gemma)
@@ -314,24 +323,24 @@ def test_published_values_have_the_papers_ids() -> None:
     assert {i for i in published.values if ".fuzz_" in i and i.startswith("gpt2-large.")} - {
         "gpt2-large.setup.fuzz_features_per_config"
     } == set(rows.index) - {"gpt2-large.matched_pairs"}
-    assert ai.published_values({"n": 0, "lost": 3}, 5).value.isna().sum() == 8
+    assert comparison.published_values({"n": 0, "lost": 3}, 5).value.isna().sum() == 8
 
 
 def test_text_of_the_web_is_escaped() -> None:
     nasty = Example((1, 2), ("<script>", '"&'), (2.0, 0.0), 0)
-    shown = ai.highlighted(nasty)
+    shown = examples.highlighted(nasty)
     assert "<script>" not in shown and "&lt;script&gt;</mark>&quot;&amp;" in shown
 
 
 def test_a_score_without_a_control_is_not_believed() -> None:
-    table = controls().assign(spearman=math.nan)
-    verdict = ai.judge_verdict(table, "spearman")
+    table = judged().assign(spearman=math.nan)
+    verdict = controls.judge_verdict(table, "spearman")
     assert not verdict.able and "nothing to score" in verdict.words
 
 
 def test_delphi_records_hold_the_examples_that_are_asked_about() -> None:
     made = materials(3)
-    records = json.loads(json.dumps(ai.delphi_records(made, ["zero", None, "two"])))
+    records = json.loads(json.dumps(delphi_records(made, ["zero", None, "two"])))
     assert [record["latent"]["latent_index"] for record in records] == [0, 2]
     record, material = records[1], made[2]
     assert record["explanation"] == "two"
@@ -346,14 +355,14 @@ def test_delphi_records_hold_the_examples_that_are_asked_about() -> None:
 
 def test_order_bias_and_retest_are_among_the_controls() -> None:
     for wrong, share in (("", 0.5), ("says A", 1.0)):
-        table = ai.control_summary(controls(wrong)).set_index(["group", "condition", "score"])
+        table = controls.control_summary(judged(wrong)).set_index(["group", "condition", "score"])
         assert table.loc[("planted", "right", "order bias"), "mean"] == share
         assert table.loc[("planted", "detection", "asked again"), "mean"] == 1.0
-    forgetful = controls()
+    forgetful = judged()
     again = forgetful.condition == "again"
     generator = np.random.default_rng(0)
     forgetful.loc[forgetful.condition == "right", "detection"] = generator.random(28)
     forgetful.loc[again, "detection"] = generator.random(again.sum())
-    assert "asked again, correlation" in ai.judge_verdict(forgetful, "detection").words
-    row = ai.control_summary(forgetful).set_index(["condition", "score"]).loc["detection"]
+    assert "asked again, correlation" in controls.judge_verdict(forgetful, "detection").words
+    row = controls.control_summary(forgetful).set_index(["condition", "score"]).loc["detection"]
     assert row.loc["asked again", "low"] < 0 < row.loc["asked again", "high"]

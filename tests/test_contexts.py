@@ -16,12 +16,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from metasae_lib import Profile, Run, contexts
-from metasae_lib import autointerp as ai
-from metasae_lib.contexts import Contexts, Layout, Pieces, collect
-from metasae_lib.dictionary import BatchTopK, normalise
-from metasae_lib.errors import MeasureError
-from metasae_lib.senses import places_of
+from metasae_lib import Profile, Run
+from metasae_lib.interpret import contexts
+from metasae_lib.interpret import material as materials
+from metasae_lib.interpret.contexts import Contexts, collect_contexts
+from metasae_lib.interpret.examples import Layout, Pieces
+from metasae_lib.interpret.senses import places_of
+from metasae_lib.study.errors import MeasureError
+from metasae_lib.train.dictionary import BatchTopK, normalise
 
 N_ROWS, LENGTH, D, N, WINDOW = 150, 20, 16, 24, 6
 TEXT = ["Größe, naïve café — 日本語のテキスト", "plain words and 100 numbers", "emoji 👩‍🚀🙂 here"]
@@ -118,7 +120,7 @@ class Stage:
         self.run = run
 
     def collect(self, keep: int = 10, seed: int = 0) -> Contexts:
-        return collect(self.run, {"arm": self.arm}, WINDOW, keep, seed)["arm"]
+        return collect_contexts(self.run, {"arm": self.arm}, WINDOW, keep, seed)["arm"]
 
     def firing(self) -> np.ndarray:
         """(rows, columns, n) activations above the thresholds, by brute force."""
@@ -316,14 +318,14 @@ def test_a_pass_killed_within_a_chunk_goes_on_to_the_same_result(
 
 def test_a_window_that_does_not_fit_is_refused(stage: Stage) -> None:
     with pytest.raises(MeasureError, match="does not fit rows of 20"):
-        collect(stage.run, {"arm": stage.arm}, window=21)
+        collect_contexts(stage.run, {"arm": stage.arm}, window=21)
 
 
 def test_material_of_collected_features(stage: Stage) -> None:
     found = stage.collect(keep=40)
-    plan = ai.Plan(explain=10, score=5, rounds=4)
+    plan = materials.Plan(explain=10, score=5, rounds=4)
     features = found.usable(plan.examples, plan.examples)[:4]
-    for material in ai.materials(found, features, plan):
+    for material in materials.materials(found, features, plan):
         examples = [*material.explain.examples, *material.examples]
         assert len({e.segment for e in examples}) == 15
         assert all(found.fires_in(material.feature, e.segment) for e in examples)
@@ -331,7 +333,7 @@ def test_material_of_collected_features(stage: Stage) -> None:
         assert len({e.segment for e in silent}) == 15
         assert not any(found.fires_in(material.feature, e.segment) for e in silent)
     with pytest.raises(MeasureError, match="fires almost everywhere"):
-        ai.materials(found, [1], ai.Plan(explain=10, score=30))
+        materials.materials(found, [1], materials.Plan(explain=10, score=30))
 
 
 def test_planted_features_fire_on_their_words(
@@ -339,8 +341,8 @@ def test_planted_features_fire_on_their_words(
 ) -> None:
     found = stage.collect()
     words = tuple({Pieces(TOKENIZER)([int(i)])[0].strip() for i in stage.rows[0]} - {"", "�"})
-    monkeypatch.setattr(ai, "PLANTED", {"some words": words, "no words": ("qqqq",)})
-    made = ai.planted(found, ai.Plan(), copies=2)
+    monkeypatch.setattr(materials, "PLANTED", {"some words": words, "no words": ("qqqq",)})
+    made = materials.planted(found, materials.Plan(), copies=2)
     assert [text for _, text in made] == ["some words"] * 2
     used = [e.segment for m, _ in made for e in (*m.explain.examples, *m.examples)]
     assert len(set(used)) == 30

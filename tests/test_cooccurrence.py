@@ -18,24 +18,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metasae_lib import Run, cooccurrence, counting, thresholds
-from metasae_lib.cooccurrence import (
-    CooccurrenceCounter,
-    Counts,
-    CrossCounts,
+from metasae_lib import Run
+from metasae_lib.measure import counting, patterns, scan, thresholds
+from metasae_lib.measure import cross as crossing
+from metasae_lib.measure.counting import CooccurrenceCounter, Counts, CrossCounts
+from metasae_lib.measure.cross import check_comparable, top_matches
+from metasae_lib.measure.phi import (
     abs_phi_blocks,
-    check_comparable,
     enough_tokens,
     noise_floor,
     null_mean_abs,
     phi,
     shuffled_mean_abs,
     summarise,
-    top_matches,
 )
-from metasae_lib.dictionary import BatchTopK, normalise
-from metasae_lib.errors import MeasureError
-from metasae_lib.profile import ArmSpec
+from metasae_lib.study.arms import ArmSpec
+from metasae_lib.study.errors import MeasureError
+from metasae_lib.train.dictionary import BatchTopK, normalise
 
 
 def brute(a: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
@@ -121,10 +120,10 @@ def test_any_pattern_in_any_chunks(t: int, n_a: int, n_b: int, rate: float, seed
 
 @pytest.mark.parametrize("advantage", [0, 1e12])
 def test_sparse_and_dense_counting_agree(monkeypatch: pytest.MonkeyPatch, advantage: float) -> None:
-    monkeypatch.setattr(cooccurrence, "DENSE_ADVANTAGE", advantage)
-    monkeypatch.setattr(cooccurrence, "_BLOCK_ROWS", 5)
-    monkeypatch.setattr(cooccurrence, "FLOAT32_EXACT", 64)
-    monkeypatch.setattr(cooccurrence, "FLUSH_ENTRIES", 500)
+    monkeypatch.setattr(counting, "DENSE_ADVANTAGE", advantage)
+    monkeypatch.setattr(counting, "_BLOCK_ROWS", 5)
+    monkeypatch.setattr(counting, "FLOAT32_EXACT", 64)
+    monkeypatch.setattr(counting, "FLUSH_ENTRIES", 500)
     fired, other = adversarial(), adversarial(n=9)
     within, between = CooccurrenceCounter(12), CooccurrenceCounter(12, 9)
     for part in np.array_split(np.arange(300), 7):
@@ -178,30 +177,30 @@ def test_kernels_equal_their_plain_forms() -> None:
     values = generator.standard_normal((200, 150)).astype(np.float32)
     theta = np.where(np.arange(150) % 7, 1.0, np.inf).astype(np.float32)
     (pattern, kept), (plain, plain_kept) = (
-        counting.above(values, theta),
-        counting.above_plain(values, theta),
+        patterns.above(values, theta),
+        patterns.above_plain(values, theta),
     )
     assert all(np.array_equal(x, y) for x, y in zip(pattern, plain, strict=True))
     assert np.array_equal(kept, plain_kept) and pattern.indices.dtype == np.uint16
     renumber = np.full(150, -1)
     renumber[::3] = np.arange(50)
     for one, two in zip(
-        counting.restrict(pattern, kept, theta * 2, renumber),
-        counting.restrict_plain(pattern, kept, theta * 2, renumber),
+        patterns.restrict(pattern, kept, theta * 2, renumber),
+        patterns.restrict_plain(pattern, kept, theta * 2, renumber),
         strict=True,
     ):
         assert np.array_equal(one, two)
     for other in (None, pattern):
         n11, expected = np.zeros((2, 150, 150), np.int64)
-        counting.add_pairs(n11, pattern, other)
-        counting.add_pairs_plain(expected, pattern, other)
+        patterns.add_pairs(n11, pattern, other)
+        patterns.add_pairs_plain(expected, pattern, other)
         assert np.array_equal(n11, expected)
     for low in (0.0, 0.7, 5.0):
         counts, expected = np.zeros((2, 150), np.int64)
         largest, expected_largest = np.zeros((2, 150), np.float32)
         for part in (values[:120], values[120:]):
-            counting.count_below(part, np.float32(low), counts, largest)
-            counting.count_below_plain(part, np.float32(low), expected, expected_largest)
+            patterns.count_below(part, np.float32(low), counts, largest)
+            patterns.count_below_plain(part, np.float32(low), expected, expected_largest)
         assert np.array_equal(counts, expected) and np.array_equal(largest, expected_largest)
         assert counts.sum() == ((values > 0) & (values <= np.float32(low))).sum()
 
@@ -399,7 +398,7 @@ def test_partners_are_looked_up_from_both_sides() -> None:
     a, b = adversarial(400, 9), np.random.default_rng(3).random((400, 7)) < 0.2
     n1 = [x.sum(0).astype(np.int64) for x in (a, b)]
     cross = CrossCounts(brute(a, b), n1[0], n1[1], 400)
-    table = cooccurrence.partners({("solo", "joint"): cross}, 2)
+    table = crossing.partners({("solo", "joint"): cross}, 2)
     for of, one, other in (("a", a, b), ("b", b, a)):
         mine = table[table.of == of]
         assert set(mine.a) == {"solo"} and set(mine.b) == {"joint"}
@@ -432,7 +431,7 @@ class FakeResiduals:
 
 @pytest.fixture
 def arms(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    for module in (cooccurrence, thresholds):
+    for module in (scan, crossing, thresholds):
         monkeypatch.setattr(module, "Residuals", FakeResiduals)
     return two_arms(run)
 
@@ -457,28 +456,25 @@ def test_a_scan_in_its_dense_form_equals_the_sparse_one(
     run: Run, arms: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The form that a GPU takes, run here."""
-    sparse = cooccurrence.scan_arms(run, arms)
-    add = cooccurrence._Scan.add
+    sparse = scan.scan_arms(run, arms)
+    add = scan._Scan.add
 
     def dense(self: Any, pre: torch.Tensor) -> None:
         self.device = SimpleNamespace(type="not a CPU")
         add(self, pre)
 
-    monkeypatch.setattr(cooccurrence._Scan, "add", dense)
+    monkeypatch.setattr(scan._Scan, "add", dense)
     other = Run.open(run.profile, tmp_path / "other")
-    again = cooccurrence.scan_arms(other, two_arms(other))
+    again = scan.scan_arms(other, two_arms(other))
     for name in arms:
         assert np.array_equal(sparse[name].n11, again[name].n11)
         assert sparse[name].l0 == again[name].l0
-    inputs = [cooccurrence.scan_inputs(r, FakeResiduals(r, "scan")) for r in (run, other)]
+    inputs = [scan.scan_inputs(r, FakeResiduals(r, "scan")) for r in (run, other)]
     for arm in two_arms(run).values():
-        made = [
-            cooccurrence.counts_artefact(r, arm, i)
-            for r, i in zip((run, other), inputs, strict=True)
-        ]
+        made = [scan.counts_artefact(r, arm, i) for r, i in zip((run, other), inputs, strict=True)]
         assert made[0].info["l0"] == made[1].info["l0"]
         for variant in made[0].info["l0"]:
-            one, two = (cooccurrence.load_counts(m, variant) for m in made)
+            one, two = (scan.load_counts(m, variant) for m in made)
             assert np.array_equal(one.n11, two.n11)
 
 
@@ -486,12 +482,13 @@ KILLED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import test_cooccurrence as test
-from metasae_lib import Profile, Run, cooccurrence, thresholds
-cooccurrence.Residuals = thresholds.Residuals = test.FakeResiduals
-cooccurrence._CHECKPOINT_SECONDS = -1
+from metasae_lib import Profile, Run
+from metasae_lib.measure import scan, thresholds
+scan.Residuals = thresholds.Residuals = test.FakeResiduals
+scan._CHECKPOINT_SECONDS = -1
 test.FakeResiduals.stop = 3
 run = Run.open(Profile.load("tiny"), sys.argv[2])
-cooccurrence.scan_arms(run, test.two_arms(run))
+scan.scan_arms(run, test.two_arms(run))
 """
 
 
@@ -506,7 +503,7 @@ def test_scan_equals_brute_force_also_after_a_kill(
     monkeypatch.setattr(
         FakeResiduals, "chunk", lambda self, i: read.append((self.role, i)) or chunk(self, i)
     )
-    counts = cooccurrence.scan_arms(run, arms)
+    counts = scan.scan_arms(run, arms)
     assert read == [("scan", 3), ("scan", 4)]  # neither calibrated nor scanned again
     for name, arm in arms.items():
         fired = firing_by_hand(run, arm.sae)
@@ -515,16 +512,16 @@ def test_scan_equals_brute_force_also_after_a_kill(
         assert counts[name].n_tokens == 1500
         assert 2 < counts[name].l0 < 8  # k is 4
     read.clear()
-    again = cooccurrence.scan_arms(run, arms)
+    again = scan.scan_arms(run, arms)
     assert not read and np.array_equal(again["solo-seed0"].n11, counts["solo-seed0"].n11)
 
 
 def test_counts_under_other_thresholds_equal_brute_force(run: Run, arms: dict[str, Any]) -> None:
-    cooccurrence.scan_arms(run, arms)
+    scan.scan_arms(run, arms)
     calibration = thresholds.calibrate_arms(run, arms)["solo-seed0"]
-    inputs = cooccurrence.scan_inputs(run, FakeResiduals(run, "scan"))  # type: ignore[arg-type]
+    inputs = scan.scan_inputs(run, FakeResiduals(run, "scan"))  # type: ignore[arg-type]
     arm = arms["solo-seed0"]
-    made = run.artefact("counts", {"arm": arm.folder.name, **inputs}, cooccurrence.VERSION)
+    made = run.artefact("counts", {"arm": arm.folder.name, **inputs}, scan.VERSION)
     chunks = torch.cat([FakeResiduals(run, "scan").chunk(i) for i in range(5)])
     pre = thresholds.pre_activations(arm.sae, normalise(chunks)[0], torch.bfloat16)
     for name, theta in (
@@ -535,17 +532,17 @@ def test_counts_under_other_thresholds_equal_brute_force(run: Run, arms: dict[st
         ("rule-global", calibration.thresholds["global"]),
     ):
         fired = (pre > theta).numpy()
-        counts = cooccurrence.load_counts(made, name)
+        counts = scan.load_counts(made, name)
         assert np.array_equal(counts.n11, brute(fired)), name
         assert made.info["l0"][name] == pytest.approx(fired.sum() / 1500)
 
 
 def test_cross_counts_equal_brute_force_and_are_kept(run: Run, arms: dict[str, Any]) -> None:
     a, b = arms.values()
-    cross = cooccurrence.cross_counts(run, a, b)
+    cross = crossing.cross_counts(run, a, b)
     fired = [firing_by_hand(run, arm.sae) for arm in (a, b)]
     assert np.array_equal(cross.n11, brute(*fired))
     assert np.array_equal(cross.n1_a, fired[0].sum(0))
     assert np.array_equal(cross.n1_b, fired[1].sum(0))
-    again = cooccurrence.cross_counts(run, a, b)
+    again = crossing.cross_counts(run, a, b)
     assert np.array_equal(again.n11, cross.n11) and again.n_tokens == 1500

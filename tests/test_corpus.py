@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 from small_models import BOS, save_model, save_text, small_profile
 
-from metasae_lib import Profile, Run, corpus, embedded
-from metasae_lib.corpus import Tokens, load_tokens
-from metasae_lib.errors import ArtefactError, CorpusError
-from metasae_lib.profile import ROLES
+from metasae_lib import Profile, Run
+from metasae_lib.study.errors import ArtefactError, CorpusError
+from metasae_lib.study.sections import ROLES
+from metasae_lib.subject import corpus, embedded
+from metasae_lib.subject.corpus import Tokens, load_tokens
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_hash_does_not_depend_on_the_process(model: Path, text: Path, tmp_path: 
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path; from small_models import small_profile\n"
-        "from metasae_lib import Run; from metasae_lib.corpus import load_tokens\n"
+        "from metasae_lib import Run; from metasae_lib.subject.corpus import load_tokens\n"
         "run = Run.open(small_profile(Path(sys.argv[2]), Path(sys.argv[3])), sys.argv[4])\n"
         "print(load_tokens(run).hash('train'))"
     )

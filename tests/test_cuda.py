@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from metasae_lib.cooccurrence import CooccurrenceCounter
-from metasae_lib.dictionary import BatchTopK, normalise
-from metasae_lib.fidelity import reconstruct
-from metasae_lib.profile import ArmSpec, Profile
-from metasae_lib.thresholds import RULES, Calibrator
-from metasae_lib.training import Trainer
+from metasae_lib.measure.counting import CooccurrenceCounter
+from metasae_lib.measure.fidelity import reconstruct
+from metasae_lib.measure.thresholds import RULES, Calibrator
+from metasae_lib.study.arms import ArmSpec
+from metasae_lib.study.profile import Profile
+from metasae_lib.train.dictionary import BatchTopK, normalise
+from metasae_lib.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here: the CUDA path was NOT tested"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from metasae_lib.dictionary import BatchTopK, JumpReLU, denormalise, normalise
-from metasae_lib.errors import DictionaryError
+from metasae_lib.study.errors import DictionaryError
+from metasae_lib.train.dictionary import BatchTopK, JumpReLU, denormalise, normalise
 
 
 def test_normalise_by_hand_and_back() -> None:

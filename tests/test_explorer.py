@@ -13,11 +13,11 @@ import torch
 from conftest import serious
 from playwright.sync_api import Page
 
-from metasae_lib import explorer
-from metasae_lib.cooccurrence import CooccurrenceCounter
-from metasae_lib.dictionary import BatchTopK
-from metasae_lib.errors import MeasureError
-from metasae_lib.explorer import MAX_FILE_BYTES, ArmPage, Context, collect, peak_tokens, write
+from metasae_lib.measure.counting import CooccurrenceCounter
+from metasae_lib.show import explorer
+from metasae_lib.show.explorer import MAX_FILE_BYTES, ArmPage, Context, collect, peak_tokens, write
+from metasae_lib.study.errors import MeasureError
+from metasae_lib.train.dictionary import BatchTopK
 
 HOSTILE = "<script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">"
 

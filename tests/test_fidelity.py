@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from metasae_lib import Run, fidelity
-from metasae_lib.dictionary import BatchTopK, normalise
-from metasae_lib.errors import MeasureError
-from metasae_lib.fidelity import Moments, Reconstruction, reconstruct, replacement
-from metasae_lib.profile import ArmSpec
+from metasae_lib import Run
+from metasae_lib.measure import fidelity
+from metasae_lib.measure.fidelity import Moments, Reconstruction, reconstruct, replacement
+from metasae_lib.study.arms import ArmSpec
+from metasae_lib.study.errors import MeasureError
+from metasae_lib.train.dictionary import BatchTopK, normalise
 
 
 def made(threshold: float | None = 0.4) -> tuple[BatchTopK, Tensor]:

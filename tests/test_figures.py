@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from metasae_lib import figures
+from metasae_lib.show import figures
 
 ARMS = pd.DataFrame(
     {

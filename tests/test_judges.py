@@ -22,18 +22,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from metasae_lib import judges
-from metasae_lib.contexts import Example
-from metasae_lib.judges import (
-    AskOnce,
-    HttpJudge,
-    InProcessJudge,
-    JudgeError,
-    LexicalJudge,
-    Question,
-    marked,
-    parse,
-)
+from metasae_lib.interpret.examples import Example
+from metasae_lib.interpret.judges import http
+from metasae_lib.interpret.judges.http import HttpJudge
+from metasae_lib.interpret.judges.in_process import InProcessJudge
+from metasae_lib.interpret.judges.lexical import LexicalJudge
+from metasae_lib.interpret.judges.questions import AskOnce, JudgeError, Question, marked, parse
 
 
 def example(text: str, acts: Sequence[float] | None = None) -> Example:
@@ -463,7 +457,7 @@ def test_the_key_comes_from_the_environment_and_stays_there(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(0)
-    monkeypatch.setenv(judges.KEY_VARIABLE, "secret-7f3a")
+    monkeypatch.setenv(http.KEY_VARIABLE, "secret-7f3a")
     judge = judge_at(server)
     AskOnce(judge, tmp_path / "answers.sqlite").answers([detection(1)])
     assert server.headers[0]["Authorization"] == "Bearer secret-7f3a"
@@ -492,6 +486,6 @@ def test_an_explanation_that_was_cut_off_is_none() -> None:
         choice = {"message": {"content": content}, "finish_reason": "length"}
         return json.dumps({"choices": [choice]}).encode()
 
-    assert judges._content(body("They all are about"), "explain") == ""
-    assert judges._content(body("They are words. And"), "explain") == "They are words. And"
-    assert judges._content(body("A because the"), "fuzzing") == "A because the"
+    assert http._content(body("They all are about"), "explain") == ""
+    assert http._content(body("They are words. And"), "explain") == "They are words. And"
+    assert http._content(body("A because the"), "fuzzing") == "A because the"

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metasae_lib import kernels
-from metasae_lib.dictionary import EPS, normalise
-from metasae_lib.kernels import COMPILED, PLAIN, Adam, Codes, Extra, Pull
+from metasae_lib.train.dictionary import EPS, normalise
+from metasae_lib.train.kernels import COMPILED, PLAIN, select, update
+from metasae_lib.train.kernels.common import Adam, Codes, Extra, Pull
 
 
 def dense(codes: Codes, shape: tuple[int, int]) -> Tensor:
@@ -52,19 +52,19 @@ def test_batch_topk_is_exact_whatever_the_bracket(
     k = min(k, b * n)
     if dtype == torch.float32:
         bracket <<= 16
-    codes, following = kernels.batch_topk(pre, k, bracket)
+    codes, following = select.batch_topk(pre, k, bracket)
     expected = by_sorting(pre, k)
     torch.testing.assert_close(dense(codes, (b, n)), expected, rtol=0, atol=0)
     torch.testing.assert_close(
-        kernels.batch_topk_plain(pre, k)[0].acts.float(), expected, rtol=0, atol=0
+        select.batch_topk_plain(pre, k)[0].acts.float(), expected, rtol=0, atol=0
     )
-    again, _ = kernels.batch_topk(pre, k, following)
+    again, _ = select.batch_topk(pre, k, following)
     torch.testing.assert_close(dense(again, (b, n)), expected, rtol=0, atol=0)
 
 
 def test_lists_by_token_and_by_feature_agree() -> None:
     pre = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
-    codes, _ = kernels.batch_topk(pre, 333)
+    codes, _ = select.batch_topk(pre, 333)
     assert codes.row_ptr[-1] == codes.col_ptr[-1] == 333
     acts = dense(codes, (40, 60))
     for j in range(60):
@@ -72,7 +72,7 @@ def test_lists_by_token_and_by_feature_agree() -> None:
         tokens = acts[:, j].nonzero()[:, 0]
         assert codes.rows[mine].tolist() == tokens.tolist()
         assert codes.acts[codes.entries[mine]].tolist() == acts[tokens, j].tolist()
-    assert torch.equal(kernels.fired(codes), (acts > 0).any(0))
+    assert torch.equal(select.fired(codes), (acts > 0).any(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -163,7 +163,7 @@ def test_adam_is_that_of_torch() -> None:
         g = torch.sin(step * w.detach() * 7) * 1e-6
         peer.grad = g.clone()
         optimiser.step()
-        kernels.adam_step(w, m, v, g, Adam(3e-3, 0.9, 0.99, step))
+        update.adam_step(w, m, v, g, Adam(3e-3, 0.9, 0.99, step))
         torch.testing.assert_close(w, peer.detach(), rtol=1e-12, atol=0)
 
 
@@ -187,9 +187,9 @@ def test_thresholds_select_and_pull(dtype: torch.dtype) -> None:
             if theta - reach < x <= theta + reach:
                 dots[j] += error[t].double() @ W_dec[j].double()
                 counts[j] += 1
-    codes = kernels.above_threshold(pre, threshold)
+    codes = select.above_threshold(pre, threshold)
     torch.testing.assert_close(dense(codes, (37, 70)), acts, rtol=0, atol=0)
-    plain = kernels.above_threshold_plain(pre, threshold).acts.float()
+    plain = select.above_threshold_plain(pre, threshold).acts.float()
     torch.testing.assert_close(plain, acts, rtol=0, atol=0)
     assert (codes.col_ptr[1:] - codes.col_ptr[:-1]).tolist() == (acts > 0).sum(0).tolist()
     for form in (COMPILED, PLAIN):

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metasae_lib.errors import MeasureError
-from metasae_lib.matching import hungarian
+from metasae_lib.measure.matching import hungarian
+from metasae_lib.study.errors import MeasureError
 
 
 def test_a_shuffled_copy_is_found_again() -> None:

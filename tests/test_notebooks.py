@@ -68,7 +68,7 @@ def test_short_cells_without_classes_or_long_functions(notebook: Any) -> None:
 
 
 def test_ends_with_the_three_blocks(notebook: Any) -> None:
-    calls = re.findall(r"report\.(\w+)\(", code(notebook)[-1].source)
+    calls = re.findall(r"show\.(\w+)\(", code(notebook)[-1].source)
     assert calls[-3:] == ["paper_against_ours", "provenance", "downloads"]
 
 
@@ -90,7 +90,7 @@ def test_every_figure_has_label_caption_and_description(notebook: Any) -> None:
 def test_every_table_is_offered_for_download(notebook: Any) -> None:
     source = "\n".join(cell.source for cell in code(notebook))
     saved = set(re.findall(r'save_table\(\s*"([\w.-]+)"', source))
-    offered = code(notebook)[-1].source.split("report.downloads(")[1]
+    offered = code(notebook)[-1].source.split("show.downloads(")[1]
     assert saved, "a notebook saves the tables behind its figures"
     # What only the scorecard reads is offered there.
     saved = {name for name in saved if not name.endswith("_values")}

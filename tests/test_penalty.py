@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from metasae_lib.errors import DictionaryError
-from metasae_lib.penalty import decomposability_penalty, orthogonality, penalty_pull
+from metasae_lib.study.errors import DictionaryError
+from metasae_lib.train.penalty import decomposability_penalty, orthogonality, penalty_pull
 
 
 def test_by_hand() -> None:

@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from metasae_lib import Profile, Run, posthoc
-from metasae_lib.dictionary import BatchTopK
-from metasae_lib.posthoc import meta_posthoc, settings, train_meta, variance_explained
-from metasae_lib.profile import ArmSpec
-from metasae_lib.training import Arm
+from metasae_lib import Profile, Run
+from metasae_lib.study.arms import ArmSpec
+from metasae_lib.train import posthoc
+from metasae_lib.train.dictionary import BatchTopK
+from metasae_lib.train.posthoc import meta_posthoc, settings, train_meta, variance_explained
+from metasae_lib.train.training import Arm
 
 
 def test_variance_explained_by_hand() -> None:

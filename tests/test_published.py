@@ -11,8 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metasae_lib.errors import PublishedError
-from metasae_lib.published import (
+from metasae_lib.show.published import (
     AGREES,
     AS_SET,
     DISAGREES,
@@ -29,6 +28,7 @@ from metasae_lib.published import (
     verdict,
     verdict_counts,
 )
+from metasae_lib.study.errors import PublishedError
 
 HEADLINE = "gpt2-large.table1.lambda0.3-sigma1.d_mean_abs_phi_pct"
 
@@ -252,6 +252,6 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "other.yml").write_text("setup: 3\n")
     with pytest.raises(PublishedError, match="not the paper's value file"):
         load_published(tmp_path / "other.yml")
-    monkeypatch.setattr("metasae_lib.published.repository_folders", lambda name: [])
+    monkeypatch.setattr("metasae_lib.show.published.repository_folders", lambda name: [])
     with pytest.raises(PublishedError, match="inside the repository"):
         load_published()

@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metasae_lib import Profile, Run, report
-from metasae_lib.errors import ArtefactError, MeasureError, PublishedError
-from metasae_lib.published import RESULTS, load_published
+from metasae_lib import Profile, Run
+from metasae_lib.show import scorecard, tables
+from metasae_lib.show import sentences as wording
+from metasae_lib.show import text as formats
+from metasae_lib.show.published import RESULTS, load_published
+from metasae_lib.study.errors import ArtefactError, MeasureError, PublishedError
 
 ROOT = Path(__file__).parents[1]
 HEADLINE = "gpt2-large.table1.lambda0.3-sigma1.d_mean_abs_phi_pct"
@@ -38,11 +41,11 @@ def full(run: Run) -> Run:
     )  # fmt: skip
     draws = np.random.default_rng(0).normal(0, 1e-5, (5, 400))
     replicates = {arm: m + d for arm, m, d in zip(phi.arm, phi.mean_abs, draws, strict=True)}
-    grid = report.grid_changes(run, phi, arms, replicates)
+    grid = tables.grid_changes(run, phi, arms, replicates)
     run.save_table("arms", arms, "made up")
     run.save_table("phi", phi, "made up")
     run.save_table("grid", grid, "made up")
-    run.save_table("effects", report.effects(run, phi, grid), "made up")
+    run.save_table("effects", tables.effects(run, phi, grid), "made up")
     run.save_table("control", pd.DataFrame({"bit_for_bit": [True]}), "made up")
     return run
 
@@ -54,13 +57,13 @@ def test_a_relative_runs_dir_means_the_same_everywhere(
     opened = []
     monkeypatch.chdir(ROOT / place)
     monkeypatch.setattr(Run, "open", lambda profile, runs_dir: opened.append(runs_dir))
-    report.open_run("tiny", {}, "../runs")
-    report.open_run("tiny", {}, str(tmp_path))
+    tables.open_run("tiny", {}, "../runs")
+    tables.open_run("tiny", {}, str(tmp_path))
     assert opened == [ROOT / "runs", tmp_path]
 
 
 def test_overrides_reach_the_run(tmp_path: Path) -> None:
-    run = report.open_run("tiny", {"training.lambda2": [0.5]}, str(tmp_path))
+    run = tables.open_run("tiny", {"training.lambda2": [0.5]}, str(tmp_path))
     assert run.name == f"tiny-{Profile.load('tiny', {'training.lambda2': [0.5]}).overrides_hash}"
 
 
@@ -74,11 +77,11 @@ def test_overrides_reach_the_run(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_numbers(value: object, text: str) -> None:
-    assert report.number(value) == text
+    assert formats.number(value) == text
 
 
 def test_tables_are_numbered_and_keep_their_bars() -> None:
-    text = report.table(pd.DataFrame({"mean |φ|": [0.5], "b": ["x|y"]}), "A caption", "tab-a").data
+    text = formats.table(pd.DataFrame({"mean |φ|": [0.5], "b": ["x|y"]}), "A caption", "tab-a").data
     lines = text.splitlines()
     assert lines[:3] == [":::{table} A caption", ":name: tab-a", ""]
     assert lines[3:6] == ["| mean \\|φ\\| | b |", "| --- | --- |", "| 0.5 | x\\|y |"]
@@ -86,17 +89,17 @@ def test_tables_are_numbered_and_keep_their_bars() -> None:
 
 
 def test_reading_never_claims_more_than_the_interval() -> None:
-    assert "rises" in report.reading(1.0, 3.0, -7.5)
-    assert "direction" in report.reading(-9.0, -5.0, -7.5)
-    assert "lies within" in report.reading(-9.0, -5.0, -7.5)
-    assert "not the size" in report.reading(-3.0, -1.0, -7.5)
-    assert "cannot tell" in report.reading(-3.0, 2.0, -7.5)
-    assert "excludes the paper" in report.reading(-3.0, 2.0, -7.5)
-    assert "does not exclude" in report.reading(-9.0, 2.0, -7.5)
+    assert "rises" in wording.reading(1.0, 3.0, -7.5)
+    assert "direction" in wording.reading(-9.0, -5.0, -7.5)
+    assert "lies within" in wording.reading(-9.0, -5.0, -7.5)
+    assert "not the size" in wording.reading(-3.0, -1.0, -7.5)
+    assert "cannot tell" in wording.reading(-3.0, 2.0, -7.5)
+    assert "excludes the paper" in wording.reading(-3.0, 2.0, -7.5)
+    assert "does not exclude" in wording.reading(-9.0, 2.0, -7.5)
 
 
 def test_an_empty_run_says_why_nothing_is_there(run: Run) -> None:
-    card = report.run_scorecard(run).set_index("id")
+    card = scorecard.run_scorecard(run).set_index("id")
     assert len(card) == len(load_published().values)
     results = card[card.section.isin(["result", "table 1", "case study"])]
     assert set(results.group) == {"not run", "not printed"}
@@ -105,15 +108,17 @@ def test_an_empty_run_says_why_nothing_is_there(run: Run) -> None:
     assert card.loc["gpt2-large.setup.k", "ours"] == run.profile.dictionary.k
     assert "single features" in card.loc["gpt2-large.case.too.solo-2827.fuzz", "verdict"]
     assert "05_case_studies" in card.loc["gpt2-large.case.too.joint-4741.phi", "verdict"]
-    found = report.tolerances(report.run_scorecard(run)).set_index("where the tolerance comes from")
+    found = scorecard.tolerances(scorecard.run_scorecard(run)).set_index(
+        "where the tolerance comes from"
+    )
     scatter = found.loc["twice the scatter of a difference of two of its four seeds (§5.1)"]
     assert scatter.tolist() == [9, "1.3", "1.3"]  # nine settings; 2 √2 · 1e-5 / 2.15e-3 is 1.32%
-    sentences = report.headline(run, report.run_scorecard(run))["sentences"]
+    sentences = wording.in_short(run, scorecard.run_scorecard(run))["sentences"]
     assert "small run" in sentences[0] and "**0**" in sentences[-1]
 
 
 def test_scorecard_of_a_run_with_results(full: Run) -> None:
-    card = report.run_scorecard(full).set_index("id")
+    card = scorecard.run_scorecard(full).set_index("id")
     assert card.loc[HEADLINE, "ours"] == pytest.approx(-5.0)
     # Features: 1.96 √2 · 1e-5 / 2e-3; seeds: 1.96 √2 · 1.414e-5 / 2.01e-3; in quadrature.
     features, seeds = 1.96 * math.sqrt(2) * 0.5, 1.96 * math.sqrt(2) * 100 * math.sqrt(2) / 201
@@ -136,50 +141,50 @@ def test_effects_and_conclusion(full: Run) -> None:
     assert effects["seed 1, over features"] == pytest.approx(100 * (1.91 / 2.02 - 1))
     assert effects["first joint, other solo seeds"] == pytest.approx(100 * (1.90 / 2.02 - 1))
     assert effects["all seeds, over seeds"] == pytest.approx(100 * (1.905 / 2.01 - 1))
-    first, second = report.conclusion(full)
+    first, second = wording.conclusion(full)
     assert "−5.0%" in first and "−5.2%" in first
     assert second.startswith("So ")
-    headline = report.headline(full, report.run_scorecard(full))
+    headline = wording.in_short(full, scorecard.run_scorecard(full))
     assert any("bit for bit" in sentence for sentence in headline["sentences"])
     assert sum(headline["verdicts"].values()) == len(load_published().values)
 
 
 def test_collapsed_dictionaries_judge_nothing(full: Run) -> None:
-    assert report.collapsed(full) == ""
+    assert scorecard.collapsed(full) == ""
     phi = full.load_table("phi")
     n = full.profile.dictionary.n_features
     phi.loc[0, "alive"] = n // 2 - 1
     full.save_table("phi", phi, "one arm mostly dead")
-    assert f"only {n // 2 - 1}" in report.collapsed(full)
-    assert report.conclusion(full)[1].startswith("But of 256 features only")
-    card = report.run_scorecard(full)
+    assert f"only {n // 2 - 1}" in scorecard.collapsed(full)
+    assert wording.conclusion(full)[1].startswith("But of 256 features only")
+    card = scorecard.run_scorecard(full)
     results = card[card.section.isin(RESULTS)]
     assert set(results.group) <= {"not run", "not printed"}
     assert f"only {n // 2 - 1}" in results.verdict[results.group == "not run"].iloc[0]
 
 
 def test_table_1_has_a_row_for_each_setting(full: Run) -> None:
-    rows = report.table_1(full).data.splitlines()[5:-1]
+    rows = scorecard.table_1(full).data.splitlines()[5:-1]
     assert len(rows) == 9
     assert "−7.5" in rows[4] and "−5 (" in rows[4]
 
 
 def test_the_three_blocks(full: Run) -> None:
-    shown = report.paper_against_ours(full, "*.solo_l2", label="tab-x").data
+    shown = scorecard.paper_against_ours(full, "*.solo_l2", label="tab-x").data
     assert shown.startswith("## Paper against ours\n") and "0.097" in shown
-    assert report.provenance(full).data.startswith("## Provenance\n")
-    links = report.downloads(full, "arms").data
+    assert tables.provenance(full).data.startswith("## Provenance\n")
+    links = tables.downloads(full, "arms").data
     assert links.startswith("## Downloads\n") and "/tables/arms.csv): arm, kind" in links
     with pytest.raises(PublishedError, match="matches"):
-        report.paper_against_ours(full, "*.nothing", label="tab-x")
+        scorecard.paper_against_ours(full, "*.nothing", label="tab-x")
     with pytest.raises(ArtefactError, match="no table 'nothing'"):
-        report.downloads(full, "nothing")
+        tables.downloads(full, "nothing")
 
 
 def test_a_profile_without_both_arms_cannot_be_compared(tmp_path: Path) -> None:
-    run = report.open_run("tiny", {"training.arms": ["solo"]}, str(tmp_path))
+    run = tables.open_run("tiny", {"training.arms": ["solo"]}, str(tmp_path))
     with pytest.raises(MeasureError, match="no joint arm"):
-        report.compared_arms(run)
+        tables.compared_arms(run)
 
 
 def test_pairs_by_their_rarer_feature() -> None:
@@ -187,7 +192,7 @@ def test_pairs_by_their_rarer_feature() -> None:
         {"group_a": [0, 0, 1], "group_b": [0, 1, 1], "rate_a": [0.1, 0.1, 0.2],
          "n_pairs": [1, 3, 2], "mean_abs": [4.0, 8.0, 5.0], "null_mean_abs": [1.0, 1.0, 2.0]}
     )  # fmt: skip
-    found = report.by_rarer(by_rate)
+    found = tables.by_rarer(by_rate)
     assert list(found.mean_abs) == [7.0, 5.0]
     assert list(found.rate) == [0.1, 0.2]
 
@@ -195,7 +200,7 @@ def test_pairs_by_their_rarer_feature() -> None:
 def test_flattening_compares_the_last_two_tenths() -> None:
     history = pd.DataFrame({"arm": "a", "step": range(10, 110, 10), "l2": 1.0})
     history.loc[history.step == 100, "l2"] = 0.99
-    assert report.flattening(history)["a"] == pytest.approx(-1.0)
+    assert tables.flattening(history)["a"] == pytest.approx(-1.0)
 
 
 def test_ablation_takes_the_first_seed_and_the_selected_penalty(run: Run) -> None:
@@ -208,16 +213,16 @@ def test_ablation_takes_the_first_seed_and_the_selected_penalty(run: Run) -> Non
     arms = pd.DataFrame(rows, columns=["kind", "seed", "lambda2", "sigma_sq", "k", "l2"]).assign(
         arm=lambda frame: frame.index.astype(str), l0_threshold=8.0, ce_overhead_pct=1.0, dead=0
     )
-    frame = report.ablation(run, arms)
+    frame = tables.ablation(run, arms)
     assert frame.arm.tolist() == ["0", "2", "4", "5", "6"]
     assert frame.architecture.tolist() == ["BatchTopK"] * 2 + ["JumpReLU"] * 2 + ["BatchTopK"]
     assert frame.k.tolist() == [8, 8, 8, 8, 4]
     # Solo: 0.19 against 0.20; joint: 0.25 against 0.21. k = 4 has no JumpReLU to compare with.
-    assert "Of the 2 of 2 conditions" in report.ablation_sentence(frame)
-    assert "lower L2 in 1 (" in report.ablation_sentence(frame)
+    assert "Of the 2 of 2 conditions" in wording.ablation_sentence(frame)
+    assert "lower L2 in 1 (" in wording.ablation_sentence(frame)
     # With more active features a lower L2 proves nothing.
     denser = frame.assign(l0=frame.l0.where(frame.arm != "4", 16.0))
-    assert "Of the 1 of 2 conditions" in report.ablation_sentence(denser)
+    assert "Of the 1 of 2 conditions" in wording.ablation_sentence(denser)
     denser = frame.assign(l0=frame.l0.where(frame.architecture != "JumpReLU", 16.0))
-    assert "cannot be compared" in report.ablation_sentence(denser)
-    assert "no JumpReLU arm" in report.ablation_sentence(frame[frame.architecture != "JumpReLU"])
+    assert "cannot be compared" in wording.ablation_sentence(denser)
+    assert "no JumpReLU arm" in wording.ablation_sentence(frame[frame.architecture != "JumpReLU"])

@@ -19,9 +19,11 @@ import pytest
 import yaml
 
 from metasae_lib import Profile, Run
-from metasae_lib.errors import ArtefactError
-from metasae_lib.progress import progress
-from metasae_lib.run import Artefact, atomic_write, cache_folder, commit, to_json
+from metasae_lib.study.errors import ArtefactError
+from metasae_lib.study.files import atomic_write, cache_folder, to_json
+from metasae_lib.study.machine import commit
+from metasae_lib.study.progress import progress
+from metasae_lib.study.run import Artefact
 
 
 def finished(run: Run) -> Artefact:

@@ -12,10 +12,8 @@ import pytest
 import torch
 from scipy import sparse, stats
 
-from metasae_lib import senses
-from metasae_lib.cooccurrence import CooccurrenceCounter
-from metasae_lib.errors import MeasureError
-from metasae_lib.senses import (
+from metasae_lib.interpret import senses
+from metasae_lib.interpret.senses import (
     WORDS,
     Occurrence,
     belongs,
@@ -30,6 +28,8 @@ from metasae_lib.senses import (
     side_by_side,
     split_sentence,
 )
+from metasae_lib.measure.counting import CooccurrenceCounter
+from metasae_lib.study.errors import MeasureError
 
 
 def shared_bits(x: np.ndarray, y: np.ndarray) -> float:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from metasae_lib import Run, cooccurrence, fidelity, sensitivity, thresholds
-from metasae_lib.cooccurrence import CooccurrenceCounter, summarise
-from metasae_lib.dictionary import BatchTopK, normalise
-from metasae_lib.profile import ArmSpec
+from metasae_lib import Run
+from metasae_lib.measure import fidelity, scan, sensitivity, thresholds
+from metasae_lib.measure.counting import CooccurrenceCounter
+from metasae_lib.measure.phi import summarise
+from metasae_lib.study.arms import ArmSpec
+from metasae_lib.train.dictionary import BatchTopK, normalise
 
 ROWS, LENGTH, D = 40, 10, 16
 
@@ -41,7 +43,7 @@ def arms(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             return FakeSubject().residuals(ids)[:, 1:].flatten(0, 1)
 
     tokens = SimpleNamespace(rows=lambda role: ids)
-    for module in (cooccurrence, thresholds, sensitivity):
+    for module in (scan, thresholds, sensitivity):
         monkeypatch.setattr(module, "Residuals", FakeResiduals)
     for module in (fidelity, sensitivity):
         monkeypatch.setattr(module, "load_tokens", lambda run: tokens)
@@ -88,7 +90,7 @@ def test_every_choice_equals_counting_again(run: Run, arms: dict[str, Any]) -> N
 def test_headline_compares_two_arms_under_each_choice(run: Run, arms: dict[str, Any]) -> None:
     frame = sensitivity.sensitivity(run, arms, FakeSubject(), bos_rows=8)  # type: ignore[arg-type]
     solo, joint = arms
-    table = sensitivity.headline(frame, solo, joint)
+    table = sensitivity.headline_by_choice(frame, solo, joint)
     assert len(table) == len(frame) / 2
     row = table[(table.group == "thresholds") & (table.variant == "scale-1.1")].iloc[0]
     of = frame[(frame.group == "thresholds") & (frame.variant == "scale-1.1")].set_index("arm")

@@ -1,4 +1,4 @@
-"""The splitting rule on firing patterns made by hand, in both directions, and its headline."""
+"""The splitting rule on firing patterns made by hand, in both directions, and the pooled counts."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metasae_lib.cooccurrence import CooccurrenceCounter
-from metasae_lib.errors import MeasureError
-from metasae_lib.splitting import (
-    Headline,
+from metasae_lib.interpret.splitting import (
+    Pooled,
     Rule,
     Side,
     count_directions,
     eligible,
     find,
-    headline,
     least_overlap,
     listed,
+    pool,
     reverse,
     seed_pairs,
     two_seeds,
 )
+from metasae_lib.measure.counting import CooccurrenceCounter
+from metasae_lib.study.errors import MeasureError
 
 TOKENS = 10_000
 RULE = Rule()
@@ -183,19 +183,19 @@ def pairs_of(splits: int, merges: int, null: int) -> pd.DataFrame:
         (0, 0, 0, "No feature splits"),
     ],
 )
-def test_the_headline_follows_the_numbers(splits: int, merges: int, null: int, says: str) -> None:
-    found = headline(pairs_of(splits, merges, null))
+def test_the_sentence_follows_the_numbers(splits: int, merges: int, null: int, says: str) -> None:
+    found = pool(pairs_of(splits, merges, null))
     assert says in found.sentence()
     assert found.supported == (says == "splits more than it merges")
     assert (found.splits, found.merges) == (splits, merges)  # the same start is left out
     assert found.null_share == null / 1000
 
 
-def test_a_headline_needs_its_null() -> None:
+def test_pooling_needs_its_null() -> None:
     frame = pairs_of(1, 1, 1)
     with pytest.raises(MeasureError, match="two seeds"):
-        headline(frame[frame.role != "null"])
-    assert isinstance(headline(frame), Headline)
+        pool(frame[frame.role != "null"])
+    assert isinstance(pool(frame), Pooled)
 
 
 def test_the_papers_own_partners_must_overlap() -> None:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from metasae_lib.errors import MeasureError
-from metasae_lib.statistics import (
+from metasae_lib.measure.statistics import (
     bootstrap_mean_abs,
     cohen_d,
     feature_difference,
@@ -19,6 +18,7 @@ from metasae_lib.statistics import (
     welch,
     wilson,
 )
+from metasae_lib.study.errors import MeasureError
 
 
 def symmetric(n: int, seed: int) -> np.ndarray:

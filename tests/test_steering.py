@@ -10,9 +10,9 @@ import torch
 from small_models import VOCABULARY, save_model, save_text, small_profile
 from transformers import AutoModelForCausalLM
 
-from metasae_lib.dictionary import BatchTopK
-from metasae_lib.steering import next_tokens, scaled
-from metasae_lib.subject import Subject, load_subject
+from metasae_lib.interpret.steering import next_tokens, scaled
+from metasae_lib.subject.model import Subject, load_subject
+from metasae_lib.train.dictionary import BatchTopK
 
 
 @pytest.fixture(scope="module")

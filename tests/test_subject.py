@@ -13,9 +13,10 @@ from small_models import VOCABULARY, save_model, save_text, small_profile
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metasae_lib import Profile, embedded
-from metasae_lib.errors import CorpusError, SubjectError
-from metasae_lib.subject import Subject, compute_device, fingerprint, load_subject
+from metasae_lib import Profile
+from metasae_lib.study.errors import CorpusError, SubjectError
+from metasae_lib.subject import embedded
+from metasae_lib.subject.model import Subject, compute_device, fingerprint, load_subject
 
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "gemma3")
 
@@ -96,7 +97,7 @@ def test_loss_in_blocks_is_the_loss(
 ) -> None:
     subject = load(folders["gemma2"])
     whole = subject.loss(ids)
-    monkeypatch.setattr("metasae_lib.subject._LOGIT_BYTES", 4 * VOCABULARY * 7)
+    monkeypatch.setattr("metasae_lib.subject.model._LOGIT_BYTES", 4 * VOCABULARY * 7)
     torch.testing.assert_close(subject.loss(ids), whole)
 
 

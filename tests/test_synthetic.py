@@ -7,10 +7,7 @@ import pytest
 import torch
 
 from metasae_lib import Profile
-from metasae_lib.dictionary import BatchTopK
-from metasae_lib.errors import MeasureError
-from metasae_lib.profile import ArmSpec
-from metasae_lib.synthetic import (
+from metasae_lib.measure.synthetic import (
     KINDS,
     World,
     blending,
@@ -20,6 +17,9 @@ from metasae_lib.synthetic import (
     score,
     train,
 )
+from metasae_lib.study.arms import ArmSpec
+from metasae_lib.study.errors import MeasureError
+from metasae_lib.train.dictionary import BatchTopK
 
 
 @pytest.fixture(scope="module")

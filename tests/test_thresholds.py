@@ -7,9 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metasae_lib.dictionary import BatchTopK, normalise
-from metasae_lib.errors import MeasureError
-from metasae_lib.thresholds import (
+from metasae_lib.measure.thresholds import (
     RULES,
     Calibrator,
     OwnThresholds,
@@ -17,6 +15,8 @@ from metasae_lib.thresholds import (
     pre_activations,
     training_batches,
 )
+from metasae_lib.study.errors import MeasureError
+from metasae_lib.train.dictionary import BatchTopK, normalise
 
 
 def made(

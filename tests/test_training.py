@@ -20,14 +20,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from metasae_lib import Profile, Run, kernels, training
+from metasae_lib import Profile, Run
 from metasae_lib.__main__ import main
-from metasae_lib.dictionary import BatchTopK, JumpReLU, denormalise, normalise
-from metasae_lib.errors import ArtefactError, TrainingError
-from metasae_lib.kernels import Pull
-from metasae_lib.penalty import decomposability_penalty, orthogonality, penalty_pull
-from metasae_lib.profile import ArmSpec
-from metasae_lib.training import HISTORY_EVERY, JumpReLULearner, Learner, Settings, Trainer
+from metasae_lib.study.arms import ArmSpec
+from metasae_lib.study.errors import ArtefactError, TrainingError
+from metasae_lib.train import kernels, training
+from metasae_lib.train import trainer as training_loop
+from metasae_lib.train.dictionary import BatchTopK, JumpReLU, denormalise, normalise
+from metasae_lib.train.kernels.common import Pull
+from metasae_lib.train.learner import JumpReLULearner, Learner, Settings
+from metasae_lib.train.penalty import decomposability_penalty, orthogonality, penalty_pull
+from metasae_lib.train.trainer import HISTORY_EVERY, Trainer
 
 D = 24
 
@@ -418,7 +421,8 @@ KILLED = """
 import os, random, signal, sys, threading
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from metasae_lib import Run, training
+from metasae_lib import Run
+from metasae_lib.train import training
 from test_training import Residuals, Stream, small
 training.BatchStream, training.Residuals = Stream, Residuals
 save, count = training.save_checkpoint, 0
@@ -497,7 +501,7 @@ def test_a_bad_checkpoint_is_named_and_refused(tmp_path: Path, harm: str) -> Non
     run = Run.open(profile, tmp_path / "runs")
     arm = training.train_arms(run)["solo-seed0"]
     place = training._places(run)[0]
-    path = training.latest_checkpoint(place.state.folder, 60)
+    path = training_loop.latest_checkpoint(place.state.folder, 60)
     assert path is not None
     if harm == "cut":
         path.write_bytes(path.read_bytes()[:-100])
@@ -505,7 +509,7 @@ def test_a_bad_checkpoint_is_named_and_refused(tmp_path: Path, harm: str) -> Non
         path.write_text("not a checkpoint")
     else:
         trainer = Trainer(place.spec, profile, D, torch.device("cpu"))
-        training.save_checkpoint(trainer, tmp_path, "of another arm", False)
+        training_loop.save_checkpoint(trainer, tmp_path, "of another arm", False)
         (tmp_path / "checkpoint-0.safetensors").replace(path)
     for file in sorted(arm.folder.rglob("*"), reverse=True):
         file.unlink() if file.is_file() else file.rmdir()
@@ -534,7 +538,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run.open(small(training__arms=["solo"]), tmp_path)
-    save_file, count = training.save_file, 0
+    save_file, count = training_loop.save_file, 0
 
     def full(*args: object, **kwargs: object) -> None:
         nonlocal count
@@ -543,11 +547,11 @@ def test_a_full_disk_keeps_the_last_checkpoint(
             raise OSError(28, "No space left on device")
         save_file(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "save_file", full)
+    monkeypatch.setattr(training_loop, "save_file", full)
     with pytest.raises(ArtefactError, match="disk is full"):
         training.train_arms(run)
     state = training._places(run)[0].state.folder
-    assert training.latest_checkpoint(state, 60) == state / "checkpoint-14.safetensors"
+    assert training_loop.latest_checkpoint(state, 60) == state / "checkpoint-14.safetensors"
 
 
 @pytest.mark.usefixtures("synthetic")

@@ -24,8 +24,9 @@ from nbformat.v4 import new_markdown_cell
 import toc
 import together
 from check_site import check_site
-from metasae_lib import Profile, Run, report
-from metasae_lib.errors import ArtefactError, MetaSAEError
+from metasae_lib import Profile, Run
+from metasae_lib.show import tables
+from metasae_lib.study.errors import ArtefactError, MetaSAEError
 from pages import (
     ANSI,
     LINES_SHOWN,
@@ -126,10 +127,10 @@ def _stage_run(run: Run, notebooks: Sequence[str], sources: Path, folder: Path) 
             titles = [title.lower() for _, title in headings(page)]
             # A notebook ends with these itself; one that forgot them gets them here.
             if "provenance" not in titles:
-                text = report.provenance(run).data
+                text = tables.provenance(run).data
                 page.cells.append(new_markdown_cell(f"## Provenance\n\n{text}"))
             if "downloads" not in titles:
-                text = report.downloads(run, *filter(run.has_table, tables_used(notebook))).data
+                text = tables.downloads(run, *filter(run.has_table, tables_used(notebook))).data
                 page.cells.append(new_markdown_cell(f"## Downloads\n\n{text}"))
             page.cells.append(new_markdown_cell(_notebook_links(name)))
             _add_banner(page, run.profile)

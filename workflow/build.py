@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from metasae_lib import Profile
-from metasae_lib.errors import MetaSAEError
+from metasae_lib.study.errors import MetaSAEError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -27,8 +27,8 @@ from papermill.engines import NBClientEngine, NotebookExecutionManager, papermil
 from papermill.exceptions import PapermillExecutionError
 
 from metasae_lib import Profile, Run
-from metasae_lib.errors import MetaSAEError
-from metasae_lib.run import atomic_write
+from metasae_lib.study.errors import MetaSAEError
+from metasae_lib.study.files import atomic_write
 from pages import ANSI, LINES_SHOWN, code_cells, unfinished
 
 ATTEMPTS = 3  # kernels that start at once collide now and then

@@ -14,7 +14,9 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from metasae_lib import Run, figures, report
+from metasae_lib import Run
+from metasae_lib.show import figures, scorecard, tables
+from metasae_lib.show import text as formats
 
 FOLDER = "together"
 
@@ -47,7 +49,7 @@ def _effect(frame: pd.DataFrame) -> Figure:
 
 
 def _trade_off(frame: pd.DataFrame) -> Figure:
-    return figures.trade_off(frame, report.paper_grid())
+    return figures.trade_off(frame, tables.paper_grid())
 
 
 CLAIMS = (
@@ -151,7 +153,9 @@ def write(runs: Mapping[str, Run], staging: Path) -> list[str]:
     folder = staging / FOLDER
     folder.mkdir()
     # Made anew, because a table on disk has lost which values are numbers.
-    cards = {n: report.run_scorecard(run) for n, run in runs.items() if run.has_table("scorecard")}
+    cards = {
+        n: scorecard.run_scorecard(run) for n, run in runs.items() if run.has_table("scorecard")
+    }
     for claim in CLAIMS:
         parts = [f"# {claim.title}", claim.text]
         pictures = [_tabs(claim, picture, runs, folder) for picture in claim.pictures]
@@ -186,12 +190,12 @@ def _values(claim: Claim, cards: Mapping[str, pd.DataFrame]) -> str:
     whole = None
     for name, card in cards.items():
         card = card[[any(fnmatch(i, pattern) for pattern in claim.ids) for i in card.id]]
-        rows = report.scorecard_rows(card).drop(columns="difference")
+        rows = scorecard.scorecard_rows(card).drop(columns="difference")
         rows = rows.rename(columns={"ours (interval)": name, "verdict": f"{name}: verdict"})
         whole = rows if whole is None else pd.concat([whole, rows.iloc[:, 3:]], axis=1)
     if whole is None:
         return "No run of this book has a scorecard yet."
-    return report.table(
+    return formats.table(
         whole, f"The paper's values beside every run: {claim.title}",
         f"tab-together-{claim.name}", look="filterable",
     ).data  # fmt: skip

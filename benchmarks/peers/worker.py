@@ -49,8 +49,9 @@ def ours(
     dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int, joint: bool, parts: bool = False
 ) -> Step:
     """parts: print what each loop of every step takes as well, in seconds, on one line."""
-    from metasae_lib.profile import ArmSpec, Profile
-    from metasae_lib.training import Trainer
+    from metasae_lib.study.arms import ArmSpec
+    from metasae_lib.study.profile import Profile
+    from metasae_lib.train.trainer import Trainer
 
     sizes = {"n_features": n, "k": k, "n_meta_features": round(0.09 * n), "meta_k": 8}
     settings = {

@@ -5,8 +5,8 @@ Importing the package is light: torch and transformers load with the modules tha
 
 from __future__ import annotations
 
-from metasae_lib.errors import MetaSAEError
-from metasae_lib.profile import Profile
-from metasae_lib.run import Run
+from metasae_lib.study.errors import MetaSAEError
+from metasae_lib.study.profile import Profile
+from metasae_lib.study.run import Run
 
 __all__ = ["MetaSAEError", "Profile", "Run"]

@@ -1,0 +1,6 @@
+"""Judges: who explains features and answers questions about them, behind one small interface.
+
+- `lexical`: no model; an explanation is token statistics. The floor for every other judge.
+- `in_process`: a small transformers model in this process, by log-probabilities.
+- `http`: any OpenAI-compatible server, such as vLLM with the paper's judge.
+"""

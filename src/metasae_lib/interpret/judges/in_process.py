@@ -1,0 +1,212 @@
+"""A judge in this process: a small transformers model, by log-probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from metasae_lib.interpret.judges.questions import Question, Task, one_line
+from metasae_lib.subject import embedded
+
+
+class InProcessJudge:
+    """A small transformers model in this process, asked by the log-probability of its options.
+
+    The options of a question are its texts x, and the evidence for one under an explanation e is
+    how much the explanation helps to predict it: log p(x | e) - log p(x), in nats. The difference
+    takes out how fluent a text is, which would betray a replaced token by itself. Fuzzing: the text
+    with more evidence. Detection: evidence above 0. Strength: evidence through a logistic curve.
+    Nothing is parsed or sampled. (A 135M model asked to *say* A or B always says A.)
+
+    source: as `model.source` of a profile.
+    """
+
+    def __init__(self, source: str = "embedded:smollm2-135m", batch_tokens: int = 4096) -> None:
+        self._source, self._batch_tokens = source, batch_tokens
+        name = source.removeprefix("embedded:")
+        known = embedded.conversion_name(name) if name != source else source
+        self.identity = {"judge": "in-process", "model": known, "version": 2}
+        self._plain: dict[tuple[str, str], float] = {}
+
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
+        """Answers block by block, so that a killed run keeps what it had."""
+        for start in range(0, len(questions), _BLOCK_QUESTIONS):
+            block = questions[start : start + _BLOCK_QUESTIONS]
+            explain = [k for k, q in enumerate(block) if q.task == "explain"]
+            texts = self._generate([block[k].messages for k in explain])
+            yield from ((start + k, text) for k, text in zip(explain, texts, strict=True))
+            rest = [k for k, q in enumerate(block) if q.task != "explain"]
+            evidence = self._evidence(
+                {(block[k].explanation, e.text) for k in rest for e in block[k].examples}
+            )
+            for k in rest:
+                values = [evidence[block[k].explanation, e.text] for e in block[k].examples]
+                yield start + k, _choice(block[k].task, values)
+
+    @cached_property
+    def model(self) -> Any:
+        """The language model, loaded on first use, on a GPU where there is one."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with embedded.quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(
+                embedded.snapshot(self._source), dtype=torch.bfloat16
+            )
+        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(embedded.snapshot(self._source))
+
+    def _evidence(self, pairs: set[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        """log p(text | explanation) - log p(text) of (explanation, text) pairs."""
+        new = {("", text) for _, text in pairs} - self._plain.keys()
+        scores = self._log_likelihoods(sorted(pairs | new))
+        # The same segments come up under many features, so what they are worth alone is kept.
+        self._plain |= {pair: scores[pair] for pair in new}
+        scores |= self._plain
+        return {pair: round(scores[pair] - scores["", pair[1]], 3) for pair in pairs}
+
+    def _log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        """log p(text | explanation) in nats; what prompts and texts begin with in common is read
+        once."""
+        groups: dict[str, list[tuple[list[int], str]]] = {}
+        for explanation, text in pairs:
+            groups.setdefault(explanation, []).append((self._ids(f" {one_line(text)}"), text))
+        rows: list[_Tree] = []
+        for explanation, texts in groups.items():
+            prompt = self._ids(f"Words to look for: {explanation or 'any text'}.\nText:")
+            tree = _Tree(explanation, prompt)
+            for ids, text in sorted(texts):
+                if len(tree) + len(ids) > _ROW_TOKENS and tree.paths:
+                    rows.append(tree)
+                    tree = _Tree(explanation, prompt)
+                tree.add(text, ids)
+            rows.append(tree)
+        rows.sort(key=len)
+        scores: dict[tuple[str, str], float] = {}
+        while rows:
+            batch = max(1, self._batch_tokens // len(rows[-1]))
+            part, rows = rows[-batch:], rows[:-batch]  # rows of similar length, the longest first
+            scores |= self._score(part)
+        return scores
+
+    def _score(self, rows: Sequence[_Tree]) -> dict[tuple[str, str], float]:
+        import torch
+
+        length = max(map(len, rows))
+        device = self.model.device
+        ids = torch.zeros(len(rows), length, dtype=torch.int64)
+        positions = torch.zeros_like(ids)
+        # A token sees itself and what its own path holds; padding sees itself.
+        sees = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
+        for r, row in enumerate(rows):
+            ids[r, : len(row)] = torch.tensor(row.ids)
+            positions[r, : len(row)] = torch.tensor(row.depths)
+            seen = sees[r].numpy()
+            for token, parent in enumerate(row.parents[1:], 1):
+                seen[token] |= seen[parent]
+        mask = torch.zeros(sees.shape, dtype=self.model.dtype)
+        mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
+        read = [(r, k) for r, row in enumerate(rows) for k in range(row.prompt, len(row))]
+        before = [rows[r].parents[k] for r, k in read]
+        targets = torch.tensor([rows[r].ids[k] for r, k in read], device=device)
+        with torch.no_grad():
+            hidden = self.model.model(
+                input_ids=ids.to(device), attention_mask=mask[:, None].to(device),
+                position_ids=positions.to(device), use_cache=False,
+            ).last_hidden_state[[r for r, _ in read], before]  # fmt: skip
+            parts = zip(hidden.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True)
+            logp = torch.cat([self._log_p(h, t) for h, t in parts]).cpu().double().numpy()
+        scores, start = {}, 0
+        for row in rows:
+            for text, path in row.paths:
+                scores[row.explanation, text] = float(logp[[start + k for k in path]].sum())
+            start += len(row) - row.prompt
+        return scores
+
+    def _log_p(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.lm_head(hidden).float()
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+    def _generate(self, chats: Sequence[list[dict[str, str]]]) -> list[str]:
+        """Greedy answers to chats, in the model's own form."""
+        import torch
+
+        tokenizer = self.tokenizer
+        tokenizer.padding_side = "left"
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        texts = []
+        for start in range(0, len(chats), _GENERATED_AT_ONCE):
+            written = [
+                tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                for chat in chats[start : start + _GENERATED_AT_ONCE]
+            ]
+            given = tokenizer(written, return_tensors="pt", padding=True, add_special_tokens=False)
+            with torch.no_grad():
+                out = self.model.generate(
+                    **given.to(self.model.device), do_sample=False, max_new_tokens=24,
+                    pad_token_id=tokenizer.pad_token_id,
+                )  # fmt: skip
+            new = out[:, given["input_ids"].shape[1] :]
+            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+_BLOCK_QUESTIONS = 2048
+_GENERATED_AT_ONCE = 32
+_ROW_TOKENS = 320  # every token of a row is compared with every other
+_LOGITS_AT_ONCE = 128
+
+
+class _Tree:
+    """One row of ids: a prompt, and texts that continue it, what they begin with in common once.
+
+    parents, depths: of each token, the token before it in its text, and how many stand before.
+    paths: of each text, its tokens as places after the prompt.
+    """
+
+    def __init__(self, explanation: str, prompt: Sequence[int]) -> None:
+        self.explanation, self.prompt = explanation, len(prompt)
+        self.ids, self.parents = list(prompt), list(range(-1, len(prompt) - 1))
+        self.depths = list(range(len(prompt)))
+        self.paths: list[tuple[str, list[int]]] = []
+        self._after: dict[tuple[int, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, text: str, ids: Sequence[int]) -> None:
+        """One more text."""
+        parent, path = self.prompt - 1, []
+        for token in ids:
+            place = self._after.setdefault((parent, token), len(self))
+            if place == len(self):
+                self.ids.append(token)
+                self.parents.append(parent)
+                self.depths.append(self.depths[parent] + 1)
+            path.append(place - self.prompt)
+            parent = place
+        self.paths.append((text, path))
+
+
+def _choice(task: Task, evidence: Sequence[float]) -> str:
+    """The answer that evidence in nats gives; "?" where it decides nothing."""
+    if task == "strength":
+        return f"{10 / (1 + math.exp(-max(min(evidence[0], 50), -50))):.6f}"
+    first, second = (*evidence, 0.0)[:2]
+    if first == second:
+        return "?"
+    return ("A" if first > second else "B") if task == "fuzzing" else "yes" if first > 0 else "no"

@@ -1,0 +1,244 @@
+"""Explanations, and three scores of how well they predict a feature.
+
+A feature's examples are split: an explainer sees some, and the questions are about others. Then
+
+- `fuzzing_score` (the paper's text, §2, App. F): which of two examples is real, when the strongest
+  tokens of the other were replaced by draws from the token marginal? -1 to 1, chance 0;
+- `spearman_score` (the paper's released code): rank correlation of predicted and true strength;
+- `detection_score`: does the feature fire here? Balanced accuracy, chance 0.5.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+
+from metasae_lib.interpret.contexts import Contexts
+from metasae_lib.interpret.judges.http import HttpJudge
+from metasae_lib.interpret.judges.in_process import InProcessJudge
+from metasae_lib.interpret.judges.lexical import LexicalJudge
+from metasae_lib.interpret.judges.questions import AskOnce, Judge, Question, Value, parse
+from metasae_lib.interpret.material import Material, Plan, materials
+from metasae_lib.study.errors import MeasureError
+from metasae_lib.study.run import Run
+
+if TYPE_CHECKING:
+    from metasae_lib.study.profile import Profile
+
+
+Answers = Callable[[Sequence[Question]], Sequence[str | None]]
+SCORES = ("fuzzing", "spearman", "detection")
+CHANCE = {"fuzzing": 0.0, "spearman": 0.0, "detection": 0.5}
+
+
+def fuzzing_score(correct: Sequence[bool | None]) -> float | None:
+    """Mean of +1 for each right and -1 for each wrong answer; chance 0.
+
+    correct: True, False, or None for an answer that could not be read, which counts for nothing.
+    None if no answer could be read.
+    """
+    answered = [1 if right else -1 for right in correct if right is not None]
+    return sum(answered) / len(answered) if answered else None
+
+
+def spearman_score(
+    predicted: Sequence[float | None] | None, actual: Sequence[float]
+) -> float | None:
+    """Spearman's rank correlation of predicted with true strengths, ties at their mean rank.
+
+    0.0 for predictions that are all equal: they say nothing. None if any prediction could not be
+    read, or if the true strengths are all equal (or fewer than two), which nothing can follow.
+    Raises MeasureError for lists of different length.
+    """
+    values = [value for value in predicted or [] if value is not None and np.isfinite(value)]
+    if predicted is None or len(values) < len(predicted):
+        return None
+    if len(values) != len(actual):
+        raise MeasureError(
+            f"{len(values)} predictions for {len(actual)} strengths: give one for each"
+        )
+    if len(set(actual)) < 2:
+        return None
+    if len(set(values)) < 2:
+        return 0.0
+    return float(scipy.stats.spearmanr(values, actual).statistic)
+
+
+def detection_score(predicted: Sequence[bool | None], actual: Sequence[bool]) -> float | None:
+    """Balanced accuracy: the mean of the shares answered rightly among true and among false.
+
+    Answers that could not be read (None) count for nothing. None if either kind has no answer: one
+    kind alone would reward a judge that always says the same. Raises MeasureError for lists of
+    different length.
+    """
+    if len(predicted) != len(actual):
+        raise MeasureError(
+            f"{len(predicted)} answers to {len(actual)} questions: give one for each"
+        )
+    shares = []
+    for kind in (True, False):
+        right = [
+            p == kind for p, a in zip(predicted, actual, strict=True) if a == kind and p is not None
+        ]
+        if not right:
+            return None
+        shares.append(sum(right) / len(right))
+    return sum(shares) / 2
+
+
+def answers_of(judge: Judge) -> Answers:
+    """A judge's raw answers in the order of the questions, kept nowhere."""
+
+    def answers(questions: Sequence[Question]) -> list[str | None]:
+        found = dict(judge.ask(questions))
+        return [found.get(index) for index in range(len(questions))]
+
+    return answers
+
+
+def explain(made: Sequence[Material], answers: Answers) -> list[str | None]:
+    """One explanation for each feature; None where the explainer gave none."""
+    questions = [material.explain for material in made]
+    explanations: list[str | None] = []
+    for question, answer in zip(questions, answers(questions), strict=True):
+        value = parse(question, answer)
+        explanations.append(None if value is None else str(value))
+    return explanations
+
+
+def in_words(explanation: str | None) -> str | None:
+    """A lexical explanation as a judge that reads words gets it: its heaviest tokens."""
+    try:
+        tokens = list(json.loads(explanation or "")["tokens"])
+    except (ValueError, KeyError, TypeError):
+        return explanation
+    return ", ".join(tokens[:6]) or None
+
+
+def score(
+    made: Sequence[Material], explanations: Sequence[str | None], answers: Answers
+) -> pd.DataFrame:
+    """Ask everything about every feature and score it.
+
+    Features without an explanation (None) are not asked about; an empty one ("") is a control.
+    Columns: feature, explanation, the three scores (nan for none), asked, unreadable (asked and not
+    read as an answer), said_first and fuzzed (fuzzing answers "A", and all that were read).
+    """
+    if len(made) != len(explanations):
+        raise MeasureError(f"{len(explanations)} explanations for {len(made)} features")
+    questions: list[Question] = []
+    ranges = []
+    for material, explanation in zip(made, explanations, strict=True):
+        asked = [] if explanation is None else material.questions(explanation)
+        ranges.append((len(questions), len(questions) + len(asked)))
+        questions += asked
+    raw = answers(questions)
+    values = [parse(question, answer) for question, answer in zip(questions, raw, strict=True)]
+    rows = [
+        {"feature": material.feature, "explanation": explanation}
+        | _scores(material, values[start:stop])
+        for material, explanation, (start, stop) in zip(made, explanations, ranges, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _scores(material: Material, values: Sequence[Value | None]) -> dict[str, Any]:
+    rounds, n = len(material.pairs), len(material.examples)
+    fuzz, strength, detect = values[:rounds], values[rounds : rounds + n], values[rounds + n :]
+    row: dict[str, Any] = {
+        "asked": len(values),
+        "unreadable": sum(value is None for value in values),
+        "said_first": sum(value == 0 for value in fuzz if value is not None),
+        "fuzzed": sum(value is not None for value in fuzz),
+        **dict.fromkeys(SCORES, float("nan")),
+    }
+    if not values:
+        return row
+    truth = [True] * n + [False] * len(material.silent)
+    right = [
+        None if value is None else value == real
+        for value, real in zip(fuzz, material.real, strict=True)
+    ]
+    scores = {
+        "fuzzing": fuzzing_score(right),
+        "spearman": spearman_score(
+            [None if value is None else float(value) for value in strength],
+            [example.strength for example in material.examples],
+        ),
+        "detection": detection_score(
+            [None if value is None else bool(value) for value in detect], truth
+        ),
+    }
+    return row | {name: value for name, value in scores.items() if value is not None}
+
+
+def plan_of(profile: Profile) -> Plan:
+    """How much a profile asks."""
+    auto = profile.autointerp
+    return Plan(auto.explain_examples, auto.score_examples, auto.rounds, auto.negatives)
+
+
+def judge_of(profile: Profile) -> Judge:
+    """The judge that a profile names."""
+    auto = profile.autointerp
+    if auto.judge == "lexical":
+        return LexicalJudge()
+    if auto.judge == "in-process":
+        return InProcessJudge(auto.model)
+    return HttpJudge(auto.url, auto.model, auto.parallel)
+
+
+def answers_for(run: Run, judge: Judge, asking: int = 0) -> Answers:
+    """A judge's answers, kept with their prompts in the run's artefacts: nothing is asked twice.
+
+    asking: another number is another table, for a test-retest that must not remember. The lexical
+    judge is asked anew each time: it takes no time, and prompts do not hold all that it looks at.
+    """
+    if isinstance(judge, LexicalJudge):
+        return answers_of(judge)
+    about = judge.identity | ({"asking": asking} if asking else {})
+    return AskOnce(judge, run.artefact("answers", about).folder / "answers.sqlite").answers
+
+
+def explanations_of(
+    profile: Profile, judge: Judge, made: Sequence[Material], answers: Answers
+) -> list[str | None]:
+    """Explanations by the profile's explainer: the judge itself, or the lexical judge's tokens."""
+    if isinstance(judge, LexicalJudge) or profile.autointerp.explainer == "judge":
+        return explain(made, answers)
+    return [in_words(text) for text in explain(made, answers_of(LexicalJudge()))]
+
+
+def score_features(
+    run: Run, contexts: Contexts, features: Iterable[int], judge: Judge
+) -> pd.DataFrame:
+    """Explain and score features of one arm as the profile says; `score` has the columns."""
+    plan, answers = plan_of(run.profile), answers_for(run, judge)
+    made = materials(contexts, features, plan)
+    return score(made, explanations_of(run.profile, judge, made, answers), answers)
+
+
+def score_pairs(
+    run: Run,
+    contexts: Mapping[str, Contexts],
+    asked: Mapping[str, pd.DataFrame],
+    judges: Mapping[str, Judge],
+) -> pd.DataFrame:
+    """`score_features` for every judge over its pairs of features.
+
+    contexts: by kind, `solo` and `joint`. asked: pairs by judge. Columns as `score`, and judge and
+    kind.
+    """
+    return pd.concat(
+        [
+            score_features(run, mine, pairs[kind], judges[judge]).assign(judge=judge, kind=kind)
+            for judge, pairs in asked.items()
+            for kind, mine in contexts.items()
+        ],
+        ignore_index=True,
+    )

@@ -1,0 +1,60 @@
+"""Steering: one feature taken out of the residual stream, or amplified, and what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from metasae_lib.subject.model import Subject
+from metasae_lib.train.dictionary import Dictionary, normalise, scale_of
+
+
+def scaled(
+    sae: Dictionary, feature: int, factor: float, first: int = 0
+) -> Callable[[Tensor], Tensor]:
+    """A replacement for `Subject.loss`: one feature's contribution times `factor`.
+
+    factor: 0 removes it, 1 changes nothing, 2 doubles it. Where feature i has the activation a_i
+    (above its threshold), (factor - 1) a_i W_i is added in the space of normalised inputs and
+    mapped back; everything else of the residual stays, what the dictionary cannot rebuild included.
+    first: positions before it stay as they are (1 under `text.skip_first`: no dictionary has seen
+    position 0).
+    """
+
+    def replace(x: Tensor) -> Tensor:
+        z, _, std = normalise(x.float())
+        acts = sae.encode_threshold(z.flatten(0, -2))[:, feature].view(*z.shape[:-1], 1)
+        acts[:, :first] = 0
+        return x + (factor - 1) * acts * sae.W_dec[feature] * scale_of(std)
+
+    return replace
+
+
+def next_tokens(
+    subject: Subject,
+    ids: Tensor,
+    replacements: Mapping[str, Callable[[Tensor], Tensor]],
+    decode: Callable[[int], str],
+    n_top: int = 6,
+) -> pd.DataFrame:
+    """Probabilities of the next token of one row of ids (c,), as it is and under replacements.
+
+    One row a token: those among the `n_top` likeliest before or under any replacement. Columns:
+    token, unchanged, one a replacement, and `change <name>` in percentage points; likeliest first.
+    """
+    row = ids[None]
+    before = subject.next_logits(row)[0].softmax(-1)
+    after = {name: subject.next_logits(row, f)[0].softmax(-1) for name, f in replacements.items()}
+    tops = [p.topk(n_top).indices for p in (before, *after.values())]
+    shown = sorted(set(torch.cat(tops).tolist()), key=lambda i: -float(before[i]))
+    frame = pd.DataFrame(
+        {"token": [decode(i) for i in shown], "unchanged": [float(before[i]) for i in shown]}
+    )
+    for name, p in after.items():
+        frame[name] = [float(p[i]) for i in shown]
+    for name in after:
+        frame[f"change {name}"] = 100 * (frame[name] - frame.unchanged)
+    return frame

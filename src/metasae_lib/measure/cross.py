@@ -1,0 +1,182 @@
+"""Co-occurrence between the features of two dictionaries, and who is whose partner."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from metasae_lib.measure.counting import CooccurrenceCounter, CrossCounts
+from metasae_lib.measure.patterns import above
+from metasae_lib.measure.phi import phi
+from metasae_lib.measure.scan import TOKENS_AT_ONCE, VERSION, scan_inputs
+from metasae_lib.measure.thresholds import calibrate_arms, pre_activations, product_dtype
+from metasae_lib.study.errors import MeasureError
+from metasae_lib.study.files import atomic_write
+from metasae_lib.study.progress import progress
+from metasae_lib.study.run import locked
+from metasae_lib.subject.activations import Residuals
+from metasae_lib.train.dictionary import normalise
+
+if TYPE_CHECKING:
+    from metasae_lib.study.run import Artefact, Run
+    from metasae_lib.train.training import Arm
+
+
+def check_comparable(arm_a: Arm, arm_b: Arm) -> None:
+    """Refuse two arms whose dictionaries read different residuals, and say what differs."""
+    about = []
+    for arm in (arm_a, arm_b):
+        config = json.loads((arm.folder / "sae" / "cfg.json").read_text(encoding="utf-8"))
+        metadata = config.get("metadata", {})
+        about.append(
+            {
+                "language model": metadata.get("model_name"),
+                "hook": metadata.get("hook_name"),
+                "normalisation": config.get("normalize_activations"),
+                "d_in": arm.sae.d_in,
+            }
+        )
+    for what, value in about[0].items():
+        if value != about[1][what]:
+            raise MeasureError(
+                f"{arm_a.spec.name} and {arm_b.spec.name} cannot be compared: their {what} is "
+                f"{value} and {about[1][what]}; take two dictionaries of the same residuals"
+            )
+
+
+def cross_counts(run: Run, arm_a: Arm, arm_b: Arm) -> CrossCounts:
+    """Counts between the features of two arms over the scan role, as an artefact.
+
+    Raises MeasureError if the two were not trained on the same kind of residuals.
+    """
+    pair = arm_a.spec.name, arm_b.spec.name
+    return cross_scan(run, {arm.spec.name: arm for arm in (arm_a, arm_b)}, [pair])[pair]
+
+
+def cross_scan(
+    run: Run, arms: Mapping[str, Arm], pairs: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], CrossCounts]:
+    """`cross_counts` for several pairs of arm names, all in one pass over the scan role."""
+    for a, b in pairs:
+        check_comparable(arms[a], arms[b])
+    names = dict.fromkeys(name for pair in pairs for name in pair)
+    calibrate_arms(run, {name: arms[name] for name in names})
+    residuals = Residuals(run, "scan")
+    inputs = scan_inputs(run, residuals)
+    artefacts = {
+        (a, b): run.artefact(
+            "cross-counts",
+            {"a": arms[a].folder.name, "b": arms[b].folder.name, **inputs},
+            VERSION,
+        )
+        for a, b in pairs
+    }
+    with locked(artefacts.values()):
+        missing = [pair for pair, artefact in artefacts.items() if not artefact.complete]
+        if missing:
+            for pair, cross in _cross(run, residuals, arms, missing).items():
+                folder = artefacts[pair].folder
+                with atomic_write(folder / "n11.npy") as path:
+                    np.save(path, cross.n11)
+                with atomic_write(folder / "n1.npz") as path:
+                    np.savez(path, a=cross.n1_a, b=cross.n1_b)
+                artefacts[pair].finish({"n_tokens": cross.n_tokens}, shared_by=len(missing))
+        return {pair: _load_cross(artefact) for pair, artefact in artefacts.items()}
+
+
+def _cross(
+    run: Run,
+    residuals: Residuals,
+    arms: Mapping[str, Arm],
+    pairs: Sequence[tuple[str, str]],
+) -> dict[tuple[str, str], CrossCounts]:
+    dtype, device = product_dtype(run), residuals.device
+    used = {name: arms[name].sae for name in dict.fromkeys(n for pair in pairs for n in pair)}
+    counters = {
+        (a, b): CooccurrenceCounter(used[a].n_features, used[b].n_features, device)
+        for a, b in pairs
+    }
+    with progress(residuals.n_tokens, f"cross counts of {len(pairs)} pairs of arms") as bar:
+        for i in range(residuals.n_chunks):
+            for x in residuals.chunk(i).split(TOKENS_AT_ONCE):
+                z = normalise(x.float())[0]
+                fired = {
+                    name: firing(pre_activations(sae, z, dtype), sae.threshold)
+                    for name, sae in used.items()
+                }
+                for (a, b), counter in counters.items():
+                    counter.update(fired[a], fired[b])
+                bar.update(len(x))
+    return {pair: counter.cross_counts() for pair, counter in counters.items()}
+
+
+def firing(pre: Tensor, threshold: Tensor | None) -> Any:
+    """What exceeds the thresholds: a pattern on the CPU, a bool matrix on a GPU."""
+    assert threshold is not None
+    if pre.device.type == "cpu":
+        return above(pre.numpy(), threshold.numpy())[0]
+    return pre > threshold
+
+
+def _load_cross(artefact: Artefact) -> CrossCounts:
+    n_tokens = artefact.info["n_tokens"]
+    with np.load(artefact.folder / "n1.npz") as n1:
+        n11 = np.load(artefact.folder / "n11.npy", mmap_mode="r")
+        return CrossCounts(n11, n1["a"], n1["b"], n_tokens)
+
+
+def top_matches(cross: CrossCounts, m: int = 5, of: str = "a") -> pd.DataFrame:
+    """The m features of the other dictionary with the largest |φ|, for every feature of one.
+
+    of: "a" or "b", the dictionary whose features are looked up. Columns: feature, rank (from 0),
+    match, phi. Ties go to the lower feature; features without a defined φ are left out.
+    """
+    if of not in ("a", "b"):
+        raise MeasureError(f"of is '{of}': give 'a' or 'b'")
+    n11, n1, n1_other = cross.n11, cross.n1_a, cross.n1_b
+    if of == "b":
+        n11, n1, n1_other = n11.T, n1_other, n1
+    m = min(m, len(n1_other))
+    parts = []
+    for row in range(0, len(n1), 512):
+        rows = slice(row, row + 512)
+        values = phi(np.asarray(n11[rows]), n1[rows], n1_other, cross.n_tokens)
+        size = np.nan_to_num(np.abs(values), nan=-1.0)
+        # A stable sort of the few that reach the m-th largest keeps ties in order.
+        cut = -np.partition(-size, m - 1, axis=1)[:, m - 1 : m]
+        feature, match = np.nonzero((size >= cut) & (size >= 0))
+        order = np.lexsort((match, -size[feature, match], feature))
+        feature, match = feature[order], match[order]
+        rank = np.arange(len(feature)) - np.searchsorted(feature, feature)
+        keep = rank < m
+        parts.append(
+            pd.DataFrame(
+                {
+                    "feature": feature[keep] + row,
+                    "rank": rank[keep],
+                    "match": match[keep],
+                    "phi": values[feature[keep], match[keep]],
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def partners(crosses: Mapping[tuple[str, str], CrossCounts], m: int = 3) -> pd.DataFrame:
+    """:func:`top_matches` of several pairs (a, b) of arms, in both directions.
+
+    Columns besides: a, b, of (whose features are looked up).
+    """
+    return pd.concat(
+        [
+            top_matches(cross, m, of).assign(a=a, b=b, of=of)
+            for (a, b), cross in crosses.items()
+            for of in ("a", "b")
+        ],
+        ignore_index=True,
+    )

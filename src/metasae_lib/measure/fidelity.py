@@ -1,0 +1,354 @@
+"""How much of the residuals and of the language model's predictions a dictionary keeps.
+
+The one definition of each in this project. With z the normalised residual (see `dictionary`) and
+z_hat its reconstruction, over T tokens and d dimensions:
+
+    L2  = Σ (z - z_hat)² / (T d)            the paper's L2 (App. D): the space has unit variance
+    FVU = Σ (z - z_hat)² / Σ (z - z̄)²       z̄ the mean over tokens of each dimension
+
+CE overhead: how much the model's cross-entropy rises when the residual is replaced by its
+reconstruction, mapped back by the token's own mean and deviation. All on held-out text (role
+`scan`), both with thresholds and in training mode (BatchTopK over the batch).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metasae_lib.measure.patterns import above
+from metasae_lib.measure.thresholds import (
+    calibrate_arms,
+    calibration_inputs,
+    grouped,
+    pre_activations,
+    product_dtype,
+    training_batches,
+)
+from metasae_lib.study.errors import MeasureError
+from metasae_lib.study.progress import progress
+from metasae_lib.study.run import locked
+from metasae_lib.subject.activations import Residuals
+from metasae_lib.subject.corpus import load_tokens
+from metasae_lib.subject.model import Subject, load_subject
+from metasae_lib.train.dictionary import JumpReLU, denormalise, normalise
+from metasae_lib.train.kernels.select import batch_topk, batch_topk_plain
+
+if TYPE_CHECKING:
+    from metasae_lib.study.run import Run
+    from metasae_lib.study.sections import Role
+    from metasae_lib.train.dictionary import Dictionary
+    from metasae_lib.train.training import Arm
+
+
+VERSION = 2  # of the stage
+TOKENS = 100_000  # L2, FVU, L0 and norms are taken on the first chunks of the scan role up to here
+Mode = Literal["threshold", "batch"]
+MODES: tuple[Mode, ...] = ("threshold", "batch")
+
+
+class Moments:
+    """Sums of tokens and of their squares, (d,) float64."""
+
+    def __init__(self, d: int) -> None:
+        self.d, self.n_tokens = d, 0
+        self._sum = torch.zeros(d, dtype=torch.float64)
+        self._square = torch.zeros(d, dtype=torch.float64)
+
+    def add(self, z: Tensor) -> None:
+        """Add tokens (t, d)."""
+        exact = z.double()
+        self.n_tokens += len(z)
+        self._sum += exact.sum(0).cpu()
+        self._square += exact.square().sum(0).cpu()
+
+    @property
+    def variance(self) -> float:
+        """Sum of squared deviations from the mean token, over tokens and dimensions."""
+        return float((self._square - self._sum.square() / self.n_tokens).sum())
+
+
+class Reconstruction:
+    """Sums over tokens from which L2, FVU and L0 follow; float64.
+
+    moments: of the same tokens, which several reconstructions may share.
+    """
+
+    def __init__(self, moments: Moments) -> None:
+        self.n_active = 0
+        self._moments = moments
+        self._error = 0.0
+
+    def add(self, z: Tensor, z_hat: Tensor, n_active: int) -> None:
+        """Add tokens. z, z_hat: (t, d) normalised. n_active: activations that are not zero."""
+        self.n_active += n_active
+        self._error += float((z - z_hat).square_().sum(1).sum(dtype=torch.float64))
+
+    @property
+    def l2(self) -> float:
+        """Mean square error over tokens and dimensions."""
+        return self._error / (self._moments.n_tokens * self._moments.d)
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of variance unexplained. Raises MeasureError if nothing varies."""
+        variance = self._moments.variance
+        if variance <= 0:
+            raise MeasureError("the fraction of variance unexplained needs tokens that differ")
+        return self._error / variance
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active features a token."""
+        return self.n_active / self._moments.n_tokens
+
+
+def reconstruct(
+    sae: Dictionary, z: Tensor, mode: Mode, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, int]:
+    """z_hat (t, d) of normalised z (t, d), and the number of active features in all.
+
+    mode: "threshold", each feature above its own θ; or "batch", the k·t largest of the t tokens
+    given, as in training. dtype: of the encoder product. Decoding is float32.
+    """
+    return _reconstruct(sae, pre_activations(sae, z, dtype), mode)[:2]
+
+
+def _reconstruct(
+    sae: Dictionary, pre: Tensor, mode: Mode, bracket: int = 0
+) -> tuple[Tensor, int, int]:
+    """z_hat, number of active features, and the bracket for the next batch (see `batch_topk`)."""
+    if isinstance(sae, JumpReLU):
+        mode = "threshold"  # the same in training and after
+    if mode == "threshold" and sae.threshold is None:
+        raise MeasureError("this dictionary has no thresholds: calibrate it first")
+    if pre.device.type != "cpu":
+        if mode == "batch":
+            acts = batch_topk_plain(pre, sae.k * len(pre))[0].acts
+        else:
+            acts = torch.where(pre > sae.threshold, pre, 0)  # type: ignore[operator]
+        return acts @ sae.W_dec + sae.b_dec, int((acts > 0).sum()), 0
+    if mode == "batch":
+        codes, bracket = batch_topk(pre, sae.k * len(pre), bracket)
+        starts, features, acts = codes.row_ptr[:-1], codes.cols, torch.from_numpy(codes.acts)
+    else:
+        pattern, values = above(pre.numpy(), sae.threshold.numpy())  # type: ignore[union-attr]
+        starts, features, acts = pattern.indptr[:-1], pattern.indices, torch.from_numpy(values)
+    z_hat = F.embedding_bag(
+        torch.from_numpy(features.astype(np.int64)),
+        sae.W_dec,
+        torch.from_numpy(starts),
+        mode="sum",
+        per_sample_weights=acts,
+    )
+    return z_hat + sae.b_dec, len(acts), bracket
+
+
+def measure_arms(run: Run, arms: Mapping[str, Arm], subject: Subject | None = None) -> pd.DataFrame:
+    """Fidelity of every arm on held-out text, one row an arm. Results are artefacts.
+
+    Columns: arm, kind, seed, lambda2, sigma_sq;
+    l2, fvu, l0_threshold and l2_batch, fvu_batch, l0_batch (at the thresholds; in training mode);
+    ce, ce_baseline, ce_overhead_nats, ce_overhead_pct (of ce_baseline), ce_overhead_se (paired
+    standard error over rows) and ce_batch, ce_overhead_batch_nats, ce_overhead_batch_pct;
+    dead (features that BatchTopK never selected on the calibration tokens);
+    n_tokens (of L2, FVU and L0), ce_rows, ce_tokens.
+
+    CE is the mean over the predictions of the first `evaluation.ce_rows` rows; in training mode of
+    the first `model.batch_rows` of them, which are one BatchTopK batch. The model's blocks up to
+    the layer run once for all arms. Under
+    `text.skip_first` the residual at position 0 stays as it is, and the prediction made there,
+    which then cannot change, is left out. `subject` spares loading the language model.
+    """
+    calibrations = calibrate_arms(run, arms)
+    residuals = Residuals(run, "scan", subject)
+    inputs = {
+        "on": residuals.inputs,
+        "calibration": calibration_inputs(run, Residuals(run, "calibration")),
+        "rule": run.profile.evaluation.threshold_rule,
+        "ce_rows": run.profile.evaluation.ce_rows,
+    }
+    artefacts = {
+        name: run.artefact("fidelity", {"arm": arm.folder.name, **inputs}, VERSION)
+        for name, arm in arms.items()
+    }
+    with locked(artefacts.values()):
+        missing = {name: arms[name] for name, one in artefacts.items() if not one.complete}
+        if missing:
+            subject = subject or load_subject(run.profile)
+            errors = _errors(run, residuals, missing)
+            entropies = _entropies(run, missing, subject)
+            for name in missing:
+                dead = int((calibrations[name].selected == 0).sum())
+                artefacts[name].finish(
+                    {"fidelity": {**errors[name], **entropies[name], "dead": dead}},
+                    shared_by=len(missing),
+                )
+        measured = {name: one.info["fidelity"] for name, one in artefacts.items()}
+    return pd.DataFrame(
+        [
+            {
+                "arm": name,
+                "kind": arm.spec.kind,
+                "seed": arm.spec.seed,
+                "lambda2": arm.spec.lambda2,
+                "sigma_sq": arm.spec.sigma_sq,
+                "k": arm.spec.k,
+                **measured[name],
+            }
+            for name, arm in arms.items()
+        ]
+    )
+
+
+def norms(run: Run, subject: Subject | None = None) -> pd.DataFrame:
+    """‖x‖₂ of the raw residuals on held-out text (App. D), as a table of quantiles.
+
+    Columns: quantile, norm (of the tokens that count under `text.skip_first`); and the same in
+    every row: mean, std without position 0, mean_all, std_all with it, first (mean at position 0).
+    """
+    subject = subject or load_subject(run.profile)
+    residuals = Residuals(run, "scan", subject)
+    kept = np.concatenate([x.float().norm(dim=1).cpu().numpy() for x in _chunks(residuals)])
+    x, times = first_position(run, "scan", subject)
+    first = x.float().norm(dim=1).cpu().numpy().astype(np.float64)
+    rows = len(kept) / run.profile.text.kept_per_row
+    share = times / times.sum() * rows  # rows of these chunks, by their first token
+    sums = np.array(
+        [len(kept), kept.sum(dtype=np.float64), np.square(kept, dtype=np.float64).sum()]
+    )
+    at_first = np.array([rows, (share * first).sum(), (share * first**2).sum()])
+    without = sums if run.profile.text.skip_first else sums - at_first
+    mean, std = _moments(without)
+    mean_all, std_all = _moments(without + at_first)
+    quantiles = np.concatenate([[0.001, 0.01], np.linspace(0.05, 0.95, 19), [0.99, 0.999]])
+    return pd.DataFrame(
+        {
+            "quantile": quantiles,
+            "norm": np.quantile(kept, quantiles),
+            "mean": mean,
+            "std": std,
+            "mean_all": mean_all,
+            "std_all": std_all,
+            "first": at_first[1] / rows,
+        }
+    )
+
+
+def first_position(run: Run, role: Role, subject: Subject) -> tuple[Tensor, np.ndarray]:
+    """Residuals (u, d) of position 0 for each distinct first token of a role, and their rows (u,).
+
+    Attention is causal, so that nothing but the first token matters there.
+    """
+    first, times = np.unique(load_tokens(run).rows(role)[:, 0], return_counts=True)
+    parts = [subject.residuals(ids)[:, 0] for ids in torch.from_numpy(first)[:, None].split(512)]
+    return torch.cat(parts), times
+
+
+def _moments(sums: np.ndarray) -> tuple[float, float]:
+    n, total, square = (float(value) for value in sums)
+    mean = total / n
+    return mean, math.sqrt(max(square / n - mean**2, 0.0))
+
+
+def _chunks(residuals: Residuals) -> Iterator[Tensor]:
+    """The first chunks of a role, until TOKENS tokens are there."""
+    n_tokens = 0
+    for i in range(residuals.n_chunks):
+        if n_tokens < TOKENS:
+            yield residuals.chunk(i)
+            n_tokens += residuals.chunk_tokens(i)
+
+
+def _errors(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[str, dict[str, float]]:
+    dtype, batch_tokens = product_dtype(run), run.profile.training.batch_tokens
+    moments = Moments(residuals.d)
+    sums = {(name, mode): Reconstruction(moments) for name in arms for mode in MODES}
+    brackets = dict.fromkeys(sums, 0)
+    with progress(min(TOKENS, residuals.n_tokens), f"fidelity of {len(arms)} arms") as bar:
+        for i, chunk in enumerate(_chunks(residuals)):
+            for z, sizes in grouped(training_batches(chunk, batch_tokens, i)):
+                moments.add(z)
+                for name, arm in arms.items():
+                    pre = pre_activations(arm.sae, z, dtype)
+                    for part, batch in zip(z.split(sizes), pre.split(sizes), strict=True):
+                        for at in ((name, mode) for mode in MODES):
+                            z_hat, active, brackets[at] = _reconstruct(
+                                arm.sae, batch, at[1], brackets[at]
+                            )
+                            sums[at].add(part, z_hat, active)
+                bar.update(len(z))
+    result = {}
+    for name in arms:
+        held, batch = sums[name, "threshold"], sums[name, "batch"]
+        result[name] = {
+            "l2": held.l2, "fvu": held.fvu, "l0_threshold": held.l0,
+            "l2_batch": batch.l2, "fvu_batch": batch.fvu, "l0_batch": batch.l0,
+            "n_tokens": moments.n_tokens,
+        }  # fmt: skip
+    return result
+
+
+def _entropies(run: Run, arms: Mapping[str, Arm], subject: Subject) -> dict[str, dict[str, float]]:
+    rows = np.asarray(load_tokens(run).rows("scan")[: run.profile.evaluation.ce_rows])
+    first, dtype = int(run.profile.text.skip_first), product_dtype(run)
+    size = run.profile.model.batch_rows
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    reached = [subject.residuals(ids) for ids in batches]
+
+    def row_means(replacement: Any, n_batches: int) -> np.ndarray:
+        parts = [
+            subject.loss(ids, replacement, x)[:, first:]
+            for ids, x in zip(batches[:n_batches], reached, strict=False)
+        ]
+        return torch.cat(parts).double().mean(dim=1).cpu().numpy()
+
+    baseline = row_means(lambda x: x, len(batches))
+    result = {}
+    with progress(len(arms), f"cross-entropy of {len(arms)} arms") as bar:
+        for name, arm in arms.items():
+            held = row_means(replacement(arm.sae, "threshold", first, dtype), len(batches))
+            batch = row_means(replacement(arm.sae, "batch", first, dtype), 1)
+            rise, rise_batch = held - baseline, batch - baseline[: len(batch)]
+            ce = float(baseline.mean())
+            result[name] = {
+                "ce": float(held.mean()),
+                "ce_baseline": ce,
+                "ce_overhead_nats": float(rise.mean()),
+                "ce_overhead_pct": 100 * float(rise.mean()) / ce,
+                "ce_overhead_se": float(rise.std(ddof=1)) / math.sqrt(len(rise))
+                if len(rise) > 1
+                else math.nan,
+                "ce_batch": float(batch.mean()),
+                "ce_overhead_batch_nats": float(rise_batch.mean()),
+                "ce_overhead_batch_pct": 100
+                * float(rise_batch.mean() / baseline[: len(batch)].mean()),
+                "ce_rows": len(rows),
+                "ce_tokens": len(rows) * (rows.shape[1] - 1 - first),
+            }
+            bar.update()
+    return result
+
+
+def replacement(
+    sae: Dictionary, mode: Mode, first: int = 0, dtype: torch.dtype = torch.float32
+) -> Any:
+    """For `Subject.loss`: residuals (r, c, d) -> their reconstructions, positions before `first`
+    as they are. In mode "batch" the k·t largest of all t tokens given are kept."""
+
+    def replace(x: Tensor) -> Tensor:
+        kept = x[:, first:].float()
+        z, mean, std = normalise(kept.flatten(0, 1))
+        z_hat, _ = reconstruct(sae, z, mode, dtype)
+        out = x.clone()
+        out[:, first:] = denormalise(z_hat, mean, std).view_as(kept).to(x.dtype)
+        return out
+
+    return replace

@@ -1,0 +1,194 @@
+"""The scan: co-firing above the thresholds counted for every arm of a run in one pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metasae_lib.measure.counting import CooccurrenceCounter, Counts
+from metasae_lib.measure.patterns import Array, above, restrict
+from metasae_lib.measure.thresholds import (
+    Calibration,
+    calibrate_arms,
+    calibration_inputs,
+    pre_activations,
+    product_dtype,
+)
+from metasae_lib.study.files import atomic_write
+from metasae_lib.study.progress import progress
+from metasae_lib.study.run import locked
+from metasae_lib.subject.activations import Residuals
+from metasae_lib.train.dictionary import normalise
+
+if TYPE_CHECKING:
+    from metasae_lib.study.run import Artefact, Run
+    from metasae_lib.train.training import Arm
+
+
+VERSION = 2  # of the stages
+_CHECKPOINT_SECONDS = 120
+SCALES = (0.9, 0.95, 1.05, 1.1)  # of every threshold, for the elasticity of mean |φ|
+SENSITIVITY_FEATURES = 512  # features whose pairs are counted under other thresholds as well
+TOKENS_AT_ONCE = 8192  # scanned at once
+
+
+def scan_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
+    """Count co-firing above the thresholds for every arm, in one pass over the scan role.
+
+    Thresholds are calibrated if they are not yet. Counts are artefacts, one an arm: what is there
+    is read, only what is missing is counted. A killed scan goes on from its last checkpoint and
+    ends with the same integers. Returns counts by arm name, with n11 memory-mapped.
+    """
+    calibrations = calibrate_arms(run, arms)
+    residuals = Residuals(run, "scan")
+    inputs = scan_inputs(run, residuals)
+    artefacts = {name: counts_artefact(run, arm, inputs) for name, arm in arms.items()}
+    with locked(artefacts.values()):
+        missing = [name for name, artefact in artefacts.items() if not artefact.complete]
+        if missing:
+            scans = [
+                _Scan(run, arms[name], calibrations[name], artefacts[name]) for name in missing
+            ]
+            _scan(run, residuals, scans)
+        return {name: load_counts(artefact, "n11") for name, artefact in artefacts.items()}
+
+
+def counts_artefact(run: Run, arm: Arm, inputs: Mapping[str, Any]) -> Artefact:
+    """Where the counts of an arm are kept. inputs: of :func:`scan_inputs`."""
+    return run.artefact("counts", {"arm": arm.folder.name, **inputs}, VERSION)
+
+
+class _Scan:
+    """The counting of one arm: at its thresholds, and for some features at others as well."""
+
+    def __init__(self, run: Run, arm: Arm, calibration: Calibration, artefact: Artefact) -> None:
+        self.sae, self.artefact = arm.sae, artefact
+        self.device = arm.sae.b_dec.device
+        n = arm.sae.n_features
+        rule = run.profile.evaluation.threshold_rule
+        base = calibration.threshold(rule).numpy()
+        self.features = sensitivity_features(n)
+        self.thresholds = {"base": base, **{f"scale-{s:g}": base * np.float32(s) for s in SCALES}}
+        for other, theta in calibration.thresholds.items():
+            if other != rule:
+                self.thresholds[f"rule-{other}"] = theta.numpy()
+        self.lowest = np.minimum.reduce(list(self.thresholds.values()))
+        self.renumber = np.full(n, -1)
+        self.renumber[self.features] = np.arange(len(self.features))
+        self.counter = CooccurrenceCounter(n, device=self.device)
+        self.others = {
+            name: CooccurrenceCounter(len(self.features), device=self.device)
+            for name in self.thresholds
+        }
+        self.fired = dict.fromkeys(self.thresholds, 0)
+        self.next_chunk, self.seconds = 0, 0.0
+        if self.partial.exists():
+            with np.load(self.partial) as state:
+                self._restore(state)
+
+    @property
+    def partial(self) -> Any:
+        """The checkpoint's path."""
+        return self.artefact.folder / "partial.npz"
+
+    def add(self, pre: Tensor) -> None:
+        """Add the pre-activations (t, n) of some tokens."""
+        if self.device.type == "cpu":
+            pattern, values = above(pre.numpy(), self.lowest)
+            whole = np.arange(len(self.renumber))
+            self.counter.update(restrict(pattern, values, self.thresholds["base"], whole))
+            for name, theta in self.thresholds.items():
+                self.fired[name] += int((values > theta[pattern.indices]).sum())
+                self.others[name].update(restrict(pattern, values, theta, self.renumber))
+            return
+        for name, theta in self.thresholds.items():
+            fires = pre > torch.from_numpy(theta).to(pre.device)
+            self.fired[name] += int(fires.sum())
+            self.others[name].update(fires[:, torch.from_numpy(self.features).to(pre.device)])
+            if name == "base":
+                self.counter.update(fires)
+
+    def checkpoint(self) -> None:
+        """Write everything that a later process needs to go on."""
+        state = {f"counter/{key}": array for key, array in self.counter.state().items()}
+        for name, counter in self.others.items():
+            state |= {f"{name}/{key}": array for key, array in counter.state().items()}
+        progress_made = [self.next_chunk, self.seconds, *self.fired.values()]
+        with atomic_write(self.partial) as path:
+            np.savez(path, made=np.array(progress_made), **state)  # type: ignore[arg-type]
+
+    def finish(self) -> None:
+        """Write the artefact."""
+        for name, counter in {"n11": self.counter, **self.others}.items():
+            counts = counter.counts()
+            for suffix, array in (("", counts.n11), ("-n1", counts.n1)):
+                with atomic_write(self.artefact.folder / f"{name}{suffix}.npy") as path:
+                    np.save(path, array)
+        self.partial.unlink(missing_ok=True)
+        fired = {name: total / self.counter.n_tokens for name, total in self.fired.items()}
+        self.artefact.finish(
+            {"n_tokens": self.counter.n_tokens, "l0": fired, "seconds": round(self.seconds, 1)}
+        )
+
+    def _restore(self, state: Mapping[str, Array]) -> None:
+        for name, counter in {"counter": self.counter, **self.others}.items():
+            counter.restore({key: state[f"{name}/{key}"] for key in counter.state()})
+        chunk, self.seconds, *fired = state["made"].tolist()
+        self.next_chunk = int(chunk)
+        self.fired = {name: int(n) for name, n in zip(self.thresholds, fired, strict=True)}
+
+
+def sensitivity_features(n_features: int) -> Array:
+    """The features, evenly spread, whose pairs are also counted under other thresholds."""
+    n = min(n_features, SENSITIVITY_FEATURES)
+    return np.arange(n) * n_features // n
+
+
+def _scan(run: Run, residuals: Residuals, scans: Sequence[_Scan]) -> None:
+    dtype = product_dtype(run)
+    first = min(scan.next_chunk for scan in scans)
+    saved = time.monotonic()
+    with progress(residuals.n_tokens, f"scanning {len(scans)} arms") as bar:
+        for i in range(first, residuals.n_chunks):
+            chunk = residuals.chunk(i)
+            started = time.monotonic()
+            for x in chunk.split(TOKENS_AT_ONCE):
+                z = normalise(x.float())[0]
+                for scan in scans:
+                    if scan.next_chunk == i:
+                        scan.add(pre_activations(scan.sae, z, dtype))
+                bar.update(len(x))
+            for scan in scans:
+                if scan.next_chunk == i:
+                    scan.next_chunk += 1
+                    scan.seconds += (time.monotonic() - started) / len(scans)
+            if time.monotonic() - saved > _CHECKPOINT_SECONDS and i + 1 < residuals.n_chunks:
+                for scan in scans:
+                    scan.checkpoint()
+                saved = time.monotonic()
+    for scan in scans:
+        scan.finish()
+
+
+def scan_inputs(run: Run, residuals: Residuals) -> dict[str, Any]:
+    """What counts depend on besides the arm, for keys. residuals: of the scan role."""
+    return {
+        "on": residuals.inputs,
+        "calibration": calibration_inputs(run, Residuals(run, "calibration")),
+        "rule": run.profile.evaluation.threshold_rule,
+    }
+
+
+def load_counts(artefact: Artefact, name: str) -> Counts:
+    """Counts of a scan's artefact: `n11`, or one of those under other thresholds."""
+    info = artefact.info
+    return Counts(
+        np.load(artefact.folder / f"{name}.npy", mmap_mode="r"),
+        np.load(artefact.folder / f"{name}-n1.npy"),
+        info["n_tokens"],
+    )

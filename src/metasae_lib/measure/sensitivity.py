@@ -1,0 +1,202 @@
+"""How mean |φ| answers to choices that have nothing to do with the training objective.
+
+Thresholds, position 0, BOS and the choice of pairs each move mean |φ|; what they move it by is the
+scale against which the effect of joint training is to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from metasae_lib.measure.counting import CooccurrenceCounter, Counts
+from metasae_lib.measure.cross import firing
+from metasae_lib.measure.fidelity import first_position
+from metasae_lib.measure.phi import summarise
+from metasae_lib.measure.scan import counts_artefact, load_counts, scan_arms, scan_inputs
+from metasae_lib.measure.thresholds import pre_activations, product_dtype
+from metasae_lib.study.files import atomic_write
+from metasae_lib.study.progress import progress
+from metasae_lib.subject.activations import Residuals
+from metasae_lib.subject.corpus import load_tokens
+from metasae_lib.subject.model import Subject, load_subject
+from metasae_lib.train.dictionary import normalise
+
+if TYPE_CHECKING:
+    from metasae_lib.study.run import Artefact, Run
+    from metasae_lib.train.training import Arm
+
+
+VERSION = 1  # of the stage
+_MIN_FIRINGS = 100  # firings that another choice of pairs asks of both features
+_FREQUENT = 0.01  # share of features, the most frequent, that one choice of pairs leaves out
+
+
+def sensitivity(
+    run: Run, arms: Mapping[str, Arm], subject: Subject | None = None, bos_rows: int = 256
+) -> pd.DataFrame:
+    """mean |φ| of every arm under other choices than the profile's, one row each.
+
+    Columns: arm, kind, group, variant, scale (of θ, or nan), l0, n_pairs, mean_abs,
+    null_mean_abs, change_pct (of mean_abs, against the variant "base" of the same group and arm);
+    nan where fewer than two features are left.
+    Groups, each with a base of its own:
+
+    - `thresholds`: every θ scaled, and the other rules, counted in the scan over the pairs of
+      `sensitivity_features`;
+    - `position 0`: all pairs, with the first position of every row as well (without, should the
+      profile keep it). What it holds depends on the first token alone;
+    - `BOS` (under bos: every_row): the first `bos_rows` rows run with and without their BOS token,
+      measured on the same tokens, with the same thresholds;
+    - `pairs`: all alive features; those that fire at least 100 times; without the most frequent 1%.
+
+    The scan must have been made or is made now; the language model is loaded for the second and
+    third group unless `subject` is given. The table is an artefact.
+    """
+    counts = scan_arms(run, arms)
+    residuals = Residuals(run, "scan")
+    inputs = scan_inputs(run, residuals)
+    folders = {name: arm.folder.name for name, arm in arms.items()}
+    artefact = run.artefact(
+        "sensitivity", {"arms": folders, "bos_rows": bos_rows, **inputs}, VERSION
+    )
+    with artefact.lock():
+        if not artefact.complete:
+            subject = subject or load_subject(run.profile)
+            parts = [_first_position(run, arms, counts, subject)]
+            if run.profile.text.bos == "every_row":
+                parts.append(_without_bos(run, arms, subject, bos_rows))
+            for name in arms:
+                made = counts_artefact(run, arms[name], inputs)
+                parts.append(_other_thresholds(name, made))
+                parts.append(_other_pairs(name, counts[name]))
+            frame = pd.concat(parts, ignore_index=True)
+            frame["kind"] = frame.arm.map({name: arm.spec.kind for name, arm in arms.items()})
+            with atomic_write(artefact.folder / "sensitivity.csv") as path:
+                frame.to_csv(path, index=False)
+            artefact.finish()
+        frame = pd.read_csv(artefact.folder / "sensitivity.csv")
+    base = frame[frame.variant == "base"].set_index(["arm", "group"]).mean_abs
+    reference = base.loc[pd.MultiIndex.from_frame(frame[["arm", "group"]])].to_numpy()
+    frame["change_pct"] = 100 * (frame.mean_abs / reference - 1)
+    columns = ["arm", "kind", "group", "variant", "scale", "l0", "n_pairs", "mean_abs",
+               "null_mean_abs", "change_pct"]  # fmt: skip
+    order = {name: place for place, name in enumerate(arms)}
+    return frame.sort_values("arm", key=lambda names: names.map(order), kind="stable")[
+        columns
+    ].reset_index(drop=True)
+
+
+def headline_by_choice(frame: pd.DataFrame, solo: str, joint: str) -> pd.DataFrame:
+    """The change of mean |φ| from one arm to another under every choice of `sensitivity`.
+
+    Columns: group, variant, solo, joint (mean_abs of each), change_pct.
+    """
+    keys = ["group", "variant"]
+    both = [frame[frame.arm == name].set_index(keys).mean_abs for name in (solo, joint)]
+    table = pd.concat(both, axis=1, keys=["solo", "joint"]).reset_index()
+    table["change_pct"] = 100 * (table.joint / table.solo - 1)
+    return table
+
+
+def _row(
+    arm: str,
+    group: str,
+    variant: str,
+    counts: Counts,
+    features: NDArray[np.bool_] | None = None,
+    l0: float | None = None,
+) -> pd.DataFrame:
+    alive = counts.alive if features is None else counts.alive & features
+    summary = summarise(counts, features, (0.5,)) if alive.sum() > 1 else None
+    scale = float(variant.removeprefix("scale-")) if variant.startswith("scale-") else np.nan
+    return pd.DataFrame(
+        {
+            "arm": [arm],
+            "group": group,
+            "variant": variant,
+            "scale": 1.0 if (group, variant) == ("thresholds", "base") else scale,
+            "l0": counts.l0 if l0 is None else l0,
+            "n_pairs": summary.n_pairs if summary else 0,
+            "mean_abs": summary.mean_abs if summary else np.nan,
+            "null_mean_abs": summary.null_mean_abs if summary else np.nan,
+        }
+    )
+
+
+def _other_thresholds(arm: str, made: Artefact) -> pd.DataFrame:
+    l0 = made.info["l0"]
+    return pd.concat(
+        [_row(arm, "thresholds", name, load_counts(made, name), l0=l0[name]) for name in l0]
+    )
+
+
+def _other_pairs(arm: str, counts: Counts) -> pd.DataFrame:
+    ceiling = np.quantile(counts.n1[counts.alive], 1 - _FREQUENT)
+    return pd.concat(
+        [
+            _row(arm, "pairs", "base", counts),
+            _row(arm, "pairs", f"at least {_MIN_FIRINGS} firings", counts,
+                 counts.n1 >= _MIN_FIRINGS),
+            _row(arm, "pairs", "without the most frequent 1%", counts, counts.n1 <= ceiling),
+        ]
+    )  # fmt: skip
+
+
+def _first_position(
+    run: Run, arms: Mapping[str, Arm], counts: Mapping[str, Counts], subject: Subject
+) -> pd.DataFrame:
+    x, times = first_position(run, "scan", subject)
+    z = normalise(x.float())[0]
+    skipped = run.profile.text.skip_first
+    sign, variant = (1, "with position 0") if skipped else (-1, "without position 0")
+    parts = []
+    for name, arm in arms.items():
+        pre = pre_activations(arm.sae, z.to(arm.sae.b_dec.device), product_dtype(run))
+        assert arm.sae.threshold is not None
+        fired = (pre > arm.sae.threshold).double().cpu().numpy()
+        weighted = fired * (sign * times[:, None])
+        other = Counts(
+            counts[name].n11 + np.rint(weighted.T @ fired).astype(np.int64),
+            counts[name].n1 + np.rint(weighted.sum(axis=0)).astype(np.int64),
+            counts[name].n_tokens + sign * int(times.sum()),
+        )
+        parts += [
+            _row(name, "position 0", "base", counts[name]),
+            _row(name, "position 0", variant, other),
+        ]
+    return pd.concat(parts)
+
+
+def _without_bos(run: Run, arms: Mapping[str, Arm], subject: Subject, n_rows: int) -> pd.DataFrame:
+    counters = {
+        (name, variant): CooccurrenceCounter(arm.sae.n_features, device=arm.sae.b_dec.device)
+        for name, arm in arms.items()
+        for variant in ("base", "without BOS")
+    }
+    rows, batch = load_tokens(run).rows("scan")[:n_rows], run.profile.model.batch_rows
+    dtype = product_dtype(run)
+    with progress(2 * rows.size, "the same rows with and without BOS") as bar:
+        for start in range(0, len(rows), batch):
+            ids = np.asarray(rows[start : start + batch])
+            # Either way what is measured begins with the second token of the text: the first one
+            # takes position 0 in a row without BOS.
+            for variant, x in (
+                ("base", subject.residuals(ids)[:, 2:]),
+                ("without BOS", subject.residuals(ids[:, 1:])[:, 1:]),
+            ):
+                z = normalise(x.flatten(0, 1).float())[0]
+                for name, arm in arms.items():
+                    fired = firing(pre_activations(arm.sae, z, dtype), arm.sae.threshold)
+                    counters[name, variant].update(fired)
+                bar.update(ids.size)
+    return pd.concat(
+        [
+            _row(name, "BOS", variant, counter.counts())
+            for (name, variant), counter in counters.items()
+        ]
+    )

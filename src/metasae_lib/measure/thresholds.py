@@ -1,0 +1,403 @@
+"""Firing thresholds: BatchTopK's selection depends on the batch, co-occurrence must not.
+
+Feature i fires on a token if its pre-activation exceeds θ_i (appendix A). Three rules give θ:
+
+- `rate`: feature i fires as often as BatchTopK selected it on the calibration tokens. With m_i
+  selections, θ_i lies half-way between the m_i-th and the next largest of its pre-activations.
+- `eer`: the histogram bin where the share of selected values below it meets the share of
+  unselected positive values above it; θ_i is the bin's centre.
+- `global`: one θ for all features, the mean of the batch cut-offs.
+
+A feature that was never selected gets θ = +inf under every rule.
+
+Why one streamed pass is exact: a value above the largest batch cut-off was certainly selected and
+one below the smallest certainly not, so every θ_i of `rate` lies between the two, and so do the
+unselected values that decide where the curves of `eer` cross. Values below that window need only be
+counted, and the largest of them kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metasae_lib.measure.patterns import Array, above, count_below
+from metasae_lib.study.errors import MeasureError
+from metasae_lib.study.files import atomic_write
+from metasae_lib.study.progress import progress
+from metasae_lib.study.run import locked
+from metasae_lib.subject.activations import Residuals
+from metasae_lib.train.dictionary import JumpReLU, normalise
+from metasae_lib.train.kernels.select import batch_topk, batch_topk_plain
+
+if TYPE_CHECKING:
+    from metasae_lib.study.run import Artefact, Run
+    from metasae_lib.train.dictionary import Dictionary
+    from metasae_lib.train.training import Arm
+
+
+VERSION = 2  # of the stage
+Rule = Literal["rate", "eer", "global"]
+RULES: tuple[Rule, ...] = ("rate", "eer", "global")
+N_BINS = 200  # of the `eer` histogram: with the default bin width it spans [0, 10)
+GROUP = 8192  # tokens whose pre-activations are made at once
+_MARGIN = 0.2  # first guess of the window around the first batch's cut-off
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one pass over the calibration tokens says about one dictionary.
+
+    thresholds: rule -> (n,) float32, without `eer` if a cut-off lies beyond its histogram.
+    selected: (n,) selections by BatchTopK. cutoffs: the smallest selected value of each batch.
+    n_tokens: calibration tokens. off_by: the largest difference, over features, between firings
+    above the `rate` threshold and selections; 0 unless values tie exactly at a threshold, as
+    bfloat16 products make them.
+    """
+
+    thresholds: Mapping[str, Tensor]
+    selected: Array
+    cutoffs: Array
+    n_tokens: int
+    off_by: int
+
+    def threshold(self, rule: str) -> Tensor:
+        """(n,) float32 under one rule. Raises MeasureError if `eer` had no bin for the cut-offs."""
+        if rule not in self.thresholds:
+            raise MeasureError(
+                f"batch cut-offs reach {self.cutoffs.max():.3g}, beyond the histogram of the eer "
+                f"rule: set bin_width above {self.cutoffs.max() / N_BINS:.3g}, or use rate"
+            )
+        return self.thresholds[rule]
+
+
+class Calibrator:
+    """Takes batches of pre-activations, holds only what lies near the batch cut-offs.
+
+    k: as in BatchTopK. window: (low, high) known to hold every batch cut-off; None guesses one
+    from the first batch, and `window_held` then says whether the guess was right.
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        k: int,
+        *,
+        bin_width: float = 0.05,
+        window: tuple[float, float] | None = None,
+    ) -> None:
+        self.n_features, self.k, self.bin_width = n_features, k, bin_width
+        self.window = window
+        self.selected = np.zeros(n_features, np.int64)
+        self.cutoffs: list[float] = []
+        self.n_tokens = 0
+        self._above_window = np.zeros(n_features, np.int64)
+        self._near: list[tuple[Array, Array]] = []
+        self._below = np.zeros(n_features, np.int64)  # positive values below the window,
+        self._largest_below = np.zeros(n_features, np.float32)  # and the largest of them
+        self._histogram = np.zeros((n_features, N_BINS), np.int64)  # of the others
+        self._histogram_selected = np.zeros((n_features, N_BINS), np.int64)
+        self._bracket = 0
+
+    def update(self, pre: Tensor) -> None:
+        """Add one BatchTopK batch. pre: (b, n) pre-activations, before relu."""
+        if pre.ndim != 2 or pre.shape[1] != self.n_features:
+            raise MeasureError(
+                f"a batch of pre-activations has shape {tuple(pre.shape)}: "
+                f"it must be (tokens, {self.n_features})"
+            )
+        pre = pre.detach().float().contiguous()
+        self.n_tokens += len(pre)
+        features, values = self._select(pre)
+        self.selected += np.bincount(features, minlength=self.n_features)
+        if len(values) == 0:  # nothing positive in the batch: no selection, no cut-off
+            return
+        self.cutoffs.append(float(values.min()))
+        if self.window is None:
+            self.window = self.cutoffs[0] * (1 - _MARGIN), self.cutoffs[0] * (1 + _MARGIN)
+        dense = pre.cpu().numpy()
+        low = np.full(self.n_features, np.nextafter(np.float32(self.window[0]), np.float32(0)))
+        pattern, near = above(dense, low)
+        inside = near <= np.float32(self.window[1])
+        self._above_window += np.bincount(pattern.indices[~inside], minlength=self.n_features)
+        self._near.append((pattern.indices[inside], near[inside]))
+        count_below(dense, low[0], self._below, self._largest_below)
+        np.add.at(self._histogram, (pattern.indices.astype(np.int64), self._bins(near)), 1)
+        np.add.at(self._histogram_selected, (features, self._bins(values)), 1)
+
+    @property
+    def window_held(self) -> bool:
+        """False if a batch cut-off left the window: pass over the same batches once more."""
+        if self.window is None:
+            return True
+        return self.window[0] <= min(self.cutoffs) and max(self.cutoffs) <= self.window[1]
+
+    def again(self) -> Calibrator:
+        """A fresh calibrator with the window that is now known to hold."""
+        return Calibrator(
+            self.n_features,
+            self.k,
+            bin_width=self.bin_width,
+            window=(min(self.cutoffs), max(self.cutoffs)),
+        )
+
+    def result(self) -> Calibration:
+        """Thresholds under every rule. Raises MeasureError if nothing was ever selected."""
+        if not self.cutoffs:
+            raise MeasureError("no feature was selected on the calibration tokens: train first")
+        if not self.window_held:
+            raise MeasureError("the window missed a cut-off: pass the batches to again() as well")
+        rate, off_by = self._rate()
+        rules = {"rate": rate, "global": self._global()}
+        if max(self.cutoffs) < N_BINS * self.bin_width:
+            rules["eer"] = self._eer()
+        alive = self.selected > 0
+        thresholds = {
+            rule: torch.from_numpy(np.where(alive, theta, np.inf).astype(np.float32))
+            for rule, theta in rules.items()
+        }
+        return Calibration(thresholds, self.selected, np.array(self.cutoffs), self.n_tokens, off_by)
+
+    def _select(self, pre: Tensor) -> tuple[Array, Array]:
+        """Feature and value of each selected activation of the batch."""
+        count = self.k * len(pre)
+        if pre.device.type == "cpu":
+            codes, self._bracket = batch_topk(pre, count, self._bracket)
+            return codes.cols, codes.acts
+        acts = batch_topk_plain(pre, count)[0].acts
+        tokens, features = acts.nonzero(as_tuple=True)
+        return features.cpu().numpy(), acts[tokens, features].cpu().numpy()
+
+    def _rate(self) -> tuple[Array, int]:
+        features, values = (np.concatenate(part) for part in zip(*self._near, strict=True))
+        # By feature, then downwards: bits of positive floats are ordered as the floats are.
+        keys = features.astype(np.uint64) << 32 | ~values.view(np.uint32)
+        keys.sort()
+        values = (~keys.astype(np.uint32)).view(np.float32)
+        stored = np.bincount(features, minlength=self.n_features)
+        begin = np.cumsum(stored) - stored
+        rank = self.selected - self._above_window  # of the m-th largest among the stored values
+
+        def ranked(place: Array, beyond: float) -> Array:
+            there = (place >= 0) & (place < stored)
+            at = np.minimum(begin + np.where(there, place, 0), max(len(values) - 1, 0))
+            outside = np.where(place < 0, np.float32(np.inf), np.float32(beyond))
+            return np.where(there, values[at] if len(values) else outside, outside)
+
+        last, next_one = ranked(rank - 1, -np.inf), ranked(rank, -np.inf)
+        low, high = np.float32(min(self.cutoffs)), np.float32(max(self.cutoffs))
+        lower, upper = np.maximum(next_one, low), np.minimum(last, high)
+        theta = (lower + (upper - lower) / np.float32(2)).astype(np.float32)
+        just_below = np.nextafter(last, np.float32(-np.inf))
+        theta = np.where(theta >= last, just_below, theta)
+
+        # Equal values at the cut cannot be told apart: fire on all of them or on none, whichever
+        # comes nearer to the selections.
+        tied = np.flatnonzero((self.selected > 0) & (last == next_one))
+        off_by = 0
+        for i in tied:
+            mine = values[begin[i] : begin[i] + stored[i]]
+            more = self._above_window[i] + int((mine >= last[i]).sum()) - self.selected[i]
+            fewer = self.selected[i] - self._above_window[i] - int((mine > last[i]).sum())
+            theta[i] = last[i] if fewer <= more else just_below[i]
+            off_by = max(off_by, int(min(fewer, more)))
+        return theta, off_by
+
+    def _bins(self, values: Array) -> Array:
+        """Bin of each value; the last one takes what is beyond."""
+        return np.minimum((values * (1 / self.bin_width)).astype(np.int64), N_BINS - 1)
+
+    def _eer(self) -> Array:
+        unselected = self._histogram - self._histogram_selected
+        # Nothing selected lies below the window, so only the largest value there can hold the
+        # crossing off: all its fellows may stand in its bin.
+        place = np.arange(self.n_features), self._bins(self._largest_below)
+        unselected[place] += self._below
+        missed = np.cumsum(self._histogram_selected, axis=1)
+        false = unselected.sum(axis=1, keepdims=True) - np.cumsum(unselected, axis=1)
+        missed_share = missed / np.maximum(missed[:, -1:], 1)
+        false_share = false / np.maximum(unselected.sum(axis=1, keepdims=True), 1)
+        return (np.argmax(missed_share >= false_share, axis=1) + 0.5) * self.bin_width
+
+    def _global(self) -> Array:
+        return np.full(self.n_features, np.mean(self.cutoffs))
+
+
+def calibrate(
+    batches: Iterable[Tensor] | Tensor, k: int, rule: Rule = "rate", *, bin_width: float = 0.05
+) -> Tensor:
+    """Thresholds of one dictionary under one rule.
+
+    batches: pre-activations (b, n), one BatchTopK batch each, in an iterable that can be passed
+    over twice (a list, say; the second pass is rarely needed); or one such batch. k: as in
+    BatchTopK, k·b activations are selected of a batch. bin_width: of the `eer` histogram.
+    Returns (n,) float32, +inf for features that were never selected. Under `rate` each feature
+    exceeds its threshold exactly as often as it was selected, but for exact ties (see module).
+    Raises MeasureError.
+    """
+    if rule not in RULES:
+        raise MeasureError(f"threshold rule '{rule}' is not known: use one of {', '.join(RULES)}")
+    if isinstance(batches, Iterator):
+        raise MeasureError("calibrate may need two passes: give it a list of batches")
+    batches = [batches] if isinstance(batches, Tensor) else batches
+    calibrator: Calibrator | None = None
+    for attempt in range(2):
+        for pre in batches:
+            calibrator = calibrator or Calibrator(pre.shape[-1], k, bin_width=bin_width)
+            calibrator.update(pre)
+        if calibrator is None:
+            raise MeasureError("there are no calibration batches: give at least one")
+        if attempt == 1 or calibrator.window_held:
+            break
+        calibrator = calibrator.again()
+    assert calibrator is not None
+    return calibrator.result().threshold(rule)
+
+
+def pre_activations(sae: Dictionary, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """(z - b_dec) W_enc with the matrix product in `dtype`, as in training; float32.
+
+    z: (b, d) normalised. Returns (b, n). Calibration, scan and fidelity all take this one, so
+    that a threshold is compared with numbers that were rounded as those it was made from.
+    """
+    return ((z - sae.b_dec).to(dtype) @ sae.W_enc.to(dtype)).float()
+
+
+def product_dtype(run: Run) -> torch.dtype:
+    """The type of the profile's matrix products."""
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[run.profile.training.dtype]
+
+
+def training_batches(chunk: Tensor, batch_tokens: int, seed: int) -> Iterator[Tensor]:
+    """Normalised batches of about `batch_tokens` out of a chunk (t, d) of raw residuals.
+
+    Tokens are shuffled within the chunk, as in training: the neighbours in a text fire alike, and
+    the cut-offs of unshuffled batches would vary more than those that the dictionary was made for.
+    """
+    order = torch.randperm(len(chunk), generator=torch.Generator().manual_seed(seed))
+    for rows in order.tensor_split(max(1, round(len(chunk) / batch_tokens))):
+        yield normalise(chunk[rows.to(chunk.device)].float())[0]
+
+
+def calibrate_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Calibration]:
+    """Calibrate every arm on the calibration role, in one pass, and set `arm.sae.threshold`.
+
+    The rule is `evaluation.threshold_rule`; the thresholds of all rules are returned, by arm name.
+    The arms' dictionaries move to the run's device. Calibrations are artefacts: a second call
+    reads them.
+    """
+    residuals = Residuals(run, "calibration")
+    inputs = calibration_inputs(run, residuals)
+    artefacts = {
+        name: run.artefact("thresholds", {"arm": arm.folder.name, **inputs}, VERSION)
+        for name, arm in arms.items()
+    }
+    with locked(artefacts.values()):
+        missing = {name: arms[name] for name, one in artefacts.items() if not one.complete}
+        for arm in arms.values():
+            arm.sae.to(residuals.device)
+        if missing:
+            for name, result in _calibrate(run, residuals, missing).items():
+                _save(artefacts[name], result, len(missing))
+        results = {name: _load(artefact) for name, artefact in artefacts.items()}
+    for name, arm in arms.items():
+        theta = results[name].threshold(run.profile.evaluation.threshold_rule)
+        arm.sae.threshold = theta.to(residuals.device)
+    return results
+
+
+def calibration_inputs(run: Run, residuals: Residuals) -> dict[str, Any]:
+    """What thresholds depend on besides the arm, for keys. residuals: of the calibration role."""
+    training = run.profile.training
+    return {
+        "on": residuals.inputs, "dtype": training.dtype, "batch_tokens": training.batch_tokens
+    }  # fmt: skip
+
+
+class OwnThresholds:
+    """In a Calibrator's place for a JumpReLU dictionary, which was trained with thresholds."""
+
+    window_held = True
+
+    def __init__(self, threshold: Tensor) -> None:
+        self._threshold = threshold
+        self._selected = torch.zeros_like(threshold, dtype=torch.int64)
+        self._n_tokens = 0
+
+    def update(self, pre: Tensor) -> None:
+        """Count what fires. pre: (b, n)."""
+        self._selected += (pre > self._threshold).sum(0)
+        self._n_tokens += len(pre)
+
+    def again(self) -> OwnThresholds:
+        """Never needed."""
+        return self
+
+    def result(self) -> Calibration:
+        """Its own thresholds under every rule; dead features +inf; no batch cut-offs."""
+        theta = torch.where(self._selected > 0, self._threshold, torch.inf).cpu()
+        selected = self._selected.cpu().numpy()
+        return Calibration(dict.fromkeys(RULES, theta), selected, np.empty(0), self._n_tokens, 0)
+
+
+def grouped(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
+    """Join batches (b, d) into groups of about GROUP tokens, for one large product each.
+
+    Yields the group (t, d) and the sizes of its batches.
+    """
+    group: list[Tensor] = []
+    for z in batches:
+        group.append(z)
+        if sum(map(len, group)) >= GROUP:
+            yield torch.cat(group), list(map(len, group))
+            group = []
+    if group:
+        yield torch.cat(group), list(map(len, group))
+
+
+def _calibrate(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[str, Calibration]:
+    dtype = product_dtype(run)
+    open_ones: dict[str, Calibrator | OwnThresholds] = {
+        name: OwnThresholds(arm.sae.threshold)
+        if isinstance(arm.sae, JumpReLU)
+        else Calibrator(arm.sae.n_features, arm.sae.k)
+        for name, arm in arms.items()
+    }
+    results: dict[str, Calibration] = {}
+    while open_ones:  # a second time only for arms whose first guess of the window failed
+        with progress(residuals.n_tokens, f"calibrating {len(open_ones)} arms") as bar:
+            for i in range(residuals.n_chunks):
+                batches = training_batches(residuals.chunk(i), run.profile.training.batch_tokens, i)
+                for z, sizes in grouped(batches):
+                    for name, calibrator in open_ones.items():
+                        for pre in pre_activations(arms[name].sae, z, dtype).split(sizes):
+                            calibrator.update(pre)
+                    bar.update(len(z))
+        results |= {name: one.result() for name, one in open_ones.items() if one.window_held}
+        open_ones = {name: one.again() for name, one in open_ones.items() if not one.window_held}
+    return results
+
+
+def _save(artefact: Artefact, result: Calibration, n_arms: int) -> None:
+    arrays: dict[str, Any] = {rule: theta.numpy() for rule, theta in result.thresholds.items()}
+    with atomic_write(artefact.folder / "thresholds.npz") as path:
+        np.savez(path, selected=result.selected, cutoffs=result.cutoffs, **arrays)
+    about = {"n_tokens": result.n_tokens, "off_by": result.off_by}
+    artefact.finish(about, shared_by=n_arms)
+
+
+def _load(artefact: Artefact) -> Calibration:
+    info = artefact.info
+    with np.load(artefact.folder / "thresholds.npz") as arrays:
+        return Calibration(
+            {rule: torch.from_numpy(arrays[rule]) for rule in RULES if rule in arrays},
+            arrays["selected"],
+            arrays["cutoffs"],
+            info["n_tokens"],
+            info["off_by"],
+        )

@@ -1,0 +1,43 @@
+"""Each figure of the book as one function of a result table: data frame in, matplotlib Figure out.
+
+Figures are made without pyplot, so none stays open. All share one style: Okabe and Ito's colours
+(told apart by every kind of colour vision), a shape beside every colour, white ground, text of at
+least 9 points.
+"""
+
+from __future__ import annotations
+
+from metasae_lib.show.figures.cooccurrence import (
+    HEADLINE,
+    activation_norms,
+    against_chance,
+    density_difference,
+    effect,
+    elasticity,
+    firing_rates,
+    pareto_front,
+    phi_by_rate,
+    phi_distribution,
+    threshold_calibration,
+    trade_off,
+)
+from metasae_lib.show.figures.interpretation import (
+    fuzzing_difference,
+    judge_controls,
+    scores_together,
+    sense_information,
+    split_counts,
+)
+from metasae_lib.show.figures.style import KINDS, escape, style
+from metasae_lib.show.figures.training import (
+    ablation,
+    fidelity,
+    penalty_profile,
+    phi_against_recovery,
+    push_2d,
+    push_3d,
+    recovery,
+    time_spent,
+    training_curve,
+)
+from metasae_lib.show.figures.verdicts import scorecard_overview

@@ -1,0 +1,96 @@
+"""Files written whole or not at all, canonical JSON, hashes, and the cache folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from metasae_lib.study.errors import ArtefactError
+
+HASH_LIMIT = 64 * 2**20  # larger files are checked by size alone
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file whole or not at all: yields a temporary path with the same suffix.
+
+    The temporary file is flushed to disk and moved into place at the end. A full disk becomes an
+    `ArtefactError`; after any error the old file, if there was one, is still there.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:
+        # Writers in C++ and Rust report a full disk under types of their own, some without saying.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = full or os.strerror(errno.ENOSPC) in str(error)
+        if full or shutil.disk_usage(path.parent).free < 2**20:
+            raise ArtefactError(
+                f"the disk is full: {path.name} could not be written to {path.parent}; "
+                f"free some space and run again, what is finished is kept"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Folder of downloads and conversions: $METASAE_CACHE, or ~/.cache/metasae."""
+    folder = Path(os.environ.get("METASAE_CACHE") or "~/.cache/metasae").expanduser()
+    make_folder(folder)
+    return folder
+
+
+def to_json(value: object) -> str:
+    """Strict, canonical JSON. NaN and infinities become null; numpy numbers become plain ones."""
+    return json.dumps(_plain_values(value), sort_keys=True, allow_nan=False, ensure_ascii=False)
+
+
+def _plain_values(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_values(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return _plain_values(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    raise TypeError(f"{type(value).__name__} has no place in JSON")
+
+
+def write_json(path: Path, value: object) -> None:
+    readable = json.dumps(json.loads(to_json(value)), indent=1, ensure_ascii=False)
+    with atomic_write(path) as temporary:
+        temporary.write_text(readable + "\n", encoding="utf-8")
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    return {"size": size} | ({"sha256": sha256_of(path)} if size <= HASH_LIMIT else {})
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtefactError(f"the folder {folder} cannot be made: {error.strerror}") from None

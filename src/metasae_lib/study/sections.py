@@ -1,0 +1,145 @@
+"""The sections of a profile: names, types and limits of every key."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Negatives = Literal["random", "token", "cooccurrence"]
+Role = Literal["train", "calibration", "scan", "contexts"]
+ROLES: tuple[Role, ...] = get_args(Role)
+# Share of the documents of each role, by their hash. Fixed, so that no role's size moves another's
+# documents; near the proportions that the profiles ask for.
+ROLE_SHARES: dict[Role, float] = {
+    "train": 0.60, "calibration": 0.05, "scan": 0.25, "contexts": 0.10
+}  # fmt: skip
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads 3e-4 as text (it wants 3.0e-4): take what Python reads as a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    """The language model and the layer under study."""
+
+    source: Annotated[str, Field(pattern=r"^(embedded|hub|folder):\S.*$")]
+    layer: Count
+    dtype: Literal["bfloat16", "float32"]
+    weights: Literal["as_trained", "processed"]
+    batch_rows: Count
+
+
+class Text(Section):
+    """Where the text comes from and how it is cut. `roles`: unique tokens kept for each role."""
+
+    source: Annotated[str, Field(pattern=r"^(embedded|hf:[^:\s]+(:[^:\s]+)?|files:\S.*)$")]
+    column: str = "text"
+    max_share: dict[str, Annotated[Number, Field(gt=0, le=1)]] = {}
+    context_length: Annotated[int, Field(ge=2)]
+    bos: Literal["every_row", "document_start", "none"]
+    skip_first: bool
+    seed: Seed
+    roles: dict[Role, Count]
+
+    @property
+    def kept_per_row(self) -> int:
+        """Tokens of a row that count, in training and in every statistic."""
+        return self.context_length - int(self.skip_first)
+
+
+class Activations(Section):
+    """How residuals are kept: cached on disk, or computed again as a stream."""
+
+    cache: bool
+    chunk_rows: Count
+
+
+class Dictionary(Section):
+    """Sizes of the primary dictionary and of its meta-SAE."""
+
+    n_features: Annotated[int, Field(ge=2)]
+    k: Count
+    n_meta_features: Annotated[int, Field(ge=2)]
+    meta_k: Count
+
+
+class Training(Section):
+    """Optimiser, phases, and the grid of arms (Eq. 2-3 and section 4 of the paper).
+
+    `order`: whether further seeds take the tokens of a chunk in the same order as the first
+    (`shared`), or each in its own (`by_seed`). `meta_posthoc`: settings under which a meta SAE is
+    trained on finished decoders, see :mod:`metasae_lib.train.posthoc`.
+    """
+
+    train_tokens: Count
+    batch_tokens: Count
+    learning_rate: Positive
+    meta_learning_rate: Positive
+    betas: Annotated[list[Annotated[Number, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+    dtype: Literal["bfloat16", "float32"]
+    k_aux: Count
+    aux_weight: Annotated[Number, Field(ge=0)]
+    dead_after: Count
+    n_primary_steps: Count
+    n_meta_steps: Count
+    lambda2: Annotated[list[Positive], Field(min_length=1)]
+    sigma_sq: Annotated[list[Positive], Field(min_length=1)]
+    selected: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    arms: Annotated[list[str], Field(min_length=1)]
+    checkpoint_every: Count
+    order: Literal["shared", "by_seed"] = "shared"
+    ortsae_weight: Positive = 0.25
+    ortsae_chunk: Annotated[int, Field(ge=2)] = 8192
+    jumprelu_bandwidth: Positive = 1e-3
+    jumprelu_weight: Positive = 1.0
+    meta_posthoc: list[Literal["bussmann", "saebench"]] = []
+
+
+class Evaluation(Section):
+    """Choices of the measures. `ce_rows`: rows of the scan role on which CE is taken."""
+
+    threshold_rule: Literal["rate", "eer", "global"]
+    ce_rows: Count
+    bootstrap: Count
+
+
+class Autointerp(Section):
+    """Who explains and judges features, and how much is asked.
+
+    `judge`: `lexical` (no model), `in-process` (`model` as in `model.source`), or `http` (an
+    OpenAI-compatible server at `url`, `model` by its name there). `explainer`: the judge itself, or
+    the lexical one. `features`: matched pairs that are judged, of at least a decoder `cosine`.
+    `negatives`: the text in which a feature is silent, drawn at random, or near misses that hold
+    its usual peak token, or in which the feature fires that most often fires beside it.
+    """
+
+    judge: Literal["lexical", "in-process", "http"] = "lexical"
+    explainer: Literal["judge", "lexical"] = "lexical"
+    model: str = "embedded:smollm2-135m"
+    url: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] = "http://127.0.0.1:8000/v1"
+    parallel: Count = 16
+    features: Count = 500
+    window: Count = 16
+    explain_examples: Annotated[int, Field(ge=5, multiple_of=5)] = 10
+    score_examples: Annotated[int, Field(ge=5, multiple_of=5)] = 5
+    rounds: Count = 4
+    negatives: Negatives = "random"
+    cosine: Annotated[Number, Field(ge=-1, le=1)] = 0.5

@@ -1,0 +1,207 @@
+"""Token rows to residuals, in chunks; and residuals to shuffled batches.
+
+A chunk is the residuals of `activations.chunk_rows` token rows. With `activations.cache` chunks are
+computed once and kept on disk; without, each is computed when asked for. The values are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metasae_lib.study import distributed
+from metasae_lib.study.files import atomic_write
+from metasae_lib.study.progress import progress
+from metasae_lib.study.run import Artefact, Run
+from metasae_lib.study.sections import Role
+from metasae_lib.subject.corpus import load_tokens
+from metasae_lib.subject.model import Subject, compute_device, fingerprint, load_subject
+
+_VERSION = 1
+_WHOLE = slice(None)
+
+
+class Residuals:
+    """Residuals of a role's tokens: row after row, without position 0 under `text.skip_first`.
+
+    The language model is loaded when a chunk has to be computed, never for a finished cache; pass
+    `subject` to share one that is loaded. `inputs` is what the values depend on, for the keys of
+    artefacts made from them.
+    """
+
+    def __init__(self, run: Run, role: Role, subject: Subject | None = None) -> None:
+        profile = run.profile
+        self.role = role
+        self.device = compute_device(profile)
+        self.inputs = {
+            "tokens": (tokens := load_tokens(run)).hash(role),
+            "skip_first": profile.text.skip_first,
+            "chunk_rows": profile.activations.chunk_rows,
+            # Not only a matter of speed: in bfloat16 a row's last bits depend on the batch's size.
+            "batch_rows": profile.model.batch_rows,
+            "model": fingerprint(profile),
+        }
+        self.n_tokens = tokens.n_tokens(role)
+        self._profile = profile
+        self._rows = tokens.rows(role)
+        self._given = subject
+        self._artefact: Artefact | None = None
+        if profile.activations.cache:
+            self._artefact = run.artefact("residuals", self.inputs, _VERSION)
+
+    @property
+    def d(self) -> int:
+        """Width of the residual stream."""
+        shape = self._profile.shape
+        return self._subject.d_model if shape is None else shape.d_model
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self._profile.model.dtype)
+        return dtype
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks in one pass; the last may be shorter."""
+        return -(-len(self._rows) // self._profile.activations.chunk_rows)
+
+    def chunk_tokens(self, index: int) -> int:
+        """Tokens of chunk `index`."""
+        return len(self._chunk_rows(index)) * self._profile.text.kept_per_row
+
+    def chunk(self, index: int) -> Tensor:
+        """Residuals (tokens, d) of chunk `index` in the model's dtype, on the run's device."""
+        if not 0 <= index < self.n_chunks:
+            raise IndexError(f"chunk {index} of {self.n_chunks}")
+        if self._artefact is None:
+            return self._computed_together(index)
+        self._fill_cache(self._artefact)
+        return self._read(self._artefact, index).to(self.device)
+
+    def __len__(self) -> int:
+        return self.n_chunks
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.chunk(index) for index in range(self.n_chunks))
+
+    @cached_property
+    def _subject(self) -> Subject:
+        return self._given or load_subject(self._profile)
+
+    def _chunk_rows(self, index: int) -> np.ndarray:
+        size = self._profile.activations.chunk_rows
+        rows: np.ndarray = self._rows[index * size : (index + 1) * size]
+        return rows
+
+    def _computed_together(self, index: int) -> Tensor:
+        """A chunk of which each process of a launcher computes a part, in whole model batches."""
+        rows, batch = len(self._chunk_rows(index)), self._profile.model.batch_rows
+        share = -(-rows // (batch * distributed.world_size())) * batch
+        parts = [slice(i * share, (i + 1) * share) for i in range(distributed.world_size())]
+        mine = self._compute(index, parts[distributed.rank()])
+        kept = self._profile.text.kept_per_row
+        return distributed.joined(mine, [len(range(rows)[part]) * kept for part in parts])
+
+    def _compute(self, index: int, part: slice = _WHOLE) -> Tensor:
+        rows = self._chunk_rows(index)[part]
+        batch = self._profile.model.batch_rows
+        first = int(self._profile.text.skip_first)
+        parts = [torch.empty(0, self.d, dtype=self._dtype, device=self.device)]
+        with progress(rows.size, f"residuals {self.role} {index + 1}/{self.n_chunks}") as bar:
+            for start in range(0, len(rows), batch):
+                ids = rows[start : start + batch]
+                parts.append(self._subject.residuals(ids)[:, first:].flatten(0, 1))
+                bar.update(ids.size)
+        return torch.cat(parts)
+
+    def _fill_cache(self, artefact: Artefact) -> None:
+        """Compute what is missing. Chunks that a killed run left behind are whole, and kept.
+
+        A chunk of the wrong size in an unfinished cache is computed again; in a finished one it is
+        an `ArtefactError` that names the file.
+        """
+        if artefact.complete:
+            return
+        with artefact.lock():
+            if artefact.complete:
+                return
+            for index in range(self.n_chunks):
+                path = artefact.folder / f"{index:05d}.npy"
+                if not self._is_whole(artefact, index):
+                    values = self._compute(index).cpu()
+                    # numpy has no bfloat16: its bits are kept as int16.
+                    bits = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+                    with atomic_write(path) as temporary:
+                        np.save(temporary, bits.numpy())
+            artefact.finish({"n_tokens": self.n_tokens})
+
+    def _is_whole(self, artefact: Artefact, index: int) -> bool:
+        try:
+            values = np.load(artefact.folder / f"{index:05d}.npy", mmap_mode="r")
+        except (OSError, ValueError):  # missing, or cut off
+            return False
+        return len(values) == self.chunk_tokens(index)
+
+    def _read(self, artefact: Artefact, index: int) -> Tensor:
+        values = torch.from_numpy(np.load(artefact.folder / f"{index:05d}.npy"))
+        return values.view(torch.bfloat16) if values.dtype == torch.int16 else values
+
+
+class BatchStream:
+    """Shuffled batches of training residuals, for ever; one stream serves every arm.
+
+    A pass takes the chunks in their order and shuffles the tokens of each. A batch is a function
+    of (step, order) alone, so training resumes at any step; batches run across the ends of chunks
+    and passes. Steps in sequence load each chunk once, for all orders.
+    """
+
+    def __init__(self, run: Run, subject: Subject | None = None) -> None:
+        self.residuals = Residuals(run, "train", subject)
+        self.batch_tokens = run.profile.training.batch_tokens
+        sizes = [self.residuals.chunk_tokens(i) for i in range(self.residuals.n_chunks)]
+        self._ends = list(accumulate(sizes))
+        # The last chunk taken from, and the order of its tokens. A batch uses its chunks one after
+        # the other, so that the one it ends in is the one that the next batch starts in.
+        self._chunk: tuple[int, Tensor] | None = None
+        self._orders: dict[int, tuple[tuple[int, int], Tensor]] = {}
+
+    def batch(self, step: int, order: int = 0) -> Tensor:
+        """Raw residuals (b, d) of training step `step`, from 0; float32.
+
+        order: seed of the order in which the tokens of a chunk are taken.
+        """
+        position = step * self.batch_tokens
+        end = position + self.batch_tokens
+        parts = []
+        while position < end:
+            turn, offset = divmod(position, self._ends[-1])
+            index = next(i for i, stop in enumerate(self._ends) if offset < stop)
+            start = self._ends[index - 1] if index else 0
+            taken = min(end - position, self._ends[index] - offset)
+            shuffled = self._shuffled(order, turn, index)
+            parts.append(self._values(index)[shuffled[offset - start : offset - start + taken]])
+            position += taken
+        return torch.cat(parts).float()
+
+    def _values(self, index: int) -> Tensor:
+        if self._chunk is None or self._chunk[0] != index:
+            self._chunk = None  # frees the old chunk before the new one is made
+            self._chunk = index, self.residuals.chunk(index)
+        return self._chunk[1]
+
+    def _shuffled(self, order: int, turn: int, index: int) -> Tensor:
+        """Order of the tokens of a chunk in pass `turn`."""
+        last = self._orders.get(order)
+        if last is None or last[0] != (turn, index):
+            name = f"{order}/{turn}/{index}".encode()
+            seed = int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
+            generator = torch.Generator().manual_seed(seed)
+            places = torch.randperm(self.residuals.chunk_tokens(index), generator=generator)
+            last = self._orders[order] = (turn, index), places.to(self.residuals.device)
+        return last[1]

@@ -1,0 +1,210 @@
+"""Sparse autoencoders over normalised residuals, in SAELens' file format.
+
+Every dictionary works in the space of per-token normalised inputs: :func:`normalise` once,
+:func:`denormalise` to go back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from metasae_lib.study.errors import DictionaryError
+from metasae_lib.study.files import atomic_write
+from metasae_lib.train.kernels.select import top_mask
+
+EPS = 1e-5
+_FORMAT = "6.54.12"  # the SAELens whose format this is: from 6.0 on, metadata are kept
+_OWN = "metasae"  # the section of cfg.json's metadata that is ours
+
+
+def normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-vector normalisation, SAELens' "layer_norm": z = (x - mean) / (std + 1e-5).
+
+    x: (..., d). The standard deviation is the unbiased one. Returns z (..., d), mean (..., 1) and
+    std (..., 1).
+    """
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    std = centred.std(-1, keepdim=True)
+    return centred / (std + EPS), mean, std
+
+
+def denormalise(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Undo :func:`normalise`: x = z (std + 1e-5) + mean. z: (..., d), mean and std (..., 1)."""
+    return z * (std + EPS) + mean
+
+
+def scale_of(std: Tensor) -> Tensor:
+    """What :func:`normalise` divided by."""
+    return std + EPS
+
+
+class Dictionary(nn.Module, ABC):
+    """What BatchTopK and JumpReLU share: weights, products, thresholds and files.
+
+    W_enc (d, n), W_dec (n, d) with unit rows, b_dec (d,), float32; threshold (n,) or None while
+    not calibrated. There is no encoder bias. W_enc is stored feature by feature: it is the
+    transposed view of a contiguous (n, d) matrix, as training wants it.
+    Parameters need no gradient by default; `requires_grad_()` turns autograd on.
+    """
+
+    kind: str
+    threshold: Tensor | None
+
+    def __init__(self, d_in: int, n_features: int, k: int, seed: int = 0) -> None:
+        super().__init__()
+        if d_in < 2 or n_features < 1 or not 1 <= k <= n_features:
+            raise DictionaryError(
+                f"a dictionary with d_in {d_in}, n_features {n_features} and k {k} cannot be: "
+                "d_in must be at least 2 and k between 1 and n_features"
+            )
+        self.d_in, self.n_features, self.k, self.seed = d_in, n_features, k, seed
+        # Kaiming-uniform over the d inputs of a feature: bound = sqrt(6 / ((1 + 5) d)).
+        generator = torch.Generator().manual_seed(seed)
+        bound = 1 / math.sqrt(d_in)
+        encoder = torch.empty(n_features, d_in).uniform_(-bound, bound, generator=generator)
+        decoder = encoder / encoder.norm(dim=1, keepdim=True)
+        self.W_enc = nn.Parameter(encoder.T, requires_grad=False)
+        self.W_dec = nn.Parameter(decoder, requires_grad=False)
+        self.b_dec = nn.Parameter(torch.zeros(d_in), requires_grad=False)
+        self.register_buffer("threshold", None)
+
+    @abstractmethod
+    def encode(self, z: Tensor) -> Tensor:
+        """The training form. z: (b, d) normalised. Returns (b, n), zero where not kept."""
+
+    def pre_activations(self, z: Tensor) -> Tensor:
+        """(z - b_dec) W_enc. z: (b, d) normalised. Returns (b, n)."""
+        return (z - self.b_dec) @ self.W_enc
+
+    def decode(self, acts: Tensor) -> Tensor:
+        """acts W_dec + b_dec. acts: (b, n). Returns (b, d)."""
+        return acts @ self.W_dec + self.b_dec
+
+    def encode_threshold(self, z: Tensor) -> Tensor:
+        """Pre-activations above each feature's own threshold, zero elsewhere.
+
+        z: (b, d). Returns (b, n). Raises DictionaryError if no threshold was calibrated.
+        """
+        if self.threshold is None:
+            raise DictionaryError("this dictionary has no thresholds: calibrate it first")
+        pre = self.pre_activations(z)
+        return pre * ((pre > self.threshold) & (pre > 0))
+
+    def save(self, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+        """Write `cfg.json` and `sae_weights.safetensors` as SAELens reads them.
+
+        With thresholds the export is a SAELens `jumprelu` dictionary with b_enc = 0.
+        metadata: further entries of cfg.json's metadata (hook_name, model_name, context_size,
+        prepend_bos, ...). The weights are written first, the configuration last, each atomically.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            "W_enc": self.W_enc.detach().contiguous(),
+            "W_dec": self.W_dec.detach().contiguous(),
+            "b_enc": torch.zeros(self.n_features, dtype=self.W_enc.dtype),
+            "b_dec": self.b_dec.detach(),
+        }
+        if self.threshold is not None:
+            weights["threshold"] = self.threshold.detach()
+        config = {
+            "architecture": "jumprelu" if self.threshold is not None else "batchtopk",
+            "d_in": self.d_in,
+            "d_sae": self.n_features,
+            "dtype": str(self.W_enc.dtype).removeprefix("torch."),
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "normalize_activations": "layer_norm",
+            "reshape_activations": "none",
+            "metadata": {"sae_lens_version": _FORMAT, **(metadata or {}), _OWN: self._own()},
+        }
+        with atomic_write(folder / "sae_weights.safetensors") as path:
+            save_file({name: w.cpu() for name, w in weights.items()}, path)
+        with atomic_write(folder / "cfg.json") as path:
+            path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what :meth:`save` wrote; `Dictionary.load` reads either kind.
+
+        DictionaryError names a missing, cut or foreign file.
+        """
+        folder = Path(folder)
+        path = folder / "cfg.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            own = config["metadata"][_OWN]
+            kind, k, seed = own["kind"], int(own["k"]), int(own["seed"])
+            shape = int(config["d_in"]), int(config["d_sae"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DictionaryError(f"{path} is missing or not one of ours: save it again") from None
+        kinds = {one.kind: one for one in Dictionary.__subclasses__() if issubclass(one, cls)}
+        if kind not in kinds:
+            raise DictionaryError(f"{path} holds a {kind} dictionary, not {' or '.join(kinds)}")
+        path = folder / "sae_weights.safetensors"
+        try:
+            weights = load_file(path)
+        except Exception:  # safetensors raises types of its own on a cut or foreign file
+            raise DictionaryError(f"{path} is missing or damaged: save it again") from None
+        sae: Self = kinds[kind](*shape, k, seed)
+        expected = {"W_enc": shape, "W_dec": shape[::-1], "b_dec": shape[:1]}
+        for name, size in expected.items():
+            if name not in weights or tuple(weights[name].shape) != size:
+                raise DictionaryError(f"{path} has no {name} of shape {size}: save it again")
+        sae.W_enc = nn.Parameter(weights["W_enc"].T.contiguous().T, requires_grad=False)
+        sae.W_dec = nn.Parameter(weights["W_dec"], requires_grad=False)
+        sae.b_dec = nn.Parameter(weights["b_dec"], requires_grad=False)
+        sae.threshold = weights.get("threshold")
+        return sae
+
+    def _own(self) -> dict[str, Any]:
+        return {"kind": self.kind, "k": self.k, "seed": self.seed}
+
+
+class BatchTopK(Dictionary):
+    """Keeps the k·b largest pre-activations of a batch of b inputs (Gao et al. 2024, §3.1).
+
+    d_in: input dimension d. n_features: number of features n. k: mean activations per input.
+    seed: of the initial weights (W_enc Kaiming-uniform, W_dec = W_encᵀ with unit rows).
+    """
+
+    kind = "batchtopk"
+
+    def encode(self, z: Tensor) -> Tensor:
+        """The training form: exactly the k·b largest of the batch after relu, zero elsewhere.
+
+        z: (b, d) normalised, any float type of the weights. Returns (b, n). Ties go to the lowest
+        flat index. The result for one input depends on the rest of its batch.
+        """
+        positive = self.pre_activations(z).relu()
+        keep = top_mask(positive.detach().flatten(), self.k * z.shape[0]).view_as(positive)
+        return positive * keep
+
+
+class JumpReLU(Dictionary):
+    """Keeps each pre-activation above its feature's own threshold (Rajamanoharan et al. 2024).
+
+    k: the mean activations per input that training aims at. Thresholds are part of the dictionary
+    from the start.
+    """
+
+    kind = "jumprelu"
+    threshold: Tensor
+
+    def __init__(self, d_in: int, n_features: int, k: int, seed: int = 0) -> None:
+        super().__init__(d_in, n_features, k, seed)
+        self.threshold = torch.full((n_features,), 1e-3)
+
+    def encode(self, z: Tensor) -> Tensor:
+        """The same in training and after. z: (b, d) normalised. Returns (b, n)."""
+        return self.encode_threshold(z)

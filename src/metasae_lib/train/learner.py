@@ -1,0 +1,279 @@
+"""One training step of one dictionary: selection, L2, AuxK, gradients by hand, Adam.
+
+Losses are means over tokens and dimensions in the space of normalised inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metasae_lib.train import kernels
+from metasae_lib.train.dictionary import Dictionary, JumpReLU
+from metasae_lib.train.kernels.common import Adam, Extra, Pull
+
+_LAG = 2  # steps after which a GPU's count of dead features is read
+_PAD = 64  # a GPU's list of dead features has a multiple of this length: few shapes
+_SMALL = 200_000_000  # multiply-adds of an encoder product that one thread does in a few ms
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one dictionary is trained; the names are those of the profile."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.99)
+    dtype: torch.dtype = torch.bfloat16
+    k_aux: int = 256
+    aux_weight: float = 1 / 32
+    dead_after: int = 5
+    as_released: bool = False  # AuxK's residual is no constant; rows are made unit before the step
+    bandwidth: float = 1e-3  # of JumpReLU's window, for inputs of norm 1
+    sparsity_weight: float = 1.0  # of JumpReLU's (L0 / k - 1)²
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one step. l2 and aux: scalars (aux unweighted). l0: mean activations. dead: features."""
+
+    l2: Tensor
+    aux: Tensor
+    l0: float | Tensor
+    dead: int | Tensor
+
+
+class Workspace:
+    """Large matrices that are overwritten at every step, shared by the arms of a group."""
+
+    def __init__(self) -> None:
+        self._matrices: dict[tuple[Any, ...], Tensor] = {}
+
+    def matrix(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """An uninitialised (rows, columns) matrix of the type and on the device of `like`."""
+        key = (rows, columns, like.dtype, like.device)
+        if key not in self._matrices:
+            self._matrices[key] = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
+        return self._matrices[key]
+
+
+class Learner:
+    """One BatchTopK dictionary with its optimiser, and one hand-written training step."""
+
+    def __init__(
+        self, sae: Dictionary, settings: Settings, workspace: Workspace | None = None
+    ) -> None:
+        self.sae, self.settings = sae, settings
+        self.kernels = kernels.COMPILED if sae.W_dec.device.type == "cpu" else kernels.PLAIN
+        self.workspace = workspace or Workspace()
+        self.W_enc_T = sae.W_enc.data.T
+        self.W_dec, self.b_dec = sae.W_dec.data, sae.b_dec.data
+        self.moments = tuple(torch.zeros_like(w) for w in 2 * [self.W_enc_T] + 2 * [self.W_dec])
+        self.moments_b = torch.zeros_like(self.b_dec), torch.zeros_like(self.b_dec)
+        self.silent = torch.zeros(sae.n_features, dtype=torch.int32, device=self.b_dec.device)
+        self.step_count = 0
+        self.bracket = 0
+        self._low = self.W_enc_T.to(settings.dtype)
+        self._soon_dead: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def errors(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward only: z - z_hat (b, d) and its squared norm (b,). z: (b, d) float32."""
+        codes = self._select(self._products(z)[1])
+        error, square, _ = self.kernels.residual(codes, z, self.W_dec, self.b_dec, False)
+        return error, square
+
+    def step(self, z: Tensor, pull: Pull | None = None) -> Losses:
+        """One step of Adam on a batch. z: (b, d) float32, normalised. pull: on decoder rows.
+
+        Nothing is changed when the loss is not finite (known at once on a CPU only).
+        """
+        b, d = z.shape
+        centred, pre = self._products(z)
+        codes = self._select(pre)
+        error, square, dots = self.kernels.residual(codes, z, self.W_dec, self.b_dec, True)
+        l2 = square.sum(dtype=torch.float64) / (b * d)
+        if l2.device.type == "cpu" and not math.isfinite(l2.item()):
+            return Losses(l2, l2, math.nan, 0)
+        fired = self.kernels.fired(codes)
+        self.silent = torch.where(fired, 0, self.silent + 1)
+        dead, n_dead = self._dead()
+        extra, aux, miss = self._aux(pre, centred, error, dead)
+        if self.settings.as_released:
+            # The residual that AuxK rebuilds depends on z_hat as well: d(e - e_hat)²/dz_hat.
+            target = z if miss is None else z - self.settings.aux_weight * miss
+            error, _, dots = self.kernels.residual(codes, target, self.W_dec, self.b_dec, True)
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+        beta1, beta2 = self.settings.betas
+        self.step_count += 1
+        adam = Adam(self.settings.learning_rate, beta1, beta2, self.step_count)
+        scale = -2 / (b * d)
+        l0 = self._fit_thresholds(pre, codes, error, scale, adam)
+        g_b = scale * error.sum(0)
+        g_b += self.kernels.update_rows(
+            self.W_enc_T, self._low, self.W_dec, self.moments, codes, dots, z, error, self.b_dec,
+            scale, extra, pull, adam, not self.settings.as_released,
+        )  # fmt: skip
+        kernels.adam_step(self.b_dec, *self.moments_b, g_b, adam)
+        return Losses(l2, aux, l0, n_dead)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on."""
+        names = ("m_enc", "v_enc", "m_dec", "v_dec")
+        return {
+            "W_enc_T": self.W_enc_T,
+            "W_dec": self.W_dec,
+            "b_dec": self.b_dec,
+            **dict(zip(names, self.moments, strict=True)),
+            "m_b": self.moments_b[0],
+            "v_b": self.moments_b[1],
+            "silent": self.silent,
+            "counters": torch.tensor([self.step_count, self.bracket]),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state` gave. KeyError or RuntimeError if it does not fit."""
+        for name, tensor in self.state().items():
+            if name == "counters":
+                self.step_count, self.bracket = state[name].tolist()
+            else:
+                tensor.copy_(state[name])
+        self._low.copy_(self.W_enc_T)
+        self._soon_dead.clear()
+
+    def _products(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Centred inputs (b, d) and pre-activations (b, n) in the products' type."""
+        centred = self.kernels.centre(z, self.b_dec, self.settings.dtype)
+        pre = self.workspace.matrix(z.shape[0], self.sae.n_features, self._low)
+        return centred, torch.mm(centred, self._low.T, out=pre)
+
+    def _select(self, pre: Tensor) -> Any:
+        """The codes of a batch: its k·b largest pre-activations."""
+        codes, self.bracket = self.kernels.batch_topk(pre, self.sae.k * len(pre), self.bracket)
+        return codes
+
+    def _fit_thresholds(
+        self, pre: Tensor, codes: Any, error: Tensor, scale: float, adam: Adam
+    ) -> float | Tensor:
+        """Learn what decides which activations are kept, if anything does. Returns L0."""
+        return self.sae.k
+
+    def _dead(self) -> tuple[Tensor, int | Tensor]:
+        """The dead features, and how many they are; on a GPU the list is padded with -1."""
+        dead = self.silent >= self.settings.dead_after
+        if dead.device.type == "cpu":
+            found = dead.nonzero()[:, 0]
+            return found, found.shape[0]
+        size = min(-(-self._bound() // _PAD) * _PAD, dead.shape[0])
+        return torch.nonzero_static(dead, size=size, fill_value=-1)[:, 0], dead.sum()
+
+    def _bound(self) -> int:
+        """No fewer than the dead features, without waiting for the step that the GPU is at.
+
+        A feature that is dead now was silent for nearly as long a few steps ago: what was counted
+        then has reached the host.
+        """
+        lag = min(_LAG, self.settings.dead_after - 1)
+        soon = (self.silent >= self.settings.dead_after - lag).sum()
+        event = torch.cuda.Event()
+        self._soon_dead.append((soon.to("cpu", non_blocking=True), event))
+        event.record()
+        if len(self._soon_dead) <= lag:  # the first steps
+            return int(soon)
+        count, event = self._soon_dead.popleft()
+        event.synchronize()
+        return int(count)
+
+    def _aux(
+        self, pre: Tensor, centred: Tensor, error: Tensor, dead: Tensor
+    ) -> tuple[Extra, Tensor, Tensor | None]:
+        """AuxK: gradient of w · mean (e - e_hat)² on the dead features' rows, the mean, e_hat - e.
+
+        Dense products over the dead columns: k_aux is not small against them.
+        """
+        (b, d), n, m = error.shape, self.sae.n_features, dead.shape[0]
+        # The last place takes what pads the list of dead features.
+        position = torch.full((n + 1,), -1, dtype=torch.int32, device=dead.device)
+        if m == 0 or self.settings.aux_weight == 0:
+            none = error.new_empty(0, d)
+            return Extra(position[:n], none, none, none[:, 0]), error.new_zeros(()), None
+        position[dead] = torch.arange(m, dtype=torch.int32, device=dead.device)
+        acts = self.kernels.row_topk(pre, dead, self.settings.k_aux)
+        rows = self.W_dec[dead].to(acts.dtype)
+        miss = (acts @ rows).to(error.dtype) - error
+        loss = miss.square().mean()
+        low = miss.to(acts.dtype)
+        g_pre = (low @ rows.T).mul_(acts.sign())  # acts are not negative
+        scale = 2 * self.settings.aux_weight / (b * d)
+        extra = Extra(
+            position[:n],
+            (acts.T @ low).to(error.dtype).mul_(scale),
+            (g_pre.T @ centred).to(error.dtype).mul_(scale),
+            g_pre.sum(0, dtype=error.dtype).mul_(scale),
+        )
+        return extra, loss, miss
+
+
+class JumpReLULearner(Learner):
+    """One JumpReLU dictionary (Rajamanoharan et al. 2024), trained to a mean L0 of k.
+
+    The loss has a term w (L0 / k - 1)². A step of height has no gradient, so the thresholds θ get
+    that of a rectangle of width ε around them:
+
+        da/dθ = -θ/ε,  dL0/dθ = -1/ε   where |pre - θ| < ε/2
+
+    ε, and the rate at which θ moves, are those of the authors for inputs of norm 1; ours have norm
+    sqrt(d), so both are multiplied by it. The thresholds start at the batch cut-off that BatchTopK
+    has on the first batch.
+    """
+
+    sae: JumpReLU
+
+    def __init__(
+        self, sae: JumpReLU, settings: Settings, workspace: Workspace | None = None
+    ) -> None:
+        super().__init__(sae, settings, workspace)
+        self.moments_t = torch.zeros_like(sae.threshold), torch.zeros_like(sae.threshold)
+        self.width = settings.bandwidth * math.sqrt(sae.d_in)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on."""
+        m, v = self.moments_t
+        return super().state() | {"threshold": self.sae.threshold, "m_t": m, "v_t": v}
+
+    def _select(self, pre: Tensor) -> Any:
+        if self.step_count == 0:
+            acts = torch.as_tensor(super()._select(pre).acts)
+            cut = torch.where(acts > 0, acts, math.inf).amin()
+            self.sae.threshold.copy_(cut.clamp(min=self.width / 2).expand_as(self.sae.threshold))
+        return self.kernels.above_threshold(pre, self.sae.threshold)
+
+    def _fit_thresholds(
+        self, pre: Tensor, codes: Any, error: Tensor, scale: float, adam: Adam
+    ) -> float | Tensor:
+        theta, b, d = self.sae.threshold, *error.shape
+        dots, counts = self.kernels.near_threshold(pre, theta, self.width / 2, error, self.W_dec)
+        l0 = (torch.as_tensor(codes.acts) > 0).sum() / b
+        slope = 2 * self.settings.sparsity_weight * (l0 / self.sae.k - 1) / (self.sae.k * b)
+        gradient = (theta * scale * dots + slope * counts) / -self.width
+        scaled = adam._replace(learning_rate=adam.learning_rate * math.sqrt(d))
+        kernels.adam_step(theta, *self.moments_t, gradient * math.sqrt(d), scaled)
+        theta.clamp_(min=self.width / 2)  # so that the window has no negative part
+        return l0
+
+
+@contextmanager
+def one_thread_if_small(products: int) -> Iterator[None]:
+    """A step of few multiply-adds has many short loops: each would wait for other threads."""
+    before = torch.get_num_threads()
+    if products < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,322 @@
+"""The arms of a run, trained from one stream of residuals: each batch is read once for all."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+from torch import Tensor
+
+from metasae_lib.study import distributed
+from metasae_lib.study.arms import ArmSpec
+from metasae_lib.study.errors import TrainingError
+from metasae_lib.study.files import atomic_write
+from metasae_lib.study.profile import Profile
+from metasae_lib.study.progress import progress
+from metasae_lib.study.run import Artefact, Run, locked
+from metasae_lib.subject.activations import BatchStream, Residuals
+from metasae_lib.subject.model import compute_device
+from metasae_lib.train.dictionary import BatchTopK, Dictionary, normalise
+from metasae_lib.train.learner import Losses, Workspace
+from metasae_lib.train.memory import MEMORY_SHARE, arm_bytes, step_bytes, too_large
+from metasae_lib.train.trainer import (
+    HISTORY_EVERY,
+    Trainer,
+    latest_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+)
+
+VERSION = 2  # of the stage: raise it when the same inputs give other weights
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A trained arm. history: one row each :data:`HISTORY_EVERY` steps."""
+
+    spec: ArmSpec
+    sae: Dictionary
+    meta: BatchTopK | None
+    history: pd.DataFrame
+    folder: Path
+
+
+@dataclass
+class _Place:
+    """Where an arm is kept: `state` while it can go on, `result` once it has been trained."""
+
+    spec: ArmSpec
+    state: Artefact
+    result: Artefact
+
+
+def _inputs(profile: Profile, spec: ArmSpec, residuals: dict[str, Any]) -> dict[str, Any]:
+    """What decides an arm's weights, but for the number of steps."""
+    training = profile.training.model_dump()
+    names = [
+        "batch_tokens", "learning_rate", "betas", "dtype", "k_aux", "aux_weight", "dead_after"
+    ]  # fmt: skip
+    if spec.has_meta:
+        names += ["meta_learning_rate", "n_primary_steps", "n_meta_steps"]
+    names += [name for name in training if name.startswith(f"{spec.kind}_")]
+    sizes = profile.dictionary.model_dump()
+    return {
+        "arm": asdict(spec),
+        "residuals": residuals,
+        "dictionary": {
+            name: size for name, size in sizes.items() if spec.has_meta or "meta" not in name
+        },
+        "training": {name: training[name] for name in names},
+    }
+
+
+def _place(run: Run, spec: ArmSpec, residuals: dict[str, Any]) -> _Place:
+    inputs = _inputs(run.profile, spec, residuals)
+    return _Place(
+        spec,
+        run.artefact("arm-state", inputs, VERSION),
+        run.artefact("arm", {**inputs, "steps": run.profile.steps}, VERSION),
+    )
+
+
+def _places(run: Run) -> list[_Place]:
+    residuals = Residuals(run, "train").inputs
+    return [_place(run, spec, residuals) for spec in run.profile.arms()]
+
+
+Watch = Callable[[str, dict[str, float]], None]
+
+
+def train_arms(run: Run, watch: Watch | None = None) -> dict[str, Arm]:
+    """Train every arm of the run's profile that is not trained yet, all from one stream.
+
+    Arms in memory together take the same batches; how they are grouped changes nothing. Arms go on
+    from their latest checkpoint. watch: called with an arm's name and each row of its history.
+    Returns all arms by name, in the profile's order. Raises TrainingError if even one arm alone
+    does not fit in memory, if a loss is not finite (arm, step and batch named), or if a checkpoint
+    is damaged.
+    """
+    places = _places(run)
+    # Of the processes of a launcher, one holds the locks for all.
+    with locked(place.state for place in places if distributed.rank() == 0):
+        distributed.barrier()
+        _train_missing(run, [p for p in places if p.spec.kind != "matched-fidelity"], watch)
+        for place in places:
+            if place.spec.kind == "matched-fidelity" and not place.result.complete:
+                _match_fidelity(run, place, places, watch)
+    return load_arms(run)
+
+
+def tensorboard(folder: Path) -> Watch:
+    """A `watch` for :func:`train_arms`: one TensorBoard run an arm, in folders of their names.
+
+    Raises TrainingError if the package is not there: it is an extra of ours.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainingError(
+            "TensorBoard is not installed: pip install 'metasae-lib[tensorboard]'"
+        ) from None
+    writers: dict[str, SummaryWriter] = {}
+
+    def watch(arm: str, row: dict[str, float]) -> None:
+        step = int(row["step"])
+        if arm not in writers:
+            # What a killed process wrote beyond its last checkpoint is written again.
+            writers[arm] = SummaryWriter(str(folder / arm), purge_step=step)
+        for name, value in row.items():
+            if name not in ("step", "tokens") and not math.isnan(value):
+                writers[arm].add_scalar(name, value, step)
+        writers[arm].flush()
+
+    return watch
+
+
+def load_arms(run: Run) -> dict[str, Arm]:
+    """The trained arms of a run, by name. TrainingError names those that are missing."""
+    places = _places(run)
+    missing = [place.spec.name for place in places if not place.result.complete]
+    if missing:
+        raise TrainingError(
+            f"{len(missing)} of {len(places)} arms of run {run.name} are not trained "
+            f"({', '.join(missing)}): run the notebook 02_training first"
+        )
+    return {place.spec.name: _load(place) for place in places}
+
+
+def _load(place: _Place) -> Arm:
+    folder = place.result.folder
+    sae = Dictionary.load(folder / "sae")
+    return Arm(
+        replace(place.spec, k=sae.k) if place.spec.kind == "matched-fidelity" else place.spec,
+        sae,
+        BatchTopK.load(meta) if (meta := folder / "meta").exists() else None,
+        pd.read_csv(folder / "history.csv"),
+        folder,
+    )
+
+
+def _train_missing(run: Run, places: Sequence[_Place], watch: Watch | None) -> None:
+    missing = [place for place in places if not place.result.complete]
+    distributed.barrier()  # all have looked before the first is finished
+    if not missing:
+        return
+    stream = BatchStream(run)
+    device = compute_device(run.profile)
+    for group in _groups(run.profile, missing, stream.residuals.d, device):
+        mine = group[distributed.rank() :: distributed.world_size()]
+        _train_group(run, mine, stream, device, watch)
+        distributed.barrier()
+
+
+def _train_group(
+    run: Run,
+    places: Sequence[_Place],
+    stream: BatchStream,
+    device: torch.device,
+    watch: Watch | None = None,
+) -> None:
+    """Train arms side by side: each batch is read once and given to all that are at its step."""
+    profile, steps = run.profile, run.profile.steps
+    workspace = Workspace()
+    trainers = []
+    for place in places:
+        trainer = Trainer(place.spec, profile, stream.residuals.d, device, workspace)
+        path = latest_checkpoint(place.state.folder, steps)
+        if path is not None:
+            restore_checkpoint(trainer, path, place.state.key)
+        trainers.append(trainer)
+    # Processes that share residuals walk through the text together.
+    first = distributed.least(min((trainer.step_count for trainer in trainers), default=steps))
+    arms = places[0].spec.name if len(places) == 1 else f"{len(places)} arms"
+    with progress(steps * profile.training.batch_tokens, f"training {arms}") as bar:
+        bar.update(first * profile.training.batch_tokens)
+        for step in range(first, steps):
+            active = [trainer for trainer in trainers if trainer.step_count == step]
+            batches: dict[int, Tensor] = {}
+            for order in {trainer.spec.order for trainer in active} or {0}:
+                raw = stream.batch(step, order).to(device, torch.float32)
+                batches[order] = normalise(raw)[0]
+            losses = [trainer.step(batches[trainer.spec.order]) for trainer in active]
+            bar.update(profile.training.batch_tokens)
+            if (step + 1) % HISTORY_EVERY == 0 and active:
+                bar.set_postfix_str(_state_line(losses))
+                if watch is not None:
+                    for trainer in active:
+                        watch(trainer.spec.name, trainer.last_row())
+            if (step + 1) % profile.training.checkpoint_every == 0 and step + 1 < steps:
+                for place, trainer in zip(places, trainers, strict=True):
+                    if trainer in active:
+                        save_checkpoint(trainer, place.state.folder, place.state.key, False)
+    for place, trainer in zip(places, trainers, strict=True):
+        save_checkpoint(trainer, place.state.folder, place.state.key, True)
+        _save_result(run.profile, place, trainer)
+
+
+def _state_line(losses: Sequence[Losses]) -> str:
+    """The arms' losses in a few words: the range of L2, and the most dead features."""
+    l2 = [loss.l2.item() for loss in losses]
+    span = f"{min(l2):.4f}" if len(l2) == 1 else f"{min(l2):.4f}–{max(l2):.4f}"
+    l0 = max(float(loss.l0) for loss in losses)
+    return f"L2 {span}, L0 ≤ {l0:.1f}, dead ≤ {max(int(loss.dead) for loss in losses)}"
+
+
+def _save_result(profile: Profile, place: _Place, trainer: Trainer) -> None:
+    about = {
+        "model_name": profile.model.source,
+        "hook_name": f"blocks.{profile.model.layer}.hook_resid_pre",
+        "context_size": profile.text.context_length,
+        "prepend_bos": profile.text.bos == "every_row",
+        "arm": place.spec.name,
+    }
+    folder = place.result.folder
+    trainer.primary.sae.save(folder / "sae", about)
+    if trainer.meta is not None:
+        trainer.meta.sae.save(folder / "meta")
+    with atomic_write(folder / "history.csv") as path:
+        trainer.history().to_csv(path, index=False)
+    place.result.finish({"seconds": trainer.seconds})
+
+
+def final_l2(history: pd.DataFrame) -> float:
+    """Mean L2 over the last tenth of an arm's training batches, which all arms share."""
+    return float(history["l2"].tail(max(1, len(history) // 10)).mean())
+
+
+def _match_fidelity(run: Run, place: _Place, places: Sequence[_Place], watch: Watch | None) -> None:
+    """Find the k at which a plain dictionary is as bad a reconstruction as a joint arm.
+
+    A search by secants over log k and log L2, each point a dictionary trained in full, until the
+    next whole k has been tried; the nearest in L2 is taken. Its table is kept as `search.csv`.
+    """
+    spec, full = place.spec, run.profile.dictionary.k
+    residuals = Residuals(run, "train").inputs
+    trained = {other.spec: other for other in places}
+    joint = trained[replace(spec, kind="joint")]
+    target = final_l2(_load(joint).history)
+    tried = {full: trained[ArmSpec("solo", spec.seed, order=spec.order)]}
+    found = {full: final_l2(_load(tried[full]).history)}
+    exponent = -0.5  # of L2 in k, until two points tell
+    while True:
+        nearest = min(found, key=lambda k: abs(found[k] - target))
+        if len(found) > 1:
+            one, two = sorted(found, key=lambda k: abs(found[k] - target))[:2]
+            exponent = math.log(found[one] / found[two]) / math.log(one / two)
+        if exponent == 0:
+            break
+        wanted = nearest * (target / found[nearest]) ** (1 / exponent)
+        k = min(max(round(wanted), 1), run.profile.dictionary.n_features)
+        if k in found:
+            break
+        plain = replace(spec, kind="batchtopk", lambda2=None, sigma_sq=None, k=k)
+        # An arm of the run (of the ablation, say) is trained by now, and its lock is held.
+        tried[k] = trained.get(plain) or _place(run, plain, residuals)
+        with locked([tried[k].state] if plain not in trained and distributed.rank() == 0 else []):
+            _train_missing(run, [tried[k]], watch)
+        found[k] = final_l2(_load(tried[k]).history)
+    if distributed.rank() == 0:
+        source, folder = tried[nearest].result.folder, place.result.folder
+        shutil.copytree(source / "sae", folder / "sae", dirs_exist_ok=True)
+        shutil.copy(source / "history.csv", folder)
+        with atomic_write(folder / "search.csv") as path:
+            rows = [{"k": k, "l2": l2, "target": target} for k, l2 in found.items()]
+            pd.DataFrame(rows).to_csv(path, index=False)
+        place.result.finish()
+    distributed.barrier()
+
+
+def _groups(
+    profile: Profile, places: Sequence[_Place], d_in: int, device: torch.device
+) -> Iterator[list[_Place]]:
+    """Arms that fit in memory together, in order, dealt out to the processes of a launcher.
+
+    TrainingError if one arm alone does not fit.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        # What the page cache holds can be had. Processes without a GPU share one memory.
+        free = psutil.virtual_memory().available // distributed.world_size()
+    free = distributed.least(free)
+    budget = MEMORY_SHARE * free - step_bytes(profile, d_in)
+    group: list[_Place] = []
+    held = [0] * distributed.world_size()
+    for place in places:
+        size = arm_bytes(profile, d_in, place.spec)
+        if size > budget:
+            raise TrainingError(too_large(profile, d_in, place.spec, free))
+        if held[len(group) % len(held)] + size > budget:
+            yield group
+            group, held = [], [0] * len(held)
+        held[len(group) % len(held)] += size
+        group.append(place)
+    if group:
+        yield group
