@@ -12,10 +12,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import yaml
@@ -31,6 +31,8 @@ from metasae_lib.study.files import (
 )
 from metasae_lib.study.machine import commit, hardware, libraries, now
 from metasae_lib.study.profile import Profile, repository_folders
+
+K = TypeVar("K", bound=Hashable)
 
 
 class Artefact:
@@ -187,6 +189,25 @@ class Run:
             with atomic_write(marker) as temporary:
                 temporary.touch()
         return artefact
+
+    def made(
+        self,
+        stage: str,
+        inputs: Mapping[K, Mapping[str, Any]],
+        version: int,
+        make: Callable[[dict[K, Artefact]], None],
+    ) -> dict[K, Artefact]:
+        """The finished artefacts of a stage, one for each of the inputs, under the same keys.
+
+        Those that are missing are given to `make`, all at once and locked, which finishes them;
+        it is not called if there are none.
+        """
+        artefacts = {key: self.artefact(stage, each, version) for key, each in inputs.items()}
+        with locked(artefacts.values()):
+            missing = {key: one for key, one in artefacts.items() if not one.complete}
+            if missing:
+                make(missing)
+        return artefacts
 
     def save_table(self, name: str, frame: pd.DataFrame, about: str) -> Path:
         """Write `tables/<name>.csv` (without the index) and its provenance beside it."""
