@@ -97,7 +97,7 @@ KEPT := arms phi grid effects headline_by_choice scorecard verdict_counts autoin
 keep: $(READY)
 	mkdir -p results/$(PROFILE)
 	cd runs/$(PROFILE) && cp $(foreach table,$(KEPT),tables/$(table).csv tables/$(table).json) values/headline.json ../../results/$(PROFILE)
-	$(BIN)/python -c 'import pandas as pd; from metasae_lib import figures as f; \
+	$(BIN)/python -c 'import pandas as pd; from metasae_lib.show import figures as f; \
 	  effects = pd.read_csv("results/$(PROFILE)/effects.csv"); \
 	  f.effect(effects, {"the paper, −7.5%": f.HEADLINE, "its four seeds, −2.3%": -2.3}).savefig("results/$(PROFILE)/effect.png", dpi=100)'
 

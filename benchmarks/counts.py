@@ -36,14 +36,6 @@ def first(pattern: Pattern, n_tokens: int) -> Pattern:
     return Pattern(pattern.indptr[: n_tokens + 1], pattern.indices[: pattern.indptr[n_tokens]])
 
 
-def dense(pattern: Pattern, n: int) -> torch.Tensor:
-    """The same as a float32 matrix (tokens, n)."""
-    tokens = np.repeat(np.arange(len(pattern.indptr) - 1), np.diff(pattern.indptr))
-    matrix = torch.zeros(len(pattern.indptr) - 1, n)
-    matrix[torch.from_numpy(tokens), torch.from_numpy(pattern.indices.astype(np.int64))] = 1
-    return matrix
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=2**17)
@@ -63,7 +55,7 @@ def main() -> None:
     for start in range(0, options.product_tokens, CHUNK):
         part = first(pattern, start + CHUNK)
         tail = Pattern(part.indptr[start:] - part.indptr[start], part.indices[part.indptr[start] :])
-        matrix = dense(tail, n)
+        matrix = torch.from_numpy(tail.matrix(n, np.ones(len(tail.indices), np.float32)).toarray())
         started = time.perf_counter()
         product += matrix.T @ matrix
         seconds_product += time.perf_counter() - started

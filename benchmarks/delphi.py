@@ -32,6 +32,7 @@ from metasae_lib import Profile, Run
 from metasae_lib.interpret import controls, material
 from metasae_lib.interpret import scores as scoring
 from metasae_lib.interpret.contexts import collect_contexts
+from metasae_lib.interpret.examples import QUANTILES, Example
 from metasae_lib.interpret.judges.in_process import InProcessJudge
 from metasae_lib.interpret.judges.questions import Question
 from metasae_lib.study.arms import ArmSpec
@@ -94,6 +95,39 @@ class Chooser:
         return logits.log_softmax(-1).gather(2, lists[..., None]).sum((1, 2))
 
 
+def delphi_records(
+    made: Sequence[material.Material], explanations: Sequence[str | None]
+) -> list[dict[str, Any]]:
+    """Features in the form that Delphi scores: the fields of its `LatentRecord`, as plain JSON.
+
+    train and test are the examples of the explainer and of the questions, test by quintile, the
+    weakest first; not_active those in which the feature is silent. tokens and activations, each
+    (window,), become tensors in Delphi. Features without an explanation are left out.
+    """
+
+    def fields(example: Example) -> dict[str, Any]:
+        return {
+            "tokens": list(example.ids),
+            "activations": list(map(float, example.acts)),
+            "str_tokens": list(example.pieces),
+        }
+
+    return [
+        {
+            "latent": {"module_name": "metasae", "latent_index": one.feature},
+            "explanation": explanation,
+            "train": [fields(example) for example in one.explain.examples],
+            "test": [
+                fields(example) | {"quantile": QUANTILES * k // len(one.examples)}
+                for k, example in enumerate(one.examples)
+            ],
+            "not_active": [fields(example) for example in one.silent],
+        }
+        for one, explanation in zip(made, explanations, strict=True)
+        if explanation is not None
+    ]
+
+
 def delphi_scores(
     records: list[dict[str, Any]],
     answer: Callable[[Chats, Chats], Sequence[str | None]],
@@ -134,15 +168,15 @@ def main() -> None:
     parser.add_argument("--python", default=".venv-delphi/bin/python", help="of what has Delphi")
     options = parser.parse_args()
     run = Run.open(Profile.load(options.profile), options.runs)
-    profile, plan = run.profile, scoring.plan_of(run.profile)
+    profile, sampling = run.profile, scoring.sampling_of(run.profile)
     name = ArmSpec("solo", profile.training.seeds[0]).name
     contexts = collect_contexts(run, {name: load_arms(run)[name]}, profile.autointerp.window)[name]
     judge = scoring.judge_of(profile)
     answers = scoring.answers_for(run, judge)
     answer = Chooser(judge) if isinstance(judge, InProcessJudge) else partial(said_to, answers)
-    known = material.planted(contexts, plan, copies=1)
-    features = contexts.usable(plan.examples, plan.examples)[: options.features]
-    own = material.materials(contexts, features, plan)
+    known = material.planted(contexts, sampling, copies=1)
+    features = contexts.usable(sampling.examples, sampling.examples)[: options.features]
+    own = material.materials(contexts, features, sampling)
     explanations = scoring.explanations_of(profile, judge, own, answers)
     explained = [(made, text) for made, text in zip(own, explanations, strict=True) if text]
     texts = [text for _, text in known]
@@ -154,7 +188,7 @@ def main() -> None:
     frames = []
     for group, (made, given) in groups.items():
         ours = scoring.score(made, given, answers)
-        theirs = delphi_scores(material.delphi_records(made, given), answer, options.python)
+        theirs = delphi_scores(delphi_records(made, given), answer, options.python)
         frames.append(
             pd.concat([ours[["fuzzing", "detection"]], theirs], axis=1).assign(group=group)
         )

@@ -197,9 +197,8 @@ def faults(serving: Serving, model: str, count: int, per_prompt: int) -> None:
     proxy = FaultyProxy(serving.port, per_prompt)
     asked = questions(count, 10**7)
     judge = HttpJudge(
-        f"http://{HOST}:{proxy.port}/v1", model, parallel=4, timeout=20, tries=per_prompt + 12,
-        pause=0.05,
-    )  # fmt: skip
+        f"http://{HOST}:{proxy.port}/v1", model, parallel=4, timeout=20, tries=per_prompt + 12
+    )
     with tempfile.TemporaryDirectory() as folder:
         once = AskOnce(judge, Path(folder) / "a.sqlite")
         results: list[list[str | None]] = []

@@ -21,6 +21,7 @@ import pandas as pd
 from playwright.sync_api import Page, sync_playwright
 
 from metasae_lib import Profile, Run
+from metasae_lib.interpret.examples import Example
 from metasae_lib.show import explorer
 from metasae_lib.subject.corpus import load_tokens
 
@@ -37,10 +38,10 @@ def arm(name: str, other: str, pieces: list[str], seed: int) -> explorer.ArmPage
     """An arm of N features with contexts of real tokens and made-up numbers."""
     rng = np.random.default_rng(seed)
 
-    def context() -> explorer.Context:
+    def context() -> Example:
         start, acts = int(rng.integers(len(pieces) - CONTEXT)), np.zeros(CONTEXT)
         acts[rng.integers(CONTEXT, size=3)] = rng.uniform(0.5, 9, 3)
-        return explorer.Context(pieces[start : start + CONTEXT], acts.tolist())
+        return Example((), tuple(pieces[start : start + CONTEXT]), tuple(acts.tolist()), 0)
 
     features = pd.DataFrame(rng.uniform(0, 1, (N, 7)), columns=["rate", "max", "threshold", "fuzz",
                             "cosine", "phi", "second"])  # fmt: skip

@@ -28,7 +28,7 @@ profile = "smollm2-135m"  # a file of profiles/, without .yml
 overrides = {}  # changes by dotted key, such as {"training.sigma_sq": [0.5]}
 runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
 
-# %%
+# %% tags=["hide-input"]
 import numpy as np
 import pandas as pd
 import torch
@@ -39,6 +39,8 @@ from metasae_lib.show import figures
 from metasae_lib.train import decomposability, decomposability_penalty, penalty_pull
 
 run = show.open_run(profile, overrides, runs_dir)
+
+# %%
 grid = run.profile.training
 Markdown(
     f"This run: profile **{run.name}**, with λ₂ in {grid.lambda2} and σ² in {grid.sigma_sq}. "
@@ -77,17 +79,14 @@ generator = torch.Generator().manual_seed(0)
 rows = torch.randn(200, 64, generator=generator, dtype=torch.float64)
 rows = (rows / rows.norm(dim=1, keepdim=True)).requires_grad_()
 rebuilt = (rows + 0.1 * torch.randn(200, 64, generator=generator, dtype=torch.float64)).detach()
+
+# %%
 checks = []
 for sigma_sq in (0.3, 1.0, 3.0):
     (auto,) = torch.autograd.grad(decomposability_penalty(rows, rebuilt, sigma_sq), rows)
     error = rows.detach() - rebuilt
     by_hand = penalty_pull(error.square().sum(1), 1.0, sigma_sq)[:, None] * error
     checks.append(((auto - by_hand).abs().max() / auto.abs().max()).item())
-run.save_table(
-    "penalty_gradient",
-    pd.DataFrame({"sigma_sq": (0.3, 1.0, 3.0), "largest_relative_difference": checks}),
-    "Eq. 2-3: gradient by hand against autograd, float64, 200 rows of 64 dimensions",
-)
 Markdown(
     f"Largest difference between the two, over the largest entry: **{max(checks):.1e}**. "
     + ("They are the same gradient." if max(checks) < 1e-12 else "They are **not** the same.")
@@ -115,7 +114,6 @@ curves = [
 ]
 profile_table = pd.concat(curves, ignore_index=True)
 profile_table["push"] = 2 / profile_table.sigma_sq * profile_table.r * profile_table.penalty
-run.save_table("penalty_profile", profile_table, "Eq. 2 and the length of its gradient over r")
 figures.penalty_profile(profile_table)
 
 # %% [markdown]
@@ -134,7 +132,6 @@ for name, squared in {"nothing is rebuilt": 1, "at a right angle": 2, "opposite"
     bounds[f"p where r² = {squared} ({name})"] = [np.exp(-squared / s) for s in bounds["σ²"]]
 bounds["strongest push at r"] = np.sqrt(bounds["σ²"] / 2)
 bounds["its length f"] = np.sqrt(2 / np.e / bounds["σ²"])
-run.save_table("penalty_bounds", bounds, "Eq. 2 at the distances that unit rows can reach")
 show.table(bounds, "What is left of the penalty at best, and where it pushes most", "tab-bounds")
 
 # %% [markdown]
@@ -161,9 +158,7 @@ for part in (field, on_circle):
     part["u"], part["v"] = 2 * part.penalty * (part.x - what[0]), 2 * part.penalty * (part.y - 0)
 along = on_circle.v * on_circle.x - on_circle.u * on_circle.y
 on_circle["u"], on_circle["v"] = -along * on_circle.y, along * on_circle.x
-field["what_x"], field["what_y"] = what
-run.save_table("push_2d", on_circle, "Push of Eq. 2 on unit rows in the plane, σ² 1, Ŵ = (0.9, 0)")
-figures.push_2d(field, on_circle)
+figures.push_2d(field.assign(what_x=what[0], what_y=what[1]), on_circle)
 
 # %% [markdown]
 # In three dimensions the picture becomes the paper's own: let the meta dictionary span a plane, so
@@ -181,7 +176,6 @@ p = np.exp(-(away**2).sum(1))
 push = 2 * p[:, None] * away
 push -= (push * points).sum(1, keepdims=True) * points
 sphere = pd.DataFrame(np.hstack([points, 0.4 * push]), columns=list("xyzuvw")).assign(penalty=p)
-run.save_table("push_3d", sphere, "Push of Eq. 2 on unit rows over a plane, σ² 1, arrows × 0.4")
 figures.push_3d(sphere)
 
 # %% [markdown]
@@ -207,7 +201,6 @@ for lambda2, sigma_sq in [(a, b) for a in (0.1, 0.3, 1.0) for b in (0.3, 1.0, 3.
         p_theta = np.exp(-(2 - 2 * np.cos(theta)) / sigma_sq)  # r² = 2 - 2 cos θ on the unit circle
         theta += 0.05 * lambda2 * 2 / sigma_sq * np.sin(theta) * p_theta
 paths = pd.DataFrame(trace, columns=["step", "angle", "sigma_sq", "lambda2"])
-run.save_table("penalty_escape", paths, "A unit row that follows the push from 10 degrees")
 figures.escape(paths)
 
 # %% [markdown]
@@ -221,6 +214,16 @@ figures.escape(paths)
 # `03_cooccurrence` is where it is tested.
 #
 # This page measures nothing of the paper; it only uses its settings.
+
+# %% tags=["hide-input"]
+gradient = pd.DataFrame({"sigma_sq": (0.3, 1.0, 3.0), "largest_relative_difference": checks})
+about = "Eq. 2-3: gradient by hand against autograd, float64, 200 rows of 64 dimensions"
+run.save_table("penalty_gradient", gradient, about)
+run.save_table("penalty_profile", profile_table, "Eq. 2 and the length of its gradient over r")
+run.save_table("penalty_bounds", bounds, "Eq. 2 at the distances that unit rows can reach")
+run.save_table("push_2d", on_circle, "Push of Eq. 2 on unit rows in the plane, σ² 1, Ŵ = (0.9, 0)")
+run.save_table("push_3d", sphere, "Push of Eq. 2 on unit rows over a plane, σ² 1, arrows × 0.4")
+_ = run.save_table("penalty_escape", paths, "A unit row that follows the push from 10 degrees")
 
 # %%
 display(

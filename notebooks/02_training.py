@@ -39,9 +39,8 @@ runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
 # own: what you see here stays as it is.
 # :::
 
-# %%
+# %% tags=["hide-input"]
 import pandas as pd
-import torch
 from IPython.display import Markdown, display
 
 from metasae_lib import show
@@ -50,6 +49,8 @@ from metasae_lib.show import figures
 from metasae_lib.train import meta_posthoc, train_arms
 
 run = show.open_run(profile, overrides, runs_dir)
+
+# %%
 arms = train_arms(run)
 about = pd.DataFrame([{"arm": name} | vars(arm.spec) for name, arm in arms.items()])
 sizes, training = run.profile.dictionary, run.profile.training
@@ -68,22 +69,7 @@ Markdown(
 # %%
 history = pd.concat([arm.history.assign(arm=name) for name, arm in arms.items()])
 history = history.merge(about, on="arm")
-run.save_table("training", history, "Losses of every arm during training, every ten steps")
-last = history.groupby("arm", sort=False).tail(1).set_index("arm").loc[about.arm].reset_index()
-flat = show.flattening(history)
-display(
-    show.table(
-        last[["arm", "lambda2", "sigma_sq", "seed", "step", "l2", "l0", "dead", "penalty", "meta_l2"]]
-        .rename(columns={"lambda2": "λ₂", "sigma_sq": "σ²", "l2": "L2", "penalty": "mean p"}),
-        "The arms at the end of training (one batch, training mode)", "tab-arms", "wide",
-    ),
-    Markdown(
-        "**Has the loss flattened?** Over the last tenth of training, the mean L2 of the arms "
-        f"changed by {show.percent(flat.min())} to {show.percent(flat.max())} against the tenth "
-        "before. " + ("That is flat enough to compare arms." if flat.abs().max() < 1 else
-        "It still moves, so differences between arms may yet change with more tokens.")
-    ),
-)  # fmt: skip
+display(show.last_steps(history), Markdown(show.flattening_sentence(history)))
 
 # %% mystnb={"figure": {"name": "fig-training-l2", "caption": "Reconstruction error L2 of each training batch, every arm. L2 is a mean square in a space where every token has unit variance, so it is the share of variance that the dictionary misses. Dashes: controls, which should lie on their solo arm."}, "image": {"alt": "Line chart of L2 against millions of training tokens, one line per arm, coloured by solo, joint and control; all fall steeply at first and then flatten."}}
 figures.training_curve(history, "l2", "L2 (share of unit variance)", log=True)
@@ -121,7 +107,6 @@ figures.training_curve(felt, "penalty", "mean penalty p (0 to 1)")
 # %% mystnb={"figure": {"name": "fig-fidelity", "caption": "Held-out reconstruction error (left) and CE overhead (right) of every arm. The paper's claim is about the horizontal distance between joint and solo, and the spread of the solo seeds shows how much of it chance could make."}, "image": {"alt": "Two dot plots with one row per arm: L2 on the left, CE overhead in percent on the right; solo arms as black circles, joint arms as blue squares, controls as orange triangles."}}
 calibrate_arms(run, arms)
 fidelity = measure_arms(run, arms)
-run.save_table("arms", fidelity, "Fidelity of every arm on held-out text, at its thresholds")
 figures.fidelity(fidelity)
 
 # %%
@@ -135,19 +120,7 @@ display(show.fidelity_sentences(run, fidelity), show.both_modes(run, fidelity))
 # free test of the whole training code: any leak from the meta SAE into the primary one would show.
 
 # %%
-rows = [
-    (name, f"solo-seed{arm.spec.seed}")
-    for name, arm in arms.items()
-    if arm.spec.kind == "control" and f"solo-seed{arm.spec.seed}" in arms
-]
-control = pd.DataFrame(rows, columns=["control", "solo"])
-control["largest_difference"] = [
-    max((getattr(arms[a].sae, w) - getattr(arms[b].sae, w)).abs().max().item()
-        for w in ("W_enc", "W_dec", "b_dec"))
-    for a, b in rows
-]  # fmt: skip
-control["bit_for_bit"] = [torch.equal(arms[a].sae.W_dec, arms[b].sae.W_dec) for a, b in rows]
-run.save_table("control", control, "Weights of every control against the solo arm of its seed")
+control = show.controls(arms)
 show.table(control, "Controls against solo arms: all weights", "tab-control")
 
 # %% [markdown]
@@ -161,7 +134,6 @@ show.table(control, "Controls against solo arms: all weights", "tab-control")
 
 # %% mystnb={"figure": {"name": "fig-ablation", "caption": "Held-out L2 against L0 of BatchTopK and JumpReLU dictionaries, solo (filled) and joint (open). Compare at equal L0: further down is better."}, "image": {"alt": "L2 against L0: blue squares BatchTopK, orange triangles JumpReLU, solid lines solo, dashed lines joint."}}
 ablation = show.ablation(run, fidelity)
-run.save_table("ablation", ablation, "BatchTopK against JumpReLU, solo and joint")
 figures.ablation(ablation)
 
 # %%
@@ -195,7 +167,6 @@ chosen = {
     or (arm.spec.kind == "joint" and (arm.spec.lambda2, arm.spec.sigma_sq) == run.profile.selected)
 }  # fmt: skip
 posthoc = meta_posthoc(run, chosen)
-run.save_table("meta_posthoc", posthoc, "Decoder variance explained by a meta SAE afterwards")
 show.explained(run, posthoc)
 
 # %% [markdown]
@@ -203,8 +174,15 @@ show.explained(run, posthoc)
 
 # %% mystnb={"figure": {"name": "fig-time", "caption": "Time that the stages of this run took when they were made. Artefacts are kept: running this notebook again takes none of it."}, "image": {"alt": "Horizontal bars: seconds for each stage of the run."}}
 time = show.time_spent(run)
-run.save_table("time", time, "Seconds that each stage of the run took when it was made")
 figures.time_spent(time)
+
+# %% tags=["hide-input"]
+run.save_table("training", history, "Losses of every arm during training, every ten steps")
+run.save_table("arms", fidelity, "Fidelity of every arm on held-out text, at its thresholds")
+run.save_table("control", control, "Weights of every control against the solo arm of its seed")
+run.save_table("ablation", ablation, "BatchTopK against JumpReLU, solo and joint")
+run.save_table("meta_posthoc", posthoc, "Decoder variance explained by a meta SAE afterwards")
+_ = run.save_table("time", time, "Seconds that each stage of the run took when it was made")
 
 # %%
 display(

@@ -36,13 +36,13 @@ profile = "smollm2-135m"  # a file of profiles/, without .yml
 overrides = {}  # changes by dotted key, such as {"training.lambda2": [0.3, 0.5]}
 runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
 
-# %%
+# %% tags=["hide-input"]
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 
 from metasae_lib import measure, show
-from metasae_lib.measure import calibrate_arms, headline_by_choice, norms, sensitivity
+from metasae_lib.measure import abs_phi_blocks, bootstrap_mean_abs
 from metasae_lib.show import figures
 from metasae_lib.train import load_arms
 
@@ -50,25 +50,19 @@ run = show.open_run(profile, overrides, runs_dir)
 arms = load_arms(run)
 about = pd.DataFrame([{"arm": name} | vars(arm.spec) for name, arm in arms.items()])
 solo, joint = show.compared_arms(run)  # the solo arm and the selected joint arm, first seed
-calibrations = calibrate_arms(run, arms)
+
+# %%
+calibrations = measure.calibrate_arms(run, arms)
 counts = measure.scan_arms(run, arms)
 summaries = {name: measure.summarise(counts[name]) for name in arms}
-n_draws = run.profile.evaluation.bootstrap
 replicates = {
-    name: measure.bootstrap_mean_abs(measure.abs_phi_blocks(counts[name]), n_draws, seed)
+    name: bootstrap_mean_abs(abs_phi_blocks(counts[name]), run.profile.evaluation.bootstrap, seed)
     for seed, name in enumerate(arms)
 }
 phi = show.phi_table(about, counts, summaries, replicates)
-run.save_table("phi", phi, "φ over all pairs, every arm: mean |φ|, interval, null, floor, L0, ...")
 display(
     Markdown(show.scale_of_run(run) + " " + measure.enough_tokens(summaries[solo])),
-    show.table(
-        show.phi_rows(phi),
-        "φ over all pairs of living features, every arm; mean |φ| with its interval over features, "
-        "its null (independent features of the same rates) and the noise floor in thousandths",
-        "tab-phi",
-        "wide",
-    ),
+    show.phi_rows(phi),
 )
 
 # %% [markdown]
@@ -85,19 +79,13 @@ display(
 
 # %% mystnb={"figure": {"name": "fig-thresholds", "caption": "Appendix A. Each dot is a feature of the solo or the selected joint arm: how often BatchTopK selected it on the calibration text, and how often it fires above its threshold on the scan text. Dots on the line are calibrated."}, "image": {"alt": "Scatter on logarithmic axes of firing rate on scan text against selection rate on calibration text, with the diagonal drawn."}}
 thresholds = pd.concat(
-    about[about.arm == name].merge(
-        pd.DataFrame(
-            {
-                "theta": arms[name].sae.threshold.cpu(),
-                "selected_rate": calibrations[name].selected / calibrations[name].n_tokens,
-                "scan_rate": counts[name].rates,
-            }
-        ),
-        how="cross",
+    pd.DataFrame({"arm": name, "theta": arms[name].sae.threshold.cpu()}).assign(
+        selected_rate=calibrations[name].selected / calibrations[name].n_tokens,
+        scan_rate=counts[name].rates,
     )
     for name in (solo, joint)
 )
-run.save_table("thresholds", thresholds, "Appendix A: thresholds and rates of two arms' features")
+thresholds = about.merge(thresholds, on="arm")
 figures.threshold_calibration(thresholds)
 
 # %% [markdown]
@@ -129,7 +117,6 @@ band = np.abs(others).max(axis=0) if len(others) > 1 else np.nan
 figure_1a = base[["phi", "width"]].assign(
     difference=summaries[joint].binned().density - base.density, low=-band, high=band
 )
-run.save_table("figure_1a", figure_1a, "Figure 1a: density of φ, joint minus solo; solo scatter")
 figures.density_difference(figure_1a)
 
 # %% [markdown]
@@ -141,7 +128,6 @@ figures.density_difference(figure_1a)
 
 # %% mystnb={"figure": {"name": "fig-1b", "caption": "Figure 1b of the paper for this model: change of mean |φ| against change of L2, with 95% intervals over features, a colour per σ², a size per λ₂, the controls and the other solo seeds; open diamonds are the paper's Table 1. The line, where there is one, joins the settings that no other beats in both."}, "image": {"alt": "Scatter of percent change of mean absolute phi against percent change of L2: our joint arms with vertical intervals, controls at the origin, other solo seeds, and the paper's nine points as open red diamonds."}}
 grid = show.grid_changes(run, phi, run.load_table("arms"), replicates)
-run.save_table("grid", grid, "Figure 1b and Table 1: every arm against the solo arm of its seed")
 figures.trade_off(grid, show.paper_grid())
 
 # %% [markdown]
@@ -154,7 +140,6 @@ figures.trade_off(grid, show.paper_grid())
 
 # %% mystnb={"figure": {"name": "fig-effect", "caption": "Change of mean |φ| by joint training at the selected setting, under each way to compare, with 95% intervals. Red: the paper's value against its own solo dictionary and against its four independent ones."}, "image": {"alt": "Horizontal intervals of the percent change of mean absolute phi, one row per comparison, with vertical lines at zero, minus 7.5 and minus 2.3 percent."}}
 effects = show.effects(run, phi, grid)
-run.save_table("effects", effects, "Change of mean |φ|, joint against solo, by way to compare")
 figures.effect(effects, {"the paper, −7.5%": figures.HEADLINE, "its four seeds, −2.3%": -2.3})
 
 # %% [markdown]
@@ -164,21 +149,24 @@ figures.effect(effects, {"the paper, −7.5%": figures.HEADLINE, "its four seeds
 
 # %%
 a, b = (phi[phi.arm == name].iloc[0] for name in (solo, joint))
-test = measure.welch(
-    a.n_pairs, a.mean_abs, a.std_abs**2, b.n_pairs, b.mean_abs, b.std_abs**2
-)  # fmt: skip
-run.save_table("welch", pd.DataFrame([vars(test)]), "Welch's t over pairs, as §5.1 has it")
-display(
-    show.section(
-        "Welch's t over pairs, and why not",
-        f"As the paper does it, over {a.n_pairs:,} pairs a side: t = {show.number(test.t)}, "
-        f"p = {show.number(test.p)}, but an effect of d = {show.number(test.d)}. "
-        f"{a.alive:,} features make all these pairs, so they hang together and the standard error is "
-        "too small; a large t would say that there are many pairs, not that the difference would come "
-        "again. With the paper's own numbers the test does not add up (box 3 of the scorecard).",
-    ),
-    show.table_1(run),
+test = measure.welch(a.n_pairs, a.mean_abs, a.std_abs**2, b.n_pairs, b.mean_abs, b.std_abs**2)
+show.section(
+    "Welch's t over pairs, and why not",
+    f"As the paper does it, over {a.n_pairs:,} pairs a side: t = {show.number(test.t)}, "
+    f"p = {show.number(test.p)}, but an effect of d = {show.number(test.d)}. "
+    f"{a.alive:,} features make all these pairs, so they hang together and the standard error is "
+    "too small; a large t would say that there are many pairs, not that the difference would come "
+    "again. With the paper's own numbers the test does not add up (box 3 of the scorecard).",
 )
+
+# %% tags=["hide-input"]
+run.save_table("phi", phi, "φ over all pairs, every arm: mean |φ|, interval, null, floor, L0, ...")
+run.save_table("thresholds", thresholds, "Appendix A: thresholds and rates of two arms' features")
+run.save_table("figure_1a", figure_1a, "Figure 1a: density of φ, joint minus solo; solo scatter")
+run.save_table("grid", grid, "Figure 1b and Table 1: every arm against the solo arm of its seed")
+run.save_table("effects", effects, "Change of mean |φ|, joint against solo, by way to compare")
+run.save_table("welch", pd.DataFrame([vars(test)]), "Welch's t over pairs, as §5.1 has it")
+show.table_1(run)
 
 # %% [markdown]
 # ## Appendix B: firing rates
@@ -189,11 +177,8 @@ display(
 # the rates explain.
 
 # %% mystnb={"figure": {"name": "fig-rates", "caption": "Appendix B: share of living features that fire less often than a given rate, every arm, at the calibrated thresholds. Where the curves of joint and solo part more than those of two solo seeds, their mean |φ| cannot be compared as it stands."}, "image": {"alt": "Cumulative curves of firing rates on a logarithmic axis, one per arm."}}
-rates = pd.concat(
-    about[about.arm == name].merge(pd.DataFrame({"rate": counts[name].rates}), how="cross")
-    for name in arms
-)
-run.save_table("firing_rates", rates, "Appendix B: firing rate of every feature of every arm")
+rates = pd.concat(pd.DataFrame({"arm": name, "rate": counts[name].rates}) for name in arms)
+rates = about.merge(rates, on="arm")
 figures.firing_rates(rates)
 
 # %% mystnb={"figure": {"name": "fig-by-rate", "caption": "mean |φ| of the pairs whose rarer feature fires at a given rate (tenths of the features), beside independent features of the same rates (dashed). Rare features have small |φ| by necessity; an effect on features must show at equal rates."}, "image": {"alt": "Curves of mean absolute phi against firing rate on logarithmic axes for the solo and the joint arm, with dashed pink curves for independent features."}}
@@ -201,7 +186,6 @@ by_rate = pd.concat(
     show.by_rarer(summaries[name].by_rate).assign(arm=name, kind=arms[name].spec.kind)
     for name in (solo, joint)
 )
-run.save_table("phi_by_rate", by_rate, "mean |φ| and its null by the rarer feature's firing rate")
 figures.phi_by_rate(by_rate)
 
 # %% [markdown]
@@ -214,7 +198,6 @@ figures.phi_by_rate(by_rate)
 shape = pd.concat(
     summaries[name].binned().assign(arm=name, kind=arms[name].spec.kind) for name in arms
 )
-run.save_table("phi_histogram", shape, "Appendix C: density of φ over all pairs, every arm")
 figures.phi_distribution(shape)
 
 # %% [markdown]
@@ -227,8 +210,7 @@ figures.phi_distribution(shape)
 # with position 0 in them, in the table below.
 
 # %% mystnb={"figure": {"name": "fig-norms", "caption": "Appendix D: distribution of the residual's norm at this layer on held-out text, position 0 left out as in every statistic of this run unless the profile keeps it. Dashes: the mean."}, "image": {"alt": "Cumulative curve of the residual norm on a logarithmic axis, with a dashed line at the mean."}}
-norm_table = norms(run)
-run.save_table("norms", norm_table, "Appendix D: quantiles, mean and std of the residual's norm")
+norm_table = measure.norms(run)
 figures.activation_norms(norm_table)
 
 # %% [markdown]
@@ -246,16 +228,13 @@ figures.activation_norms(norm_table)
 # ```
 
 # %% mystnb={"figure": {"name": "fig-elasticity", "caption": "Change of mean |φ| when every threshold θ is scaled by the same factor, every arm; the red line is the size of the paper's headline. A method's effect should be larger than what a few percent of threshold can do, or thresholds must be beyond doubt."}, "image": {"alt": "Lines of percent change of mean absolute phi against the factor on all thresholds from 0.9 to 1.1, one per arm, with a red line at minus 7.5 percent."}}
-choices = sensitivity(run, arms)
-run.save_table("sensitivity", choices, "mean |φ| of every arm under other choices")
+choices = measure.sensitivity(run, arms)
 elasticity = choices[choices.scale.notna()].sort_values(["arm", "scale"])
-run.save_table("elasticity", elasticity, "mean |φ| when all thresholds are scaled")
 figures.elasticity(elasticity)
 
 # %%
-under = headline_by_choice(choices, solo, joint)
+under = measure.headline_by_choice(choices, solo, joint)
 under = under[~under.variant.str.startswith("scale-")]
-run.save_table("headline_by_choice", under, "Joint against solo under every other choice")
 display(
     show.table(
         under.rename(columns={"change_pct": "change %"}),
@@ -265,9 +244,18 @@ display(
     Markdown(show.spread_sentence(under)),
 )
 
+# %% tags=["hide-input"]
+run.save_table("firing_rates", rates, "Appendix B: firing rate of every feature of every arm")
+run.save_table("phi_by_rate", by_rate, "mean |φ| and its null by the rarer feature's firing rate")
+run.save_table("phi_histogram", shape, "Appendix C: density of φ over all pairs, every arm")
+run.save_table("norms", norm_table, "Appendix D: quantiles, mean and std of the residual's norm")
+run.save_table("sensitivity", choices, "mean |φ| of every arm under other choices")
+run.save_table("elasticity", elasticity, "mean |φ| when all thresholds are scaled")
+run.save_table("headline_by_choice", under, "Joint against solo under every other choice")
+Markdown("## What a reader may conclude\n\n" + " ".join(show.conclusion(run)))
+
 # %%
 display(
-    Markdown("## What a reader may conclude\n\n" + " ".join(show.conclusion(run))),
     show.paper_against_ours(
         run, "*.d_mean_abs_phi_pct", "*.solo_mean_abs_phi", "*.independent_*", "*.joint_solo_gap",
         "*.n_pairs", "*.welch_*", "*.phi_*", "*.activation_norm_*", "*_over_norm_pct",

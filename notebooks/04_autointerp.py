@@ -25,25 +25,22 @@
 profile = "smollm2-135m"  # a file of profiles/, without .yml
 overrides = {}  # changes by dotted key, such as {"autointerp.features": 1000}
 runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
-# %%
+# %% tags=["hide-input"]
 import pandas as pd
 from IPython.display import HTML, Markdown, display
 
 from metasae_lib import interpret, show
-from metasae_lib.interpret import collect_contexts
 from metasae_lib.show import figures
-from metasae_lib.study import ArmSpec
 from metasae_lib.train import load_arms
 
 run = show.open_run(profile, overrides, runs_dir)
-auto, plan, seed = (
-    run.profile.autointerp,
-    interpret.plan_of(run.profile),
-    run.profile.training.seeds[0],
-)
-names = {"solo": f"solo-seed{seed}", "joint": ArmSpec("joint", seed, *run.profile.selected).name}
-arms = {kind: load_arms(run)[name] for kind, name in names.items()}
-contexts = collect_contexts(run, arms, auto.window)
+auto, sampling = run.profile.autointerp, interpret.sampling_of(run.profile)
+
+# %%
+every_arm = load_arms(run)
+solo, joint = show.compared_arms(run)  # the solo arm and the selected joint arm, first seed
+arms = {"solo": every_arm[solo], "joint": every_arm[joint]}
+contexts = interpret.collect_contexts(run, arms, auto.window)
 judges = {"lexical": interpret.LexicalJudge()} | {auto.judge: interpret.judge_of(run.profile)}
 controls = {name: interpret.examine(run, contexts["solo"], judge) for name, judge in judges.items()}
 verdicts = interpret.verdict_table(controls)
@@ -65,10 +62,8 @@ Markdown(interpret.first_line(verdicts, auto.judge))
 # The rules that make a judge *able* were fixed beforehand; `judge_verdict` lists them.
 # %% mystnb={"figure": {"name": "fig-controls", "caption": "What the judge makes of right, shuffled and empty explanations, how often it answers that the first text is the real one, and how its scores correlate when it is asked again: means with 95% intervals. A judge that can be believed stands right of chance (dashed) with right explanations and at chance with the others, has no order bias, and says the same twice."}, "image": {"alt": "Five panels of dots with intervals and a dashed line at chance. Three show a score each, for planted features and for features of the dictionary under right, shuffled and empty explanations; the fourth the share of answers A under the same; the fifth the correlation of each score when asked again."}}
 summary = pd.concat([interpret.control_summary(c).assign(judge=j) for j, c in controls.items()])
-run.save_table("autointerp_controls", summary, "Judge controls: mean scores by condition")
 figures.judge_controls(summary[summary.judge == auto.judge])
 # %%
-run.save_table("autointerp_verdicts", verdicts, "Which judge can be believed on which score")
 show.table(verdicts, "Which judge can be believed on which score, and why", "tab-able")
 
 # %% [markdown]
@@ -81,9 +76,8 @@ show.table(verdicts, "Which judge can be believed on which score, and why", "tab
 # questions, and as many in which it does not.
 # %%
 pairs = interpret.matched_pairs(arms["solo"], arms["joint"])
-tables = {kind: c.table(plan.examples, plan.examples) for kind, c in contexts.items()}
+tables = {kind: c.table(sampling.examples, sampling.examples) for kind, c in contexts.items()}
 features = pd.concat([table.assign(kind=kind) for kind, table in tables.items()])
-run.save_table("autointerp_features", features, "Segments in which each feature fires")
 counts = features.groupby(["kind", "verdict"], sort=False).size().unstack(fill_value=0)
 kept = interpret.kept_pairs(pairs, [0.0, 0.3, 0.5, 0.7, 0.9])
 display(
@@ -102,36 +96,23 @@ display(
 able = set(verdicts.judge[verdicts.able]) | {"lexical"}
 asked = {
     judge: interpret.choose_pairs(
-        pairs, contexts["solo"], contexts["joint"], plan, count, auto.cosine
+        pairs, contexts["solo"], contexts["joint"], sampling, count, auto.cosine
     )
     for judge, count in ((auto.judge, auto.features), ("lexical", len(pairs)))
     if judge in able
 }
 scores = interpret.score_pairs(run, contexts, asked, judges)
-run.save_table("autointerp_scores", scores, "Explanation and three scores of every feature")
 unread = scores.groupby(["judge", "kind"])[["asked", "unreadable"]].sum().reset_index()
 show.table(unread, "Questions asked, and answers that could not be read", "tab-unreadable")
 
 # %%
 compared = interpret.compare_all(asked, scores, run.profile.evaluation.bootstrap)
-run.save_table("autointerp_compared", compared, "Joint minus solo scores over pairs of features")
-shown = compared[["judge", "pairs", "score", "n", "solo", "joint", "t", "d"]].copy()
-for column, low, high in (("delta", "low", "high"), ("higher", "higher_low", "higher_high")):
-    ends = compared[[column, low, high]].map("{:.3f}".format).replace("-", "−", regex=True)
-    shown[column] = ends[column] + " (" + ends[low] + " to " + ends[high] + ")"
-show.table(
-    shown,
-    "Joint minus solo: t, effect size d, paired difference (delta) with its bootstrap interval, and "
-    "the share of pairs in which joint is higher with its interval (ties left out)",
-    "tab-compared",
-    "wide",
-)
+show.compared_scores(compared)
 
 # %% [markdown]
 # ## Figure 2: where the scores move
 # %% mystnb={"figure": {"name": "fig-2", "caption": "Figure 2 of the paper for this model: density of fuzzing scores in the joint arm minus that in the solo arm, over matched pairs; bands are 95% intervals, pairs resampled. It means something for a judge that passed its controls, and for no other."}, "image": {"alt": "Step lines of the difference in density against the fuzzing score from minus one to one, with bands, one colour for each judge."}}
 figure_2 = interpret.figure_2(asked, scores)
-run.save_table("figure_2", figure_2, "Density of fuzzing scores, joint minus solo")
 figures.fuzzing_difference(figure_2)
 
 # %% [markdown]
@@ -162,17 +143,24 @@ figures.scores_together(scores[scores.judge == best])
 # is its activation.
 # %%
 for kind, mine in scores[scores.judge == best].groupby("kind", sort=False):
-    page = interpret.examples_page(contexts[kind], mine.sample(3, random_state=0))
+    page = show.examples_page(contexts[kind], mine.sample(3, random_state=0))
     display(HTML(f"<p>The {kind} arm</p>{page}"))
 
-# %%
-mine = (verdicts.judge == auto.judge) & (verdicts.score == "fuzzing")
-believed = bool(verdicts.able[mine].all())  # a judge that failed gives the paper's values no answer
-headline = fuzz[fuzz.judge == auto.judge].iloc[0].dropna().to_dict() if believed else {}
+# %% tags=["hide-input"]
+run.save_table("autointerp_controls", summary, "Judge controls: mean scores by condition")
+run.save_table("autointerp_verdicts", verdicts, "Which judge can be believed on which score")
+run.save_table("autointerp_features", features, "Segments in which each feature fires")
+run.save_table("autointerp_scores", scores, "Explanation and three scores of every feature")
+run.save_table("autointerp_compared", compared, "Joint minus solo scores over pairs of features")
+run.save_table("figure_2", figure_2, "Density of fuzzing scores, joint minus solo")
+# A judge that failed gives the paper's values no answer.
+passed = verdicts[(verdicts.judge == auto.judge) & (verdicts.score == "fuzzing")].able.all()
+headline = fuzz[fuzz.judge == auto.judge].iloc[0].dropna().to_dict() if passed else {}
 values = interpret.published_values(headline, int((pairs.cosine >= auto.cosine).sum()))
-run.save_table(
-    "autointerp_values", values, "The paper's auto-interpretability values on this model"
-)
+about = "The paper's auto-interpretability values on this model"
+_ = run.save_table("autointerp_values", values, about)
+
+# %%
 display(
     show.paper_against_ours(run, "*.fuzz_*", "*.matched_pairs", label="tab-paper-04"),
     show.provenance(run),

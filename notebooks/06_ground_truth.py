@@ -28,7 +28,7 @@ profile = "smollm2-135m"  # a file of profiles/, without .yml
 overrides = {}  # changes by dotted key; this page keeps its own sizes, see below
 runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
 
-# %%
+# %% tags=["hide-input"]
 import numba
 import pandas as pd
 import torch
@@ -39,11 +39,11 @@ from metasae_lib.measure import synthetic
 from metasae_lib.show import figures
 from metasae_lib.study import ArmSpec
 
-torch.set_num_threads(
-    1
-)  # for matrices as small as these, a second thread costs more than it brings
+torch.set_num_threads(1)  # for such small matrices, a second thread costs more than it brings
 numba.set_num_threads(1)
 run = show.open_run(profile, overrides, runs_dir)
+
+# %%
 seeds, grid = [0, 1, 2], [0.03, 0.1, 0.3]
 sizes = {"n_features": 128, "k": 4, "n_meta_features": 12, "meta_k": 4}
 training = {"batch_tokens": 512, "train_tokens": 512 * 1000, "dtype": "float32", "k_aux": 32}
@@ -74,22 +74,26 @@ settings = Profile.load(
 # %%
 world = synthetic.make_world(seed=seeds[0])
 tokens, strength = world.sample(20_000, 1)
-facts = pd.DataFrame({"pair": world.kinds, "φ within the pair": 0.0, "cosine within the pair": 0.0})
-for i in range(len(world.kinds)):
-    fired = (strength[:, 2 * i : 2 * i + 2] > 0).double()
-    facts.loc[i, "φ within the pair"] = torch.corrcoef(fired.T)[0, 1].item()
-    facts.loc[i, "cosine within the pair"] = (world.atoms[2 * i] @ world.atoms[2 * i + 1]).item()
-published_ratio, ratio = 1280 / 64, tokens.shape[1] / settings.dictionary.k
+first = torch.arange(0, len(world.atoms), 2)  # of every pair; the second one follows
+phi, cosine = torch.corrcoef((strength > 0).double().T), world.atoms @ world.atoms.T
+facts = pd.DataFrame(
+    {
+        "pair": world.kinds,
+        "φ within the pair": phi[first, first + 1],
+        "cosine within the pair": cosine[first, first + 1],
+    }
+)
+facts = facts.groupby("pair", sort=False).mean().reset_index()
+
+# %%
+on_a_token = show.number((strength > 0).sum(1).double().mean().item())
+k, ratio = settings.dictionary.k, tokens.shape[1] / settings.dictionary.k
+caption = "The world as sampled: means over the sixteen pairs of each kind"
 display(
-    show.table(
-        facts.groupby("pair", sort=False).mean().reset_index(),
-        "The world as sampled: means over the sixteen pairs of each kind",
-        "tab-world",
-    ),
+    show.table(facts, caption, "tab-world"),
     Markdown(
-        f"Atoms on a token: {show.number((strength > 0).sum(1).double().mean().item())}, against "
-        f"k = {settings.dictionary.k}. d/k is {ratio:g} here and {published_ratio:g} in the paper, "
-        "so the same λ₂ weighs about the same."
+        f"Atoms on a token: {on_a_token}, against k = {k}. d/k is {ratio:g} here and "
+        f"{1280 / 64:g} in the paper, so the same λ₂ weighs about the same."
     ),
 )
 
@@ -105,18 +109,18 @@ display(
 # ```
 
 # %%
-specs = [("solo", None, None), *(("joint", value, 1.0) for value in grid)]
 rows = []
 for seed in seeds:
     world = synthetic.make_world(seed=seed)
-    arms = [ArmSpec(kind, seed, lambda2, sigma_sq) for kind, lambda2, sigma_sq in specs]
+    arms = [ArmSpec("solo", seed), *(ArmSpec("joint", seed, value, 1.0) for value in grid)]
     saes = synthetic.train(world, arms, settings)
     for arm in arms:
         about = {"kind": arm.kind, "lambda2": arm.lambda2 or 0.0, "seed": seed}
         rows.append(about | synthetic.score(saes[arm.name], world))
 scores = pd.DataFrame(rows)
 scores["recovered"] = scores.filter(like="recovered ").mean(axis=1)
-run.save_table("ground_truth", scores, "Synthetic world: recovery, blending and φ, every arm")
+
+# %%
 summary = scores.groupby("lambda2")[["l2", "recovered", "mean_abs_phi"]].agg(["mean", "std"])
 summary = summary.stack(level=0, future_stack=True).reset_index(names=["λ₂", "measure"])
 show.table(
@@ -133,12 +137,10 @@ show.table(
 # pair and takes the other's part: 0 is pure, 0.5 is half and half.
 
 # %% mystnb={"figure": {"name": "fig-recovery", "caption": "Atoms recovered (left) and blending within pairs (right) along λ₂, by kind of pair; faint marks are seeds, lines their means. The first point of every line is solo training. Un-blending would be lines that rise on the left and fall on the right."}, "image": {"alt": "Two panels of lines over lambda two, from solo to 0.3, one line per kind of pair: the share of atoms recovered, and the blending within pairs with a dotted line at one half."}}
-long = scores.melt(["kind", "lambda2", "seed"], var_name="measure")
-long = long[long.measure.str.contains(" ")]
-long[["measure", "pair"]] = long.measure.str.split(" ", n=1, expand=True).to_numpy()
-by_pair = long.pivot(index=["lambda2", "seed", "pair"], columns="measure", values="value")
-by_pair = by_pair.reset_index()
-run.save_table("recovery", by_pair, "Synthetic world: recovery and blending by kind of pair")
+by_pair = pd.wide_to_long(
+    scores.drop(columns="recovered"), ["blending", "recovered"],
+    i=["lambda2", "seed"], j="pair", sep=" ", suffix=".+",
+)[["blending", "recovered"]].sort_index().reset_index()  # fmt: skip
 figures.recovery(by_pair)
 
 # %% [markdown]
@@ -151,37 +153,21 @@ figures.recovery(by_pair)
 # %% mystnb={"figure": {"name": "fig-phi-recovery", "caption": "mean |φ| of each dictionary against the share of atoms it recovers; the dashed line is the mean |φ| of the atoms themselves. If lower mean |φ| meant more atomic features, the points would fall from left to right."}, "image": {"alt": "Scatter of mean absolute phi against the share of recovered atoms for solo and joint dictionaries, with a dashed line for the true atoms."}}
 figures.phi_against_recovery(scores)
 
-# %%
-means = scores.groupby("lambda2")[["recovered", "mean_abs_phi", "l2"]].mean()
-solo, best = means.loc[0.0], means.drop(0.0).recovered.idxmax()
-gain = means.recovered[best] - solo.recovered
-scatter = scores[scores.lambda2 == 0].recovered.std()
-verdict = (
-    "more" if gain > 2 * scatter else "fewer" if gain < -2 * scatter else "no clear difference"
-)
-rank = scores[["mean_abs_phi", "recovered"]].corr("spearman").iloc[0, 1]
-below = means.drop(0.0)
-misled = below[(below.mean_abs_phi < solo.mean_abs_phi) & (below.recovered < solo.recovered)].index
-sentences = [
-    f"At its best setting here (λ₂ = {best:g}) joint training recovers "
-    f"{means.recovered[best]:.0%} of the atoms, solo training {solo.recovered:.0%}. Held against "
-    f"twice the scatter of the solo seeds ({200 * scatter:.0f} percentage points), that is "
-    f"{verdict}.",
-    f"At λ₂ = {grid[-1]:g}, the largest here, it recovers {means.recovered[grid[-1]]:.0%}.",
-    "A setting with lower mean |φ| than solo *and* fewer atoms recovered: "
-    + (", ".join(f"λ₂ = {value:g}" for value in misled) or "none") + ".",
-    f"Over all dictionaries, mean |φ| and recovery have a rank correlation of {rank:+.2f}: −1 "
-    "would be the paper's reading, the lower mean |φ| the more atomic, and 0 no relation.",
-]  # fmt: skip
+# %% tags=["hide-input"]
+run.save_table("ground_truth", scores, "Synthetic world: recovery, blending and φ, every arm")
+run.save_table("recovery", by_pair, "Synthetic world: recovery and blending by kind of pair")
+sentences = show.ground_truth_sentences(scores)
 run.save_json("ground_truth_sentences", sentences)
+show.bullets("What a reader may conclude", sentences)
+
+# %% [markdown]
+# The world decides this as much as the method does: sixteen pairs of four kinds, one width, one
+# sparsity. It can show that the mechanism *may* fail or help where atoms are known; whether
+# language models are like this world, it cannot show. The paper has no synthetic experiment; below
+# are its settings.
+
+# %%
 display(
-    Markdown("## What a reader may conclude\n\n" + "\n".join(f"- {s}" for s in sentences)),
-    Markdown(
-        "The world decides this as much as the method does: sixteen pairs of four kinds, one "
-        "width, one sparsity. It can show that the mechanism *may* fail or help where atoms are "
-        "known; whether language models are like this world, it cannot show. The paper has no "
-        "synthetic experiment; below are its settings."
-    ),
     show.paper_against_ours(
         run, "gpt2-large.setup.lambda2", "gpt2-large.setup.sigma_sq", label="tab-paper-06"
     ),

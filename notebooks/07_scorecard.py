@@ -31,26 +31,27 @@ profile = "smollm2-135m"  # a file of profiles/, without .yml
 overrides = {}  # changes by dotted key, such as {"training.lambda2": [0.3, 0.5]}
 runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
 
-# %% mystnb={"figure": {"name": "fig-scorecard", "caption": "How this run stands to every value that the paper prints, by kind of value. Grey is not a failure: it is what another model cannot answer, or what this run does not hold."}, "image": {"alt": "Stacked horizontal bars for settings, results, table 1, case studies and artefacts; each bar is divided by verdict, with the number of values in each part."}}
+# %% tags=["hide-input"]
 import math
 
-import pandas as pd
 from IPython.display import Markdown, display
 
 from metasae_lib import show
-from metasae_lib.measure import noise_floor, null_mean_abs
+from metasae_lib.measure import noise_floor
 from metasae_lib.show import figures, load_published, number, percent, section, verdict_counts
 
 run = show.open_run(profile, overrides, runs_dir)
 published = load_published()
-paper = {i.removeprefix("gpt2-large."): v.value for i, v in published.values.items()}
+printed = published.frame().set_index("id").value
+paper = printed.rename(lambda name: name.removeprefix("gpt2-large."))
+gemma = printed.rename(lambda name: name.removeprefix("gemma-2-9b."))
+
+# %% mystnb={"figure": {"name": "fig-scorecard", "caption": "How this run stands to every value that the paper prints, by kind of value. Grey is not a failure: it is what another model cannot answer, or what this run does not hold."}, "image": {"alt": "Stacked horizontal bars for settings, results, table 1, case studies and artefacts; each bar is divided by verdict, with the number of values in each part."}}
 card = show.run_scorecard(run)
-run.save_table("scorecard", card, "Every published value, ours, the difference and the verdict")
 figures.scorecard_overview(card)
 
 # %%
 counts = verdict_counts(published, show.measured(run, published), run.profile.name)
-run.save_table("verdict_counts", counts, "Verdicts on results at 1/2, 1 and 2 times the tolerances")
 display(
     Markdown(show.scorecard_sentence(card)),
     show.table(
@@ -64,13 +65,13 @@ display(
 #
 # ```{tip}
 # **Change this yourself.** A verdict is a function of four numbers: try
-# `published.verdict(-7.5, -3.0, (-5.0, -1.0), tolerance=1.3)` in a new cell, after
-# `from metasae_lib import published`.
+# `verdict(-7.5, -3.0, (-5.0, -1.0), tolerance=1.3)` in a new cell, after
+# `from metasae_lib.show import verdict`.
 # ```
 #
 # Settings first, then results. *Ours* is the analogous quantity of this run: for Gemma's rows too.
 
-# %%
+# %% tags=["hide-input"]
 titles = {
     "set-up": "Settings (§4, §6)", "result": "Results in the text", "table 1": "Table 1",
     "case study": "Case studies (Tables 2 to 5)", "artefact": "Figures and tables",
@@ -95,11 +96,9 @@ for part, title in titles.items():
 # how much its evidence can carry.
 
 # %%
-joint_phi = paper["solo_mean_abs_phi"] * (
-    1 + paper["table1.lambda0.3-sigma1.d_mean_abs_phi_pct"] / 100
-)
-seeds, spread = paper["independent_solo_mean_abs_phi"], paper["independent_solo_spread"]
-solo_phi = paper["solo_mean_abs_phi"]
+solo_phi, seeds = paper.solo_mean_abs_phi, paper.independent_solo_mean_abs_phi
+joint_phi = solo_phi * (1 + paper["table1.lambda0.3-sigma1.d_mean_abs_phi_pct"] / 100)
+spread = paper.independent_solo_spread
 section(
     "1. Which solo dictionary is the baseline?",
     f"Table 1 measures from a solo mean |φ| of {number(solo_phi)}; the joint value is then "
@@ -111,7 +110,7 @@ section(
 )
 
 # %%
-l2, norm, extra = paper["solo_l2"], paper["activation_norm_mean"], paper["l2_increase_absolute"]
+l2, norm, extra = paper.solo_l2, paper.activation_norm_mean, paper.l2_increase_absolute
 rise = paper["table1.lambda0.3-sigma1.d_l2_pct"]
 section(
     "2. L2 divided by the raw norm",
@@ -123,35 +122,31 @@ section(
 )
 
 # %%
-pairs, t, gap = paper["n_pairs"], paper["welch_t"], paper["joint_solo_gap"]
-implied = gap * math.sqrt(pairs / 2) / -t
-mean, largest = paper["solo_mean_abs_phi"], paper["phi_max"]
-bound = math.sqrt(mean * (largest - mean))
+t, gap, largest = paper.welch_t, paper.joint_solo_gap, paper.phi_max
+implied = gap * math.sqrt(paper.n_pairs / 2) / -t
+bound = math.sqrt(solo_phi * (largest - solo_phi))
 section(
     "3. Welch's t over 209 million pairs",
     f"t = −gap / (s √(2/N)), so t = {number(t)} and a gap of {number(gap)} need a standard deviation "
-    f"of |φ| of s = {implied:.4f}. A quantity between 0 and {largest} with mean {number(mean)} cannot "
-    f"have more than √(mean · (max − mean)) = {bound:.4f} (Bhatia and Davis). "
+    f"of |φ| of s = {implied:.4f}. A quantity between 0 and {largest} with mean {number(solo_phi)} "
+    f"cannot have more than √(mean · (max − mean)) = {bound:.4f} (Bhatia and Davis). "
     + ("The printed t, gap and maximum do not fit together. " if implied > bound else "They fit. ")
     + f"Nor are the pairs independent: {paper['setup.n_features']:,.0f} features make all of them, so "
     "no p-value that counts pairs means what it seems to. A bootstrap over features, and seeds, do.",
 )
 
 # %%
-monotone = pd.DataFrame({"σ²": [0.3, 1.0, 3.0]})
-for lambda2 in ("0.1", "0.3", "1"):
-    keys = [f"table1.lambda{lambda2}-sigma{s:g}.d_mean_abs_phi_pct" for s in monotone["σ²"]]
-    monotone[f"λ₂ {lambda2}"] = [percent(paper[key]) for key in keys]
-falls = [paper[f"table1.lambda1-sigma{s:g}.d_mean_abs_phi_pct"] for s in (0.3, 1.0, 3.0)]
+changes = show.paper_grid().pivot(index="sigma_sq", columns="lambda2", values="d_mean_abs_phi_pct")
+falls, shown = changes[1.0], changes.map(percent).rename(columns="λ₂ {:g}".format)
 display(
     section(
         "4. “Scales monotonically with λ₂”",
         f"§7.1 says so of the effect on mean |φ|. In Table 1, below, λ₂ = 1 *raises* it at "
-        f"{sum(f > 0 for f in falls)} of 3 values of σ², by {percent(min(falls))} to "
-        f"{percent(max(falls))}.",
+        f"{sum(falls > 0)} of 3 values of σ², by {percent(min(falls))} to {percent(max(falls))}.",
     ),
-    show.table(monotone, "Δ mean |φ| as the paper's Table 1 prints it", "tab-monotone"),
-)
+    show.table(shown.rename_axis("σ²").reset_index(), "Δ mean |φ| as the paper's Table 1 prints it",
+               "tab-monotone"),
+)  # fmt: skip
 
 # %%
 rate = paper["setup.k"] / paper["setup.n_features"]
@@ -160,73 +155,64 @@ section(
     "5. “Changes in firing rate do not change φ”",
     "φ's attainable range depends on both rates (§2 says otherwise). A pair that never fires together "
     "has φ = −√(pᵢpⱼ / ((1−pᵢ)(1−pⱼ))), set by the rates alone. At the mean rate, k/n = "
-    f"{rate:.4%}, that is {number(never)}: in size {abs(never) / mean:.1f} times the mean |φ| of "
-    f"{number(mean)}. And {paper['phi_negative_pct']}% of all pairs have φ < 0 (App. C). So a shift "
+    f"{rate:.4%}, that is {number(never)}: in size {abs(never) / solo_phi:.1f} times the mean |φ| of "
+    f"{number(solo_phi)}. And {paper['phi_negative_pct']}% of all pairs have φ < 0 (App. C). So a shift "
     "of the rates moves mean |φ| without any change in what co-occurs; `03_cooccurrence` shows the "
     "null at equal rates.",
 )
 
 # %%
-moved = show.elasticity_sentence(run)
 section(
     "6. The threshold rule can move mean |φ| as much as the method",
     "Appendix A describes thresholds that match each feature's own firing rate. The released code "
     "takes the crossing of two histograms (200 bins on [0, 10), so bins of 0.05), and there every "
     "feature's selected and unselected values meet at the same batch cut-off, in the same bin. In a "
     "toy run of that rule half a bin moved mean |φ| by about 7.5%, the size of the headline. "
-    + moved,
+    + show.elasticity_sentence(run),
 )
 
 # %%
-ce, added = paper["baseline_ce_nats"], paper["solo_ce_overhead_nats"]
-gemma = {i.removeprefix("gemma-2-9b."): v.value for i, v in published.values.items()}
-nats, solo_nats = gemma["baseline_ce_nats"], gemma["solo_ce_increase_nats"]
-display(
-    section(
-        "7. The solo CE overhead has two values",
-        f"{paper['solo_ce_overhead_pct']}% in §5.3 and the abstract, "
-        f"{paper['solo_ce_overhead_pct_table']}% in the caption of Table 1. From the printed nats, "
-        f"{added} / {ce} = {100 * added / ce:.2f}%.",
-    ),
-    section(
-        "8. Gemma's baseline of 7.12 nats",
-        f"exp({nats}) is a perplexity of {math.exp(nats):,.0f}, on web text, for a 9B model. That is "
-        "what Gemma 2 gives *without* its BOS token. If so, the dictionaries were trained on residuals "
-        "that the model does not have when it works; and the percentages "
-        f"({solo_nats} / {nats} = {100 * solo_nats / nats:.1f}%) divide by a baseline that is too "
-        "large.",
-    ),
+ce, added = paper.baseline_ce_nats, paper.solo_ce_overhead_nats
+section(
+    "7. The solo CE overhead has two values",
+    f"{paper.solo_ce_overhead_pct}% in §5.3 and the abstract, "
+    f"{paper.solo_ce_overhead_pct_table}% in the caption of Table 1. From the printed nats, "
+    f"{added} / {ce} = {100 * added / ce:.2f}%.",
 )
 
 # %%
-n, paired_t, higher = paper["matched_pairs"], paper["fuzz_paired_t"], paper["fuzz_joint_higher_pct"]
-display(
-    section(
-        "9. The size of the fuzzing effect",
-        f"t = {paired_t} over {n:,.0f} pairs is an effect of d = t/√n = {paired_t / math.sqrt(n):.3f} "
-        f"standard deviations; {higher}% of pairs higher is z = "
-        f"{(higher / 100 - 0.5) / (0.5 / math.sqrt(n)):.1f}. It is there, and it is small: an effect of "
-        "0.2 is conventionally called small.",
-    ),
-    section(
-        "10. “The same setting wins on both models”",
-        "§6 selects λ₂ 0.3, σ² 1.0 on Gemma after a co-occurrence scan that it calls underpowered, by "
-        "the fuzzing score. The released Gemma recipe is another one: layer 31, k 128, λ₂ 0.1, where "
-        f"the paper has layer {gemma['setup.layer']:.0f} and k {gemma['setup.k']:.0f}.",
-    ),
+nats, solo_nats = gemma.baseline_ce_nats, gemma.solo_ce_increase_nats
+section(
+    "8. Gemma's baseline of 7.12 nats",
+    f"exp({nats}) is a perplexity of {math.exp(nats):,.0f}, on web text, for a 9B model. That is "
+    "what Gemma 2 gives *without* its BOS token. If so, the dictionaries were trained on residuals "
+    "that the model does not have when it works; and the percentages "
+    f"({solo_nats} / {nats} = {100 * solo_nats / nats:.1f}%) divide by a baseline that is too "
+    "large.",
 )
 
 # %%
-floors = pd.DataFrame(
-    {"tokens": [35_000_000, 5_000_000, 1_000_000, run.profile.text.roles["scan"]]}
+n, paired_t, higher = paper.matched_pairs, paper.fuzz_paired_t, paper.fuzz_joint_higher_pct
+section(
+    "9. The size of the fuzzing effect",
+    f"t = {paired_t} over {n:,.0f} pairs is an effect of d = t/√n = {paired_t / math.sqrt(n):.3f} "
+    f"standard deviations; {higher}% of pairs higher is z = "
+    f"{(higher / 100 - 0.5) / (0.5 / math.sqrt(n)):.1f}. It is there, and it is small: an effect of "
+    "0.2 is conventionally called small.",
 )
-floors["scan"] = ["paper, GPT-2 large", "paper, Gemma", "a million", f"this run ({run.name})"]
-floors["noise floor √(2/(πN))"] = [noise_floor(int(tokens)) for tokens in floors.tokens]
-floors["independent at the paper's mean rate"] = [
-    null_mean_abs(round(rate * tokens), round(rate * tokens), int(tokens))
-    for tokens in floors.tokens
-]
-run.save_table("noise_floors", floors, "Mean |φ| of independent features by tokens scanned")
+
+# %%
+section(
+    "10. “The same setting wins on both models”",
+    "§6 selects λ₂ 0.3, σ² 1.0 on Gemma after a co-occurrence scan that it calls underpowered, by "
+    "the fuzzing score. The released Gemma recipe is another one: layer 31, k 128, λ₂ 0.1, where "
+    f"the paper has layer {gemma['setup.layer']:.0f} and k {gemma['setup.k']:.0f}.",
+)
+
+# %%
+scans = {"paper, GPT-2 large": 35_000_000, "paper, Gemma": 5_000_000, "a million": 1_000_000}
+scans[f"this run ({run.name})"] = run.profile.text.roles["scan"]
+floors = show.noise_floors(scans, rate)
 display(
     section(
         "11. The noise floor",
@@ -237,11 +223,16 @@ display(
     show.table(floors, "What chance alone gives", "tab-floors"),
 )
 
-# %%
+# %% tags=["hide-input"]
 headline = show.in_short(run, card)
+run.save_table("scorecard", card, "Every published value, ours, the difference and the verdict")
+run.save_table("verdict_counts", counts, "Verdicts on results at 1/2, 1 and 2 times the tolerances")
+run.save_table("noise_floors", floors, "Mean |φ| of independent features by tokens scanned")
 run.save_json("headline", headline)
+show.bullets("In short", headline["sentences"])
+
+# %%
 display(
-    Markdown("## In short\n\n" + "\n".join(f"- {s}" for s in headline["sentences"])),
     show.paper_against_ours(
         run, "gpt2-large.table1.lambda0.3-sigma1.*", "*.joint_minus_solo_ce_points",
         "*.fuzz_delta_pct*", "*.lambda0_control", label="tab-paper-07",

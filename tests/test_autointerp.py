@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from metasae_lib.interpret import scores as scoring
 from metasae_lib.interpret.examples import Example
 from metasae_lib.interpret.judges.lexical import LexicalJudge
 from metasae_lib.interpret.judges.questions import Question
-from metasae_lib.interpret.material import Marginal, Material, Plan, alter, delphi_records, prepare
+from metasae_lib.interpret.material import Marginal, Material, Sampling, alter, prepare
 from metasae_lib.show import examples
 from metasae_lib.show.published import load_published
 from metasae_lib.study.errors import MeasureError
@@ -35,25 +37,25 @@ def example(ids: Sequence[int], acts: Sequence[float], segment: int = 0) -> Exam
     return Example(tuple(ids), pieces(ids), tuple(acts), segment)
 
 
-def materials(n: int = 24, plan: Plan | None = None) -> list[Material]:
+def materials(n: int = 24, sampling: Sampling | None = None) -> list[Material]:
     """Features that fire on token `feature % 12` alone, the more the earlier it stands."""
-    plan = plan or Plan()
+    sampling = sampling or Sampling()
     marginal = Marginal([0] * 12 + [1] * 28)
     generator = np.random.default_rng(1)
     made = []
     for feature in range(n):
         token, firing, silent = feature % 12, [], []
-        for k in range(2 * plan.examples):
+        for k in range(2 * sampling.examples):
             ids = generator.integers(12, 40, size=8).tolist()
             acts = [0.0] * 8
-            if k < plan.examples:
+            if k < sampling.examples:
                 place = int(generator.integers(8))
                 ids[place], acts[place] = token, 1.0 + k
-            (firing if k < plan.examples else silent).append(example(ids, acts, k))
+            (firing if k < sampling.examples else silent).append(example(ids, acts, k))
         made.append(
             prepare(
-                feature, firing[: plan.explain], firing[plan.explain :], silent[: plan.score],
-                silent[plan.score :], plan, marginal, pieces,  # type: ignore[arg-type]
+                feature, firing[: sampling.explain], firing[sampling.explain :], silent, sampling,
+                marginal, pieces,  # type: ignore[arg-type]
             )
         )  # fmt: skip
     return made
@@ -128,9 +130,9 @@ def test_detection_score_by_hand() -> None:
 
 
 def test_material_keeps_its_promises() -> None:
-    plan = Plan(rounds=6)
+    sampling = Sampling(rounds=6)
     first = 0
-    for material in materials(40, plan):
+    for material in materials(40, sampling):
         token = material.feature % 12
         explained = {e.segment for e in material.explain.examples}
         assert not explained & {e.segment for e in material.examples}
@@ -151,7 +153,7 @@ def test_material_keeps_its_promises() -> None:
 
 def test_material_is_a_function_of_the_seed() -> None:
     assert materials(3) == materials(3)
-    assert materials(3) != materials(3, Plan(seed=1))
+    assert materials(3) != materials(3, Sampling(seed=1))
 
 
 def test_marginal_draws_as_the_text_has_tokens() -> None:
@@ -220,7 +222,7 @@ def test_the_controls_pass_a_judge_that_knows() -> None:
     assert set(table.condition) == {"right", "shuffled", "empty", "again"}
     for name in scoring.SCORES:
         verdict = controls.judge_verdict(table, name)
-        assert verdict.able and f"able to judge by {name}" in verdict.words
+        assert verdict.able and "right explanations score" in verdict.because
     summary = controls.control_summary(table).set_index(["group", "condition", "score"])
     assert summary.loc[("planted", "right", "detection"), "mean"] == 1
     assert summary.loc[("planted", "empty", "detection"), "mean"] == 0.5
@@ -228,9 +230,9 @@ def test_the_controls_pass_a_judge_that_knows() -> None:
 
 def test_the_controls_fail_judges_that_do_not() -> None:
     says_a = controls.judge_verdict(judged("says A"))
-    assert not says_a.able and "says 'A' in 100% of the rounds" in says_a.words
+    assert not says_a.able and "says 'A' in 100% of the rounds" in says_a.because
     mumbles = controls.judge_verdict(judged("mumbles"))
-    assert not mumbles.able and "100% of the answers unreadable" in mumbles.words
+    assert not mumbles.able and "100% of the answers unreadable" in mumbles.because
     with pytest.raises(MeasureError, match="no score"):
         controls.judge_verdict(judged(), "fuzz")
 
@@ -251,9 +253,9 @@ def test_compare_agrees_with_scipy() -> None:
     a, b = generator.normal(0, 1, 60), generator.normal(0.3, 1, 60)
     b[7] = math.nan
     pairs = pd.DataFrame({"solo": np.arange(60), "joint": np.arange(60)[::-1]})
-    solo = pd.DataFrame({"feature": np.arange(60), "fuzzing": a})
-    joint = pd.DataFrame({"feature": np.arange(60), "fuzzing": b[::-1]})
-    found = comparison.compare(pairs, solo, joint, "fuzzing", 500)
+    solo = pd.DataFrame({"feature": np.arange(60), "fuzzing": a, "kind": "solo"})
+    joint = pd.DataFrame({"feature": np.arange(60), "fuzzing": b[::-1], "kind": "joint"})
+    found = comparison.compare(pairs, pd.concat([solo, joint]), "fuzzing", 500)
     kept = np.delete(np.arange(60), 7)
     test = scipy.stats.ttest_rel(b[kept], a[kept])
     assert found["n"] == 59 and found["lost"] == 1
@@ -262,7 +264,8 @@ def test_compare_agrees_with_scipy() -> None:
     assert found["low"] == pytest.approx(reach.low, abs=0.08)
     assert found["high"] == pytest.approx(reach.high, abs=0.08)
     assert found["higher"] == (b[kept] > a[kept]).mean()
-    assert comparison.compare(pairs[:0], solo, joint, "fuzzing", 10) == {"n": 0, "lost": 0}
+    none = comparison.compare(pairs[:0], pd.concat([solo, joint]), "fuzzing", 10)
+    assert none == {"n": 0, "lost": 0}
 
 
 def test_pairs_needed_at_the_papers_effect() -> None:
@@ -335,11 +338,14 @@ def test_text_of_the_web_is_escaped() -> None:
 def test_a_score_without_a_control_is_not_believed() -> None:
     table = judged().assign(spearman=math.nan)
     verdict = controls.judge_verdict(table, "spearman")
-    assert not verdict.able and "nothing to score" in verdict.words
+    assert not verdict.able and "nothing to score" in verdict.because
 
 
 def test_delphi_records_hold_the_examples_that_are_asked_about() -> None:
     made = materials(3)
+    delphi_records = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "delphi.py"))[
+        "delphi_records"
+    ]
     records = json.loads(json.dumps(delphi_records(made, ["zero", None, "two"])))
     assert [record["latent"]["latent_index"] for record in records] == [0, 2]
     record, material = records[1], made[2]
@@ -363,6 +369,6 @@ def test_order_bias_and_retest_are_among_the_controls() -> None:
     generator = np.random.default_rng(0)
     forgetful.loc[forgetful.condition == "right", "detection"] = generator.random(28)
     forgetful.loc[again, "detection"] = generator.random(again.sum())
-    assert "asked again, correlation" in controls.judge_verdict(forgetful, "detection").words
+    assert "asked again, correlation" in controls.judge_verdict(forgetful, "detection").because
     row = controls.control_summary(forgetful).set_index(["condition", "score"]).loc["detection"]
     assert row.loc["asked again", "low"] < 0 < row.loc["asked again", "high"]

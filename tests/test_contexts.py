@@ -22,6 +22,7 @@ from metasae_lib.interpret import material as materials
 from metasae_lib.interpret.contexts import Contexts, collect_contexts
 from metasae_lib.interpret.examples import Layout, Pieces
 from metasae_lib.interpret.senses import places_of
+from metasae_lib.measure import scan
 from metasae_lib.study.errors import MeasureError
 from metasae_lib.train.dictionary import BatchTopK, normalise
 
@@ -77,6 +78,11 @@ def test_layout_gives_every_segment_one_number() -> None:
     assert layout.segments().max() < 8 * layout.chunk_bytes * layout.n_chunks
 
 
+def fires_in(found: Contexts, feature: int, segment: int) -> bool:
+    """Whether the feature's bit of a segment is set."""
+    return bool(np.unpackbits(found._fired[feature])[segment])
+
+
 class Stage:
     """A run whose text and residuals are random, with one arm whose thresholds let 5% fire."""
 
@@ -114,6 +120,7 @@ class Stage:
 
         tokens = SimpleNamespace(rows=lambda role: stage.rows, tokenizer=TOKENIZER)
         monkeypatch.setattr(contexts, "Residuals", Residuals)
+        monkeypatch.setattr(scan, "Residuals", Residuals)
         monkeypatch.setattr(contexts, "load_tokens", lambda run: tokens)
         monkeypatch.setattr(contexts, "calibrate_arms", lambda run, arms: None)
         monkeypatch.setattr(contexts, "_PART_TOKENS", 7 * (LENGTH - 1))
@@ -152,7 +159,7 @@ def test_bits_counts_and_activations_equal_brute_force(stage: Stage) -> None:
         for segment in layout.segments():
             row, start = layout.place(int(segment))
             fires = bool((firing[row, start : start + WINDOW, feature] > 0).any())
-            assert found.fires_in(feature, int(segment)) == fires
+            assert fires_in(found, feature, int(segment)) == fires
             n_firing += fires
         assert found.n_firing[feature] == n_firing
         examples = found.examples(feature)
@@ -257,12 +264,12 @@ def test_non_activating_examples_do_not_fire(stage: Stage, kind: Any) -> None:
         near = [token in e.ids for e in found.non_activating(feature, 400, kind)]
         assert near[0] and near == sorted(near, reverse=True)
     if kind == "cooccurrence":
-        fires = np.array([[found.fires_in(f, int(s)) for s in found.layout.segments()]
+        fires = np.array([[fires_in(found, f, int(s)) for s in found.layout.segments()]
                           for f in range(N)])  # fmt: skip
         shared = (fires & fires[5]).sum(axis=1)
         shared[5] = -1
         partner = int(shared.argmax())
-        near = [found.fires_in(partner, e.segment) for e in found.non_activating(5, 400, kind)]
+        near = [fires_in(found, partner, e.segment) for e in found.non_activating(5, 400, kind)]
         assert near[0] and near == sorted(near, reverse=True)
         assert sum(near) == (fires[partner] & ~fires[5]).sum()
 
@@ -323,17 +330,17 @@ def test_a_window_that_does_not_fit_is_refused(stage: Stage) -> None:
 
 def test_material_of_collected_features(stage: Stage) -> None:
     found = stage.collect(keep=40)
-    plan = materials.Plan(explain=10, score=5, rounds=4)
-    features = found.usable(plan.examples, plan.examples)[:4]
-    for material in materials.materials(found, features, plan):
+    sampling = materials.Sampling(explain=10, score=5, rounds=4)
+    features = found.usable(sampling.examples, sampling.examples)[:4]
+    for material in materials.materials(found, features, sampling):
         examples = [*material.explain.examples, *material.examples]
         assert len({e.segment for e in examples}) == 15
-        assert all(found.fires_in(material.feature, e.segment) for e in examples)
+        assert all(fires_in(found, material.feature, e.segment) for e in examples)
         silent = [*material.silent, *material.explain.against]
         assert len({e.segment for e in silent}) == 15
-        assert not any(found.fires_in(material.feature, e.segment) for e in silent)
+        assert not any(fires_in(found, material.feature, e.segment) for e in silent)
     with pytest.raises(MeasureError, match="fires almost everywhere"):
-        materials.materials(found, [1], materials.Plan(explain=10, score=30))
+        materials.materials(found, [1], materials.Sampling(explain=10, score=30))
 
 
 def test_planted_features_fire_on_their_words(
@@ -342,7 +349,7 @@ def test_planted_features_fire_on_their_words(
     found = stage.collect()
     words = tuple({Pieces(TOKENIZER)([int(i)])[0].strip() for i in stage.rows[0]} - {"", "�"})
     monkeypatch.setattr(materials, "PLANTED", {"some words": words, "no words": ("qqqq",)})
-    made = materials.planted(found, materials.Plan(), copies=2)
+    made = materials.planted(found, materials.Sampling(), copies=2)
     assert [text for _, text in made] == ["some words"] * 2
     used = [e.segment for m, _ in made for e in (*m.explain.examples, *m.examples)]
     assert len(set(used)) == 30

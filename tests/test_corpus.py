@@ -17,6 +17,7 @@ from small_models import BOS, save_model, save_text, small_profile
 
 from metasae_lib import Profile, Run
 from metasae_lib.study.errors import ArtefactError, CorpusError
+from metasae_lib.study.known import EMBEDDED_TOKENS
 from metasae_lib.study.sections import ROLES
 from metasae_lib.subject import corpus, embedded
 from metasae_lib.subject.corpus import Tokens, load_tokens
@@ -257,7 +258,7 @@ def test_the_embedded_text(run: Run) -> None:
     """The real packages, through the profile `tiny`."""
     made = load_tokens(run)
     found = embedded.documents()
-    assert {document.source for document in found} == set(embedded.TEXT_PACKAGES)
+    assert {document.source for document in found} == set(EMBEDDED_TOKENS)
     assert len(found) > 19_000
     joined = "\n".join(document.text for document in found)
     assert "Share this slide" not in joined and "</p>" not in joined and "\ufffd" not in joined

@@ -13,9 +13,10 @@ import torch
 from conftest import serious
 from playwright.sync_api import Page
 
+from metasae_lib.interpret.examples import Example
 from metasae_lib.measure.counting import CooccurrenceCounter
 from metasae_lib.show import explorer
-from metasae_lib.show.explorer import MAX_FILE_BYTES, ArmPage, Context, collect, peak_tokens, write
+from metasae_lib.show.explorer import MAX_FILE_BYTES, ArmPage, collect, peak_tokens, write
 from metasae_lib.study.errors import MeasureError
 from metasae_lib.train.dictionary import BatchTopK
 
@@ -69,7 +70,7 @@ def arm(name: str, other: str | None, n: int = 130, words: int = 12) -> ArmPage:
             "second": 0.1,
         }
     )
-    context = Context([" word"] * words, [0.0] * (words - 1) + [1.0])
+    context = Example((), (" word",) * words, (0.0,) * (words - 1) + (1.0,), 0)
     return ArmPage(
         name=name,
         title=f"{name} (title)",
@@ -89,7 +90,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     solo, joint = arm("solo-seed0", "joint-seed0"), arm("joint-seed0", "solo-seed0")
     solo.tokens[7][0] = HOSTILE
     solo.features.loc[7, "explanation"] = HOSTILE
-    solo.contexts[7][0] = Context(["𝒳é ", HOSTILE, " end\u2028"], [0.0, 4.0, 0.0])
+    solo.contexts[7][0] = Example((), ("𝒳é ", HOSTILE, " end\u2028"), (0.0, 4.0, 0.0), 0)
     folder = tmp_path_factory.mktemp("explorer")
     write(folder, [solo, joint], "tiny </script>", HOSTILE, "../page.html")
     return folder / "index.html"
@@ -213,9 +214,9 @@ class FakeContexts:
         [(" big", 5.0), (" small", 2.0), (" small", 2.0), (" small", 2.0)], [(" one", 1.0)], [],
     )  # fmt: skip
 
-    def top(self, feature: int, count: int) -> list[Any]:
+    def top(self, feature: int, count: int) -> list[Example]:
         return [
-            SimpleNamespace(pieces=("x", token), acts=(0.0, act), peak=1, strength=act)
+            Example((), ("x", token), (0.0, act), 0)
             for token, act in self.examples[feature][:count]
         ]
 

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,12 @@ def test_marked_marks_half_of_the_strength() -> None:
 # --------------------------------------------------------------------------- asking once
 
 
+def kept(path: Path) -> list[tuple[str, str, str]]:
+    """Task, prompt and answer of what a table holds."""
+    with closing(sqlite3.connect(path)) as table:
+        return table.execute("SELECT task, prompt, answer FROM answers").fetchall()
+
+
 class Counting:
     """Answers "yes", except None for what is in `silent`; stops after `limit` answers."""
 
@@ -119,7 +125,7 @@ def test_a_killed_asking_goes_on_without_asking_twice(tmp_path: Path) -> None:
         AskOnce(judge, tmp_path / "answers.sqlite").answers(questions)
     judge.limit = 10**9
     again = AskOnce(judge, tmp_path / "answers.sqlite")
-    assert len(again) == 20
+    assert len(kept(tmp_path / "answers.sqlite")) == 20
     answers = again.answers([*questions, *questions[:5]])  # a prompt that comes twice, too
     assert all(a == f"yes {q.prompt[-40:]}" for q, a in zip(questions, answers, strict=False))
     assert answers[50:] == answers[:5]
@@ -151,10 +157,8 @@ def test_an_asking_ended_by_sigkill_goes_on_without_asking_twice(tmp_path: Path)
 
 def test_every_prompt_and_answer_is_in_the_table(tmp_path: Path) -> None:
     AskOnce(Counting(), tmp_path / "a.sqlite").answers([detection(1)])
-    with closing(sqlite3.connect(tmp_path / "a.sqlite")) as table:
-        rows = table.execute("SELECT task, prompt, answer FROM answers").fetchall()
     prompt = detection(1).prompt
-    assert rows == [("detection", prompt, f"yes {prompt[-40:]}")]
+    assert kept(tmp_path / "a.sqlite") == [("detection", prompt, f"yes {prompt[-40:]}")]
 
 
 def test_what_got_no_answer_is_asked_again_next_time(tmp_path: Path) -> None:
@@ -268,6 +272,7 @@ class Server:
         self.attempts: Counter[str] = Counter()
         self.good: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
+        self.sends: dict[str, str] = {}
         self.faults: Counter[str] = Counter()
         self.most = self.active = 0
         self.delay = 0.0
@@ -297,6 +302,11 @@ class Server:
     def fault(self, prompt: str, attempt: int) -> str:
         return ""
 
+    def said(self, prompt: str) -> tuple[str, str]:
+        """Content and finish reason of a good answer."""
+        number = int(prompt.split("text number ")[1].split()[0])
+        return ("yes" if number % 2 else "no"), "stop"
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
@@ -312,23 +322,20 @@ class Server:
             fault = self.fault(prompt, self.attempts[prompt])
             self.faults[fault] += 1
         time.sleep(self.delay)
-        try:
+        with self.lock:
+            self.active -= 1  # before the answer, after which the client may ask at once
+        with suppress(OSError):  # the client has gone
             self.respond(request, prompt, fault)
-        except OSError:
-            pass  # the client has gone
-        finally:
-            with self.lock:
-                self.active -= 1
 
     def respond(self, request: BaseHTTPRequestHandler, prompt: str, fault: str) -> None:
-        content = "yes" if int(prompt.split("text number ")[1].split()[0]) % 2 else "no"
-        choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+        content, reason = self.said(prompt)
+        choice = {"message": {"role": "assistant", "content": content}, "finish_reason": reason}
         answer = json.dumps({"choices": [choice]}).encode()
         status = 200
         if fault == "hang":
             self.released.wait(20)
             return
-        if fault in ("500", "429", "404", "400"):
+        if fault.isdecimal():
             # The body says the opposite of the truth: nobody may read it.
             status = int(fault)
         if fault in ("500", "429"):
@@ -344,6 +351,8 @@ class Server:
         request.send_response(status)
         request.send_header("Content-Type", "application/json")
         request.send_header("Content-Length", str(len(answer)))
+        for name, value in self.sends.items():
+            request.send_header(name, value)
         request.end_headers()
         if fault == "cut":
             request.wfile.write(answer[: len(answer) // 2])
@@ -369,7 +378,7 @@ def server() -> Iterator[Server]:
 
 
 def judge_at(server: Server, **changes: Any) -> HttpJudge:
-    settings = {"timeout": 2, "pause": 0.01, "patience": 30} | changes
+    settings = {"timeout": 2, "patience": 30} | changes
     return HttpJudge(server.url, "a-model", **settings)
 
 
@@ -447,7 +456,7 @@ def test_the_budget_counts_repeated_requests(server: Server, tmp_path: Path) -> 
     with pytest.raises(JudgeError, match="budget"):
         once.answers([detection(k) for k in range(20)])
     assert server.attempts.total() == 9
-    assert len(once) == 4  # kept
+    assert len(kept(tmp_path / "a.sqlite")) == 4
 
 
 def test_the_key_comes_from_the_environment_and_stays_there(
@@ -475,17 +484,70 @@ def test_the_key_comes_from_the_environment_and_stays_there(
 
 
 def test_addresses_are_checked() -> None:
-    assert HttpJudge()._parts.hostname == "127.0.0.1"
+    assert HttpJudge().url.hostname == "127.0.0.1"
     for url in ("ftp://127.0.0.1", "127.0.0.1:8000", "http://name:word@127.0.0.1"):
         with pytest.raises(JudgeError, match="not an http address"):
             HttpJudge(url)
 
 
-def test_an_explanation_that_was_cut_off_is_none() -> None:
-    def body(content: str) -> bytes:
-        choice = {"message": {"content": content}, "finish_reason": "length"}
-        return json.dumps({"choices": [choice]}).encode()
+def test_an_explanation_that_was_cut_off_is_none(server: Server) -> None:
+    def asked(content: str, task: Any) -> str | None:
+        server.said = lambda prompt: (content, "length")  # type: ignore[method-assign]
+        ((_, answer),) = judge_at(server).ask([Question(task, "", (example("text number 1"),) * 2)])
+        return answer
 
-    assert http._content(body("They all are about"), "explain") == ""
-    assert http._content(body("They are words. And"), "explain") == "They are words. And"
-    assert http._content(body("A because the"), "fuzzing") == "A because the"
+    assert asked("They all are about", "explain") == ""
+    assert asked("They are words. And", "explain") == "They are words. And"
+    assert asked("A because the", "fuzzing") == "A because the"
+
+
+@pytest.mark.parametrize("status", ["307", "401", "403", "405"])
+def test_what_is_the_same_for_every_question_stops_at_once(server: Server, status: str) -> None:
+    server.fault = lambda prompt, attempt: status  # type: ignore[method-assign]
+    server.sends = {"Location": f"{server.url}/elsewhere"}  # nobody goes there
+    with pytest.raises(JudgeError, match=rf"answered {status} \w+.*: check its address"):
+        dict(judge_at(server, parallel=1).ask([detection(k) for k in range(100)]))
+    assert server.attempts.total() <= 2
+
+
+@pytest.mark.parametrize("status", ["400", "413", "422"])
+def test_a_question_that_is_rejected_has_no_answer(server: Server, status: str) -> None:
+    server.fault = lambda prompt, attempt: status  # type: ignore[method-assign]
+    assert list(judge_at(server).ask([detection(1)])) == [(0, None)]
+    assert server.attempts.total() == 1
+
+
+def test_a_server_that_asks_for_a_pause_gets_it(server: Server) -> None:
+    server.fault = lambda prompt, attempt: "429" if attempt == 1 else ""  # type: ignore[method-assign]
+    server.sends = {"Retry-After": "2"}
+    started = time.monotonic()
+    assert list(judge_at(server).ask([detection(1)])) == [(0, "yes")]
+    assert time.monotonic() - started > 2  # its own first pause is half a second at most
+
+
+def test_nothing_else_of_the_environment_reaches_the_server(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", "secret-91cd")
+    monkeypatch.setenv(
+        "OPENAI_CUSTOM_HEADERS", "Authorization: Bearer secret-91cd\nX-A: secret-91cd"
+    )
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert list(judge_at(server).ask([detection(1)])) == [(0, "yes")]
+    assert "secret-91cd" not in repr(server.headers)
+    assert "Authorization" not in server.headers[0]
+
+
+def test_a_key_is_stripped_and_checked_at_the_door(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(http.KEY_VARIABLE, " secret-7f3a\n")
+    assert list(judge_at(server).ask([detection(1)])) == [(0, "yes")]
+    assert server.headers[0]["Authorization"] == "Bearer secret-7f3a"
+    for broken in ("secret 7f3a", "secret\n7f3a", "secret-7f3ä"):
+        monkeypatch.setenv(http.KEY_VARIABLE, broken)
+        with pytest.raises(JudgeError, match="what no key can hold") as error:
+            judge_at(server)
+        assert "7f3" not in "".join(traceback.format_exception(error.value))

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metasae_lib.train.dictionary import EPS, normalise
-from metasae_lib.train.kernels import COMPILED, PLAIN, select, update
-from metasae_lib.train.kernels.common import Adam, Codes, Extra, Pull
+from metasae_lib.train.kernels import compiled, plain
+from metasae_lib.train.kernels.common import Adam, Batch, Codes, Extra, Pull, Rows, adam_step
 
 
 def dense(codes: Codes, shape: tuple[int, int]) -> Tensor:
@@ -52,19 +52,17 @@ def test_batch_topk_is_exact_whatever_the_bracket(
     k = min(k, b * n)
     if dtype == torch.float32:
         bracket <<= 16
-    codes, following = select.batch_topk(pre, k, bracket)
+    codes, following = compiled.batch_topk(pre, k, bracket)
     expected = by_sorting(pre, k)
     torch.testing.assert_close(dense(codes, (b, n)), expected, rtol=0, atol=0)
-    torch.testing.assert_close(
-        select.batch_topk_plain(pre, k)[0].acts.float(), expected, rtol=0, atol=0
-    )
-    again, _ = select.batch_topk(pre, k, following)
+    torch.testing.assert_close(plain.batch_topk(pre, k)[0].acts.float(), expected, rtol=0, atol=0)
+    again, _ = compiled.batch_topk(pre, k, following)
     torch.testing.assert_close(dense(again, (b, n)), expected, rtol=0, atol=0)
 
 
 def test_lists_by_token_and_by_feature_agree() -> None:
     pre = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
-    codes, _ = select.batch_topk(pre, 333)
+    codes, _ = compiled.batch_topk(pre, 333)
     assert codes.row_ptr[-1] == codes.col_ptr[-1] == 333
     acts = dense(codes, (40, 60))
     for j in range(60):
@@ -72,7 +70,7 @@ def test_lists_by_token_and_by_feature_agree() -> None:
         tokens = acts[:, j].nonzero()[:, 0]
         assert codes.rows[mine].tolist() == tokens.tolist()
         assert codes.acts[codes.entries[mine]].tolist() == acts[tokens, j].tolist()
-    assert torch.equal(select.fired(codes), (acts > 0).any(0))
+    assert torch.equal(compiled.fired(codes), (acts > 0).any(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -82,7 +80,7 @@ def test_row_topk(dtype: torch.dtype, k: int) -> None:
     pre = torch.randint(-9, 9, (33, 50), generator=generator).to(dtype)
     features = torch.tensor([0, 3, 4, 8, 17, 21, 22, 30, 31, 40, 41, 42, 49])
     expected = torch.stack([by_sorting(row[None], min(k, 13))[0] for row in pre[:, features]])
-    for form in (COMPILED, PLAIN):
+    for form in (compiled, plain):
         out = form.row_topk(pre, features, k)
         assert out.dtype == dtype
         torch.testing.assert_close(out.float(), expected, rtol=0, atol=0)
@@ -108,22 +106,21 @@ def problem(b: int, d: int, n: int) -> dict[str, Tensor]:
 def test_residual(b: int, d: int, n: int) -> None:
     p = problem(b, d, n)
     k = b * n // 5 + 1
-    codes, _ = COMPILED.batch_topk(p["pre"], k)
-    plain, _ = PLAIN.batch_topk(p["pre"], k)
-    error, square, dots = COMPILED.residual(codes, p["z"], p["W_dec"], p["b_dec"], True)
-    error_, square_, dots_ = PLAIN.residual(plain, p["z"], p["W_dec"], p["b_dec"], True)
+    codes, _ = compiled.batch_topk(p["pre"], k)
+    matrix, _ = plain.batch_topk(p["pre"], k)
+    error, square, dots = compiled.residual(codes, p["z"], p["W_dec"], p["b_dec"], True)
+    error_, square_, dots_ = plain.residual(matrix, p["z"], p["W_dec"], p["b_dec"], True)
     torch.testing.assert_close(error, error_, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(square, square_, rtol=1e-5, atol=1e-5)
     listed = dense(codes._replace(acts=dots), (b, n))
     torch.testing.assert_close(listed, dots_, rtol=1e-4, atol=1e-5)
-    again, _, none = COMPILED.residual(codes, p["z"], p["W_dec"], p["b_dec"], False)
+    again, _, none = compiled.residual(codes, p["z"], p["W_dec"], p["b_dec"], False)
     assert torch.equal(again, error) and len(none) == 0
 
 
 @pytest.mark.parametrize("with_extra", [False, True])
 @pytest.mark.parametrize("with_pull", [False, True])
-@pytest.mark.parametrize("low_type", [torch.float32, torch.bfloat16])
-def test_update_rows(with_extra: bool, with_pull: bool, low_type: torch.dtype) -> None:
+def test_update_rows(with_extra: bool, with_pull: bool) -> None:
     b, d, n = 70, 33, 75
     generator = torch.Generator().manual_seed(2)
 
@@ -137,20 +134,16 @@ def test_update_rows(with_extra: bool, with_pull: bool, low_type: torch.dtype) -
     pull = Pull(draw(n, d), draw(n)) if with_pull else None
     start = [draw(n, d).square() / 9 for _ in range(4)]
     results = []
-    for form in (COMPILED, PLAIN):
+    for form in (compiled, plain):
         p = problem(b, d, n)
         codes, _ = form.batch_topk(p["pre"], 400)
         error, _, dots = form.residual(codes, p["z"], p["W_dec"], p["b_dec"], True)
-        moments = tuple(x.clone() for x in start)
-        low = p["W_enc_T"].to(low_type)
-        g_b = form.update_rows(
-            p["W_enc_T"], low, p["W_dec"], moments, codes, dots, p["z"], error, p["b_dec"], -0.37,
-            extra, pull, Adam(1e-2, 0.9, 0.99, 3),
-        )  # fmt: skip
-        assert torch.equal(low, p["W_enc_T"].to(low_type))
-        results.append((p["W_enc_T"], p["W_dec"], *moments, g_b))
-    for mine, plain in zip(*results, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=2e-5)
+        rows = Rows(p["W_enc_T"], p["W_dec"], *(x.clone() for x in start))
+        batch = Batch(codes, dots, p["z"], error, p["b_dec"], -0.37)
+        g_b = form.update_rows(rows, batch, extra, pull, Adam(1e-2, 0.9, 0.99, 3))
+        results.append((*rows, g_b))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(results[0][1].norm(dim=1), torch.ones(n))
 
 
@@ -163,7 +156,7 @@ def test_adam_is_that_of_torch() -> None:
         g = torch.sin(step * w.detach() * 7) * 1e-6
         peer.grad = g.clone()
         optimiser.step()
-        update.adam_step(w, m, v, g, Adam(3e-3, 0.9, 0.99, step))
+        adam_step(w, m, v, g, Adam(3e-3, 0.9, 0.99, step))
         torch.testing.assert_close(w, peer.detach(), rtol=1e-12, atol=0)
 
 
@@ -187,15 +180,15 @@ def test_thresholds_select_and_pull(dtype: torch.dtype) -> None:
             if theta - reach < x <= theta + reach:
                 dots[j] += error[t].double() @ W_dec[j].double()
                 counts[j] += 1
-    codes = select.above_threshold(pre, threshold)
+    codes = compiled.above_threshold(pre, threshold)
     torch.testing.assert_close(dense(codes, (37, 70)), acts, rtol=0, atol=0)
-    plain = select.above_threshold_plain(pre, threshold).acts.float()
-    torch.testing.assert_close(plain, acts, rtol=0, atol=0)
+    matrix = plain.above_threshold(pre, threshold).acts.float()
+    torch.testing.assert_close(matrix, acts, rtol=0, atol=0)
     assert (codes.col_ptr[1:] - codes.col_ptr[:-1]).tolist() == (acts > 0).sum(0).tolist()
-    for form in (COMPILED, PLAIN):
+    for form in (compiled, plain):
         mine, number = form.near_threshold(pre, threshold, reach, error, W_dec)
         assert torch.equal(number, counts)
-        coarse = form is PLAIN and dtype == torch.bfloat16
+        coarse = form is plain and dtype == torch.bfloat16
         torch.testing.assert_close(
             mine.double(), dots, rtol=0.05 if coarse else 1e-5, atol=0.2 if coarse else 1e-5
         )
@@ -205,7 +198,7 @@ def test_thresholds_select_and_pull(dtype: torch.dtype) -> None:
 def test_inputs_are_normalised_and_centred(b: int, d: int) -> None:
     x = 3 * torch.randn(b, d, generator=torch.Generator().manual_seed(b)) + 7
     exact, _, std = normalise(x.double())
-    for form in (COMPILED, PLAIN):
+    for form in (compiled, plain):
         z, scale = form.normalise_rows(x, EPS)
         torch.testing.assert_close(z.double(), exact, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(scale.double(), std[:, 0] + EPS, rtol=1e-5, atol=0)

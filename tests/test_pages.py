@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ profile = "smollm2-135m"
 overrides = {{}}
 runs_dir = "../runs"
 
-# %%
+# %% tags=["hide-input"]
 import warnings
 from pathlib import Path
 
@@ -195,6 +196,16 @@ def test_labels_are_found_in_text_outputs_and_figures() -> None:
     assert cell.metadata["mystnb"]["figure"]["name"] == "fig-a", "the notebook was changed"
 
 
+def test_a_folded_cell_stays_folded_and_shows_what_it_says() -> None:
+    shown = [_shown(text_markdown="## Found"), _shown(text_plain="1")]
+    cell = _ran("save(); show()", outputs=shown)
+    cell.metadata["tags"] = ["hide-input"]
+    code, text, rest = pages.make_page(new_notebook(cells=[cell]), "tiny", []).cells
+    assert code.metadata["tags"] == ["hide-input"] and not code.outputs
+    assert (text.cell_type, text.source) == ("markdown", "## Found")
+    assert "remove-input" in rest.metadata["tags"] and len(rest.outputs) == 1
+
+
 def test_headings_leave_fenced_blocks_out() -> None:
     text = "# One\n\n```python\n# no heading\n```\n\n## Two"
     assert pages.headings(new_notebook(cells=[new_markdown_cell(text)])) == [(1, "One"), (2, "Two")]
@@ -269,6 +280,10 @@ def test_the_same_figure_stands_on_both_profiles_pages(site: Path) -> None:
         assert "A heading of the cell</h2>" in html.replace('<a class="headerlink"', "</h2>")
         assert "after the heading" in html
         assert "small.csv" in html and "01_first.ipynb" in html
+        folded = re.findall(
+            r'<details class="admonition hide above-input">.*?</details>', html, re.DOTALL
+        )
+        assert any("import" in part and "save_table" in part for part in folded)
         assert "Provenance" in html
 
 

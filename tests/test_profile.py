@@ -14,8 +14,8 @@ import yaml
 from metasae_lib.__main__ import main
 from metasae_lib.study.arms import ArmSpec
 from metasae_lib.study.errors import ProfileError
+from metasae_lib.study.known import ModelShape, model_shape
 from metasae_lib.study.profile import Profile
-from metasae_lib.study.shapes import ModelShape, model_shape
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROFILES = sorted(path.stem for path in (REPOSITORY / "profiles").glob("*.yml"))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace as Fake
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from metasae_lib import Profile, Run
-from metasae_lib.show import scorecard, tables
+from metasae_lib.show import cases, scorecard, tables
 from metasae_lib.show import sentences as wording
 from metasae_lib.show import text as formats
 from metasae_lib.show.published import RESULTS, load_published
@@ -226,3 +229,77 @@ def test_ablation_takes_the_first_seed_and_the_selected_penalty(run: Run) -> Non
     denser = frame.assign(l0=frame.l0.where(frame.architecture != "JumpReLU", 16.0))
     assert "cannot be compared" in wording.ablation_sentence(denser)
     assert "no JumpReLU arm" in wording.ablation_sentence(frame[frame.architecture != "JumpReLU"])
+
+
+def test_controls_are_held_against_the_solo_arm_of_their_seed() -> None:
+    def arm(kind: str, seed: int, shift: float = 0.0) -> Any:
+        weights = {w: torch.full((2, 3), float(seed)) for w in ("W_enc", "W_dec", "b_dec")}
+        weights["b_dec"] = weights["b_dec"] + shift
+        return Fake(spec=Fake(kind=kind, seed=seed), sae=Fake(**weights))
+
+    arms = {"solo-seed0": arm("solo", 0), "a": arm("control", 0, 0.5), "b": arm("control", 1)}
+    found = tables.controls(arms)
+    assert found.to_dict("list") == {
+        "control": ["a"], "solo": ["solo-seed0"], "largest_difference": [0.5],
+        "bit_for_bit": [True],
+    }  # fmt: skip
+
+
+def test_noise_floors() -> None:
+    frame = tables.noise_floors({"short": 1_000, "long": 1_000_000}, 0.01)
+    assert frame.tokens.tolist() == [1_000, 1_000_000]
+    floors = [math.sqrt(2 / (math.pi * n)) for n in frame.tokens]
+    assert frame["noise floor √(2/(πN))"].tolist() == pytest.approx(floors)
+    independent = frame["independent at the paper's mean rate"]
+    assert independent[1] == pytest.approx(floors[1], rel=0.01)
+
+
+def test_ground_truth_sentences_say_what_was_recovered() -> None:
+    scores = pd.DataFrame(
+        {"lambda2": [0.0, 0.0, 0.1, 0.1, 0.3, 0.3], "recovered": [0.5, 0.52, 0.9, 0.9, 0.3, 0.3],
+         "mean_abs_phi": [3.0, 3.0, 4.0, 4.0, 2.0, 2.0]}
+    )  # fmt: skip
+    first, second, third, fourth = wording.ground_truth_sentences(scores)
+    assert "λ₂ = 0.1" in first and "90% of the atoms, solo training 51%" in first
+    assert first.endswith("that is more.")
+    assert second == "At λ₂ = 0.3, the largest here, it recovers 30%."
+    assert third.endswith("λ₂ = 0.3.") and "+0.9" in fourth
+    even = wording.ground_truth_sentences(scores.assign(recovered=[0.4, 0.6, 0.5, 0.5, 0.5, 0.5]))
+    assert "no clear difference" in even[0] and even[2].endswith("none.")
+
+
+def test_sense_sentence_counts_words() -> None:
+    info = pd.DataFrame(
+        {"word": ["a", "a", "b", "b"], "kind": ["solo", "joint"] * 2, "share": [0.1, 0.4, 0.2, 0.5]}
+    )
+    found = cases.sense_sentence(info)
+    assert "for 2 of 2 words" in found and "+0.300" in found and found.endswith(": a difference.")
+    assert "frequent enough" in cases.sense_sentence(info[:0])
+
+
+def test_the_paper_s_joint_features_of_a_word_overlap() -> None:
+    printed = cases.printed_partners()
+    assert set(printed.word) == {"too", "let", "cookies", "flash"}
+    implied = cases.implied_overlap(printed)
+    sizes = printed.groupby("word").size()
+    assert len(implied) == (sizes * (sizes - 1) // 2).sum()
+    one = implied.iloc[0]
+    angles = math.acos(one["φ"]) + math.acos(one["φ "])  # the law of cosines on a sphere
+    assert one["least φ of the two"] == pytest.approx(math.cos(angles))
+    study = pd.DataFrame({"phi": [math.nan, 0.5, 0.4]})
+    values = cases.case_values(printed, [cases.WordStudy("too", 2, "", study)])
+    found = values.set_index("id").value.dropna()
+    strongest = printed[printed.word == "too"].set_index("id").value.idxmax()
+    assert found[strongest] == 0.5 and sorted(found) == [0.4, 0.5]
+
+
+def test_explanations_prefer_the_language_model(full: Run) -> None:
+    assert cases.explanations(full).empty
+    scores = pd.DataFrame(
+        {"judge": ["lexical", "model", "lexical"], "kind": ["solo", "solo", "joint"],
+         "feature": [1, 1, 2], "explanation": ["a", "b", "c"], "fuzzing": [0.1, 0.2, 0.3]}
+    )  # fmt: skip
+    full.save_table("autointerp_scores", scores, "made up")
+    found = cases.explanations(full).set_index("feature")
+    assert found.fuzz.to_dict() == {1: 0.2, 2: 0.3}
+    assert found.arm.to_dict() == {1: "solo-seed0", 2: "joint-lambda0.3-sigma1-seed0"}

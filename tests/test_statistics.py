@@ -8,7 +8,6 @@ import scipy.stats
 
 from metasae_lib.measure.statistics import (
     bootstrap_mean_abs,
-    cohen_d,
     feature_difference,
     needed,
     paired_difference,
@@ -97,7 +96,6 @@ def test_power_equals_a_simulation() -> None:
     generator = np.random.default_rng(0)
     t = scipy.stats.ttest_1samp(generator.normal(d, 1, (4000, n)), 0, axis=1)
     assert (t.pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.04)
-    assert needed(0.5, paired=False) == pytest.approx(2 * n, abs=2)
 
 
 def test_wilson_and_the_share_that_is_higher() -> None:
@@ -108,10 +106,6 @@ def test_wilson_and_the_share_that_is_higher() -> None:
     assert share == 0.75 and (low, high) == wilson(3, 4)
     # NOTES 2.9: 51.6% of pairs; its interval leaves one half out.
     assert wilson(round(0.516 * 20456), 20456)[0] > 0.5
-
-
-def test_cohen_d_by_hand() -> None:
-    assert cohen_d([0, 2], [3, 5]) == pytest.approx(3 / math.sqrt(2))
 
 
 def test_seeds_t_interval_and_exact_permutation() -> None:
@@ -131,7 +125,7 @@ def test_few_seeds_say_what_they_cannot_show() -> None:
     two = seed_difference([1.0, 1.1], [2.0, 2.2])
     assert two.p == two.smallest_p == 1 / 3 and "no permutation test" in two.caution
     one = seed_difference([1.0], [2.0])
-    assert math.isnan(one.t_interval[0]) and math.isnan(one.spread_a) and one.p == 1
+    assert math.isnan(one.t_interval[0]) and math.isnan(one.spread_a) and math.isnan(one.p)
     unequal = seed_difference([1.0], [2.0, 2.1, 2.2])
     assert unequal.smallest_p == 1 / 4
 
@@ -149,7 +143,6 @@ def test_what_cannot_be_computed_is_one_sentence() -> None:
         lambda: welch(5, 0, 0, 5, 0, 0),
         lambda: paired_t([1.0, 1.0]),
         lambda: paired_difference([]),
-        lambda: cohen_d([1], [1, 2]),
         lambda: wilson(3, 2),
         lambda: share_higher([0.0]),
         lambda: needed(0.0),

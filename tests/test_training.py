@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -93,11 +94,11 @@ def weights(folder: Path) -> dict[str, bytes]:
 # --------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("form", [kernels.COMPILED, kernels.PLAIN])
+@pytest.mark.parametrize("form", [kernels.compiled, kernels.plain])
 @pytest.mark.parametrize("n_dead", [0, 3, 40])
 @pytest.mark.parametrize("lambda2", [None, 0.3])
 def test_gradients_agree_with_float64_autograd(
-    form: kernels.Kernels, n_dead: int, lambda2: float | None
+    form: ModuleType, n_dead: int, lambda2: float | None
 ) -> None:
     """Eq. 3 with AuxK, written plainly, differentiated by autograd in float64."""
     b, d, n, k, k_aux, weight = 50, 24, 96, 5, 8, 1 / 32
@@ -141,7 +142,7 @@ def test_gradients_agree_with_float64_autograd(
     learner.kernels = form
     losses = learner.step(z, pull)
     # After one step from zero the first moment is (1 - beta1) times the gradient.
-    moments = (learner.moments[0], learner.moments[2], learner.moments_b[0])
+    moments = (learner.rows.m_enc, learner.rows.m_dec, learner.moments_b[0])
     for moment, gradient in zip(moments, expected, strict=True):
         assert gradient is not None
         mine = moment.double() / 0.1
@@ -167,12 +168,12 @@ class Rectangle(torch.autograd.Function):
         return None, (-window / ctx.width * grad[0]).sum(0), None
 
 
-@pytest.mark.parametrize("form", [kernels.COMPILED, kernels.PLAIN])
-def test_jumprelu_gradients_agree_with_float64_autograd(form: kernels.Kernels) -> None:
+@pytest.mark.parametrize("form", [kernels.compiled, kernels.plain])
+def test_jumprelu_gradients_agree_with_float64_autograd(form: ModuleType) -> None:
     """L2 and (L0/k - 1)², with the rectangle's derivative, written plainly."""
     b, d, n, k = 60, 24, 96, 5
     sae = JumpReLU(d, n, k, seed=1)
-    settings = Settings(3e-4, dtype=torch.float32, aux_weight=0.0, bandwidth=0.05)
+    settings = Settings(3e-4, dtype=torch.float32, aux_weight=0.0, jumprelu_bandwidth=0.05)
     learner = JumpReLULearner(sae, settings)
     learner.kernels, learner.step_count = form, 1  # not the first: thresholds are there
     generator = torch.Generator().manual_seed(4)
@@ -193,7 +194,7 @@ def test_jumprelu_gradients_agree_with_float64_autograd(form: kernels.Kernels) -
     along = (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
 
     losses = learner.step(z)
-    moments = (learner.moments[0], learner.moments[2], learner.moments_b[0])
+    moments = (learner.rows.m_enc, learner.rows.m_dec, learner.moments_b[0])
     expected = (W_enc.grad.T, (W_dec.grad - along).detach(), b_dec.grad)
     for moment, gradient in zip(moments, expected, strict=True):
         assert gradient is not None
@@ -230,8 +231,8 @@ def test_as_released_residual_is_no_constant() -> None:
     learner.step(z)
     projected = grad - (grad * rows).sum(1, keepdim=True) * rows
     for moment, gradient in (
-        (learner.moments[0], exact.W_enc.grad.T),
-        (learner.moments[2], projected),
+        (learner.rows.m_enc, exact.W_enc.grad.T),
+        (learner.rows.m_dec, projected),
         (learner.moments_b[0], exact.b_dec.grad),
     ):
         assert (moment.double() / 0.1 - gradient).norm() <= 1e-5 * gradient.norm()
@@ -271,8 +272,9 @@ def test_bfloat16_products_stay_near_float32_ones() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         learner = Learner(BatchTopK(32, 128, 8), Settings(1e-3, dtype=dtype, dead_after=1))
         learner.step(z)
-        moments.append(learner.moments)
-        assert learner.W_dec.dtype == learner.moments[0].dtype == torch.float32
+        moments.append(learner.rows[2:])
+        assert learner.W_dec.dtype == learner.rows.m_enc.dtype == torch.float32
+        assert torch.equal(learner._low, learner.W_enc_T.to(dtype))
     for full, low in zip(*moments, strict=True):
         assert (full - low).norm() < 0.1 * full.norm()
 
@@ -598,7 +600,7 @@ def test_a_step_on_a_gpu_does_not_wait(kind: str, monkeypatch: pytest.MonkeyPatc
     profile = Profile.load("tiny", {"dictionary": sizes, "training": settings})
     monkeypatch.setattr(Learner, "_bound", lambda self: 70)
     trainer = Trainer(spec, profile, 24, torch.device("meta"))
-    assert trainer.primary.kernels is kernels.PLAIN
+    assert trainer.primary.kernels is kernels.plain
     for _ in range(HISTORY_EVERY - 1):
         losses = trainer.step(torch.empty(64, 24, device="meta"))
     with pytest.raises(RuntimeError, match="meta"):
@@ -610,7 +612,7 @@ def test_the_list_of_dead_features_can_be_padded() -> None:
     learners = []
     for pad in (False, True):
         learner = Learner(BatchTopK(24, 96, 4), Settings(1e-2, dtype=torch.float32, k_aux=8))
-        learner.kernels = kernels.PLAIN
+        learner.kernels = kernels.plain
         learner.silent[:30] = 100
         learner.sae.W_enc.data[:, :30] *= 1e-3
         found = learner._dead

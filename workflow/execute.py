@@ -152,6 +152,7 @@ def execute(source: Path, run: Run, overrides: dict[str, Any] | None = None) -> 
         finished = run.folder / "notebooks" / f"{name}.ipynb"
         with atomic_write(finished) as temporary:
             shutil.copyfile(running, temporary)
+        run.write_manifest()
         log.unlink(missing_ok=True)
         reporter.say("done")
     return finished

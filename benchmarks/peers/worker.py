@@ -7,11 +7,12 @@ All see the same batches, the same sizes, Adam at 3e-4, AuxK on the same dead fe
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +80,8 @@ def ours(
 
         return run
 
-    loops = {f.name: getattr(learner.kernels, f.name) for f in fields(learner.kernels)}
-    learner.kernels = replace(learner.kernels, **{k: timed(k, v) for k, v in loops.items()})
+    loops = inspect.getmembers(learner.kernels, inspect.isfunction)
+    learner.kernels = SimpleNamespace(**{name: timed(name, loop) for name, loop in loops})
     learner._products = timed("encoder product, with centring", learner._products)
     learner._aux = timed("AuxK", learner._aux)
 

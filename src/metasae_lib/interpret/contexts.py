@@ -16,48 +16,32 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
-from metasae_lib.interpret.examples import (
-    NO_TOKEN,
-    QUANTILES,
-    WINDOW,
-    Array,
-    Example,
-    Layout,
-    Pieces,
-)
+from metasae_lib.interpret.examples import QUANTILES, WINDOW, Array, Example, Layout, Pieces
 from metasae_lib.measure.patterns import above
-from metasae_lib.measure.thresholds import (
-    calibrate_arms,
-    calibration_inputs,
-    pre_activations,
-    product_dtype,
-)
+from metasae_lib.measure.scan import scan_inputs
+from metasae_lib.measure.thresholds import by_arm, calibrate_arms, pre_activations, product_dtype
 from metasae_lib.study.errors import MeasureError
 from metasae_lib.study.files import atomic_write
 from metasae_lib.study.progress import progress
-from metasae_lib.study.run import Artefact, Run, locked
+from metasae_lib.study.run import Artefact, Run
 from metasae_lib.study.sections import Negatives
 from metasae_lib.subject.activations import Residuals
 from metasae_lib.subject.corpus import load_tokens
 from metasae_lib.train.dictionary import normalise
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from metasae_lib.train.training import Arm
-
+from metasae_lib.train.training import Arm
 
 KEEP = 100  # firing segments kept for a feature
 _VERSION = 1
 _PART_TOKENS = 8192
 _CHECKPOINT_SECONDS = 60
+_NO_HASH = np.uint64(2**64 - 1)  # of an empty place
 
 
 class Contexts:
@@ -66,7 +50,6 @@ class Contexts:
     def __init__(
         self, artefact: Artefact, layout: Layout, rows: Array, pieces: Pieces, seed: int
     ) -> None:
-        self.key = artefact.key
         self.layout = layout
         self.pieces = pieces
         self._rows, self._seed = rows, seed
@@ -84,17 +67,11 @@ class Contexts:
 
     def examples(self, feature: int) -> list[Example]:
         """The firing segments kept for a feature, in the random order of their hashes."""
-        kept = np.flatnonzero(self._segment[feature] >= 0)
-        return [self._example(int(self._segment[feature, k]), self._acts[feature, k]) for k in kept]
+        return self._kept(feature, range(self._segment.shape[1]))
 
     def top(self, feature: int, count: int) -> list[Example]:
         """The `count` strongest of the kept segments, strongest first."""
-        order = np.argsort(-self._strength[feature], kind="stable")[:count]
-        return [
-            self._example(int(self._segment[feature, k]), self._acts[feature, k])
-            for k in order
-            if self._segment[feature, k] >= 0
-        ]
+        return self._kept(feature, np.argsort(-self._strength[feature], kind="stable")[:count])
 
     def activations(self, feature: int) -> Array:
         """Every activation above the threshold in the kept segments, (m,)."""
@@ -119,17 +96,11 @@ class Contexts:
                 f"feature {feature} has {len(kept)} examples, but {explain + score} are asked for"
             )
         by_strength = kept[np.argsort(self._strength[feature, kept], kind="stable")]
-        test, train = score // QUANTILES, explain // QUANTILES
-        scored, explained = [], []
-        for part in np.array_split(by_strength, QUANTILES):
-            order = np.sort(part)  # slots are in the order of the hashes
-            scored += list(order[:test])
-            explained += list(order[test : test + train])
-        examples = {
-            k: self._example(int(self._segment[feature, k]), self._acts[feature, k])
-            for k in (*scored, *explained)
-        }
-        return [examples[k] for k in explained], [examples[k] for k in scored]
+        # Slots are in the order of the hashes.
+        parts = [np.sort(part) for part in np.array_split(by_strength, QUANTILES)]
+        first, last = score // QUANTILES, (score + explain) // QUANTILES
+        explained = self._kept(feature, np.concatenate([part[first:last] for part in parts]))
+        return explained, self._kept(feature, np.concatenate([part[:first] for part in parts]))
 
     def non_activating(self, feature: int, count: int, kind: Negatives = "random") -> list[Example]:
         """Up to `count` segments in which the feature does not fire on any token.
@@ -139,21 +110,21 @@ class Contexts:
         come first, and random segments fill up what they do not give.
         """
         segments = self.layout.segments()
-        silent = ~self._bits(feature)[segments]
-        free = segments[silent]
-        free = free[np.argsort(_hash(self._seed + 1, feature, free), kind="stable")]
-        if kind != "random":
-            near: Array = (
-                self._with_token(feature) if kind == "token" else self._with_partner(feature)
-            )
-            first = near[free]
-            free = np.concatenate([free[first], free[~first]])
+        free = np.flatnonzero(~self._bits(feature)[segments])
+        free = free[np.argsort(_hash(self._seed + 1, feature, segments[free]), kind="stable")]
+        if kind == "token":
+            peaks = Counter(e.ids[e.peak] for e in self.examples(feature))
+            token = min(peaks, key=lambda t: (-peaks[t], t), default=-1)
+            near = (self._windows[free] == token).any(axis=1)
+            free = free[np.argsort(~near, kind="stable")]
+        elif kind == "cooccurrence":
+            mine = self._fired[feature]
+            shared = np.array([np.bitwise_count(row & mine).sum() for row in self._fired], int)
+            shared[feature] = -1
+            near = self._bits(int(shared.argmax()))[segments[free]]
+            free = free[np.argsort(~near, kind="stable")]
         none = np.zeros(self.layout.window, np.float32)
-        return [self._example(int(segment), none) for segment in free[:count]]
-
-    def fires_in(self, feature: int, segment: int) -> bool:
-        """Whether the feature exceeds its threshold on a token of the segment."""
-        return bool(self._fired[feature, segment // 8] >> (7 - segment % 8) & 1)
+        return [self._example(int(segment), none) for segment in segments[free[:count]]]
 
     def usable(self, examples: int, silent: int) -> Array:
         """Features with at least `examples` firing segments kept and `silent` others, ascending."""
@@ -167,15 +138,10 @@ class Contexts:
         Columns: feature, n_firing, verdict (`enough`, `dead`, `too few`, or `fires too often`).
         """
         enough = np.isin(np.arange(self.n_features), self.usable(examples, silent))
-        few = np.where(self.n_firing == 0, "dead", "too few")
-        few = np.where(self.n_firing >= examples, "fires too often", few)
-        return pd.DataFrame(
-            {
-                "feature": np.arange(self.n_features),
-                "n_firing": self.n_firing,
-                "verdict": np.where(enough, "enough", few),
-            }
-        )
+        cases = {"enough": enough, "dead": self.n_firing == 0, "too few": self.n_firing < examples}
+        verdict = np.select(list(cases.values()), list(cases), "fires too often")
+        frame = pd.DataFrame({"n_firing": self.n_firing, "verdict": verdict})
+        return frame.rename_axis("feature").reset_index()
 
     def with_words(self, words: Sequence[str], count: int) -> tuple[list[Example], list[Example]]:
         """Up to `count` segments that hold one of the words, and as many that hold none.
@@ -187,11 +153,10 @@ class Contexts:
         from the weakest up, so that strengths differ as much as the text allows.
         """
         wanted = {word.lower() for word in words}
-        used = np.asarray(self._rows[:, : self.layout.per_row * self.layout.window])
-        vocabulary = np.unique(used)
+        vocabulary = np.unique(self._windows)
         tokens = [i for i in vocabulary if "".join(self.pieces([int(i)])).strip().lower() in wanted]
-        found: Array = np.asarray(np.isin(used, tokens)).reshape(-1, self.layout.window)
-        hits: Array = np.asarray(found.sum(axis=1))
+        found: Array = np.isin(self._windows, tokens)
+        hits: Array = found.sum(axis=1)
         segments = self.layout.segments()
         order = np.argsort(_hash(self._seed + 2, 0, segments), kind="stable")
         firing = order[hits[order] > 0]
@@ -203,6 +168,17 @@ class Contexts:
             [self._example(int(segments[k]), found[k]) for k in silent],
         )
 
+    @property
+    def _windows(self) -> Array:
+        """(segments, window) token ids, in the order of `layout.segments`."""
+        used = np.asarray(self._rows[:, : self.layout.per_row * self.layout.window])
+        return used.reshape(-1, self.layout.window)
+
+    def _kept(self, feature: int, slots: Iterable[int]) -> list[Example]:
+        """Examples of a feature's kept segments, by their slots; an empty slot gives none."""
+        found = [(int(self._segment[feature, k]), self._acts[feature, k]) for k in slots]
+        return [self._example(segment, acts) for segment, acts in found if segment >= 0]
+
     def _example(self, segment: int, acts: Array) -> Example:
         row, start = self.layout.place(segment)
         ids = tuple(self._rows[row, start : start + self.layout.window].tolist())
@@ -210,25 +186,6 @@ class Contexts:
 
     def _bits(self, feature: int) -> Array:
         return np.unpackbits(self._fired[feature]).astype(bool)
-
-    def _with_token(self, feature: int) -> Array:
-        """Bool by segment: holds the token on which the feature most often is strongest."""
-        peaks = Counter(e.ids[e.peak] for e in self.examples(feature))
-        near = np.zeros(8 * self._fired.shape[1], bool)
-        if peaks:
-            token = min(peaks, key=lambda t: (-peaks[t], t))
-            used = self._rows[:, : self.layout.per_row * self.layout.window]
-            holds = (used == token).reshape(-1, self.layout.window).any(axis=1)
-            near[self.layout.segments()[holds]] = True
-        return near
-
-    def _with_partner(self, feature: int) -> Array:
-        """Bool by segment: the feature that shares most firing segments fires."""
-        shared = np.array(
-            [int(np.bitwise_count(row & self._fired[feature]).sum()) for row in self._fired]
-        )
-        shared[feature] = -1
-        return self._bits(int(shared.argmax()))
 
 
 def collect_contexts(
@@ -250,36 +207,20 @@ def collect_contexts(
     residuals, tokens = Residuals(run, "contexts"), load_tokens(run)
     rows = tokens.rows("contexts")
     layout = Layout(len(rows), profile.text.context_length, profile.activations.chunk_rows, window)
-    inputs = {
-        "on": residuals.inputs,
-        "calibration": calibration_inputs(run, Residuals(run, "calibration")),
-        "rule": profile.evaluation.threshold_rule,
-        "window": window,
-        "keep": keep,
-        "seed": seed,
-    }
-    artefacts = {
-        name: run.artefact("contexts", {"arm": arm.folder.name, **inputs}, _VERSION)
-        for name, arm in arms.items()
-    }
-    with locked(artefacts.values()):
-        missing = [
-            _Collector(arms[name], artefact, layout, keep, seed)
-            for name, artefact in artefacts.items()
-            if not artefact.complete
-        ]
-        if missing:
-            _collect(run, residuals, missing, profile.text.kept_per_row)
+    sample = {"window": window, "keep": keep, "seed": seed}
+
+    def make(missing: Mapping[str, Artefact]) -> None:
+        all_of = [_Collector(arms[name], one, layout, keep, seed) for name, one in missing.items()]
+        _collect(run, residuals, all_of)
+
+    inputs = by_arm(arms, scan_inputs(run, residuals) | sample)
+    made = run.made("contexts", inputs, _VERSION, make)
     pieces = Pieces(tokens.tokenizer)
-    return {
-        name: Contexts(artefact, layout, rows, pieces, seed) for name, artefact in artefacts.items()
-    }
+    return {name: Contexts(one, layout, rows, pieces, seed) for name, one in made.items()}
 
 
-def _collect(
-    run: Run, residuals: Residuals, collectors: Sequence[_Collector], kept_per_row: int
-) -> None:
-    dtype = product_dtype(run)
+def _collect(run: Run, residuals: Residuals, collectors: Sequence[_Collector]) -> None:
+    dtype, kept_per_row = product_dtype(run), run.profile.text.kept_per_row
     part_rows = max(1, _PART_TOKENS // kept_per_row)
     saved = time.monotonic()
     first = min(one.next_chunk for one in collectors)
@@ -306,81 +247,74 @@ class _Collector:
     """What one arm's pass has gathered: a pool of candidate segments, and the bits on disk."""
 
     def __init__(self, arm: Arm, artefact: Artefact, layout: Layout, keep: int, seed: int) -> None:
-        self.arm, self.artefact, self.layout, self.keep, self.seed = (
-            arm, artefact, layout, keep, seed
-        )  # fmt: skip
-        assert arm.sae.threshold is not None
-        self.threshold = arm.sae.threshold
-        self.n = arm.sae.n_features
+        self.arm, self.artefact, self.layout = arm, artefact, layout
+        self.keep, self.seed, self.n = keep, seed, arm.sae.n_features
         self.next_chunk = 0
-        self.worst = np.full(self.n, NO_TOKEN)  # the largest hash that a full sample holds
+        self.worst = np.full(self.n, _NO_HASH)  # the largest hash that a full sample holds
         self.n_firing = np.zeros(self.n, np.int64)
-        self.pool: list[tuple[Array, ...]] = []
-        self.pooled = 0
-        self.partial = artefact.folder / "partial.npz"
-        path, size = artefact.folder / "fired.npy", layout.n_chunks * layout.chunk_bytes
+        kinds = {"feature": "i8", "hash": "u8", "segment": "i8", "strength": "f4"}
+        kind = np.dtype([*kinds.items(), ("acts", "f4", (layout.window,))])
+        self.pool = [np.empty(0, kind)]
+        self.partial, path = artefact.folder / "candidates.npz", artefact.folder / "fired.npy"
         if self.partial.exists() and path.exists():
             with np.load(self.partial) as state:
-                self.next_chunk = int(state["next_chunk"])
-                self.worst, self.n_firing = state["worst"], state["n_firing"]
-                self._put(tuple(state[f"pool{k}"] for k in range(5)))
+                self.next_chunk, self.n_firing = int(state["next_chunk"]), state["n_firing"]
+                self.pool = [state["pool"]]
+            self._prune()
             self.fired = np.lib.format.open_memmap(path, "r+")
         else:
+            size = layout.n_chunks * layout.chunk_bytes
             self.fired = np.lib.format.open_memmap(path, "w+", np.uint8, (self.n, size))
 
     def add(self, chunk: int, first_row: int, kept_per_row: int, pre: Tensor) -> None:
         """Add the pre-activations (t, n) of whole rows, of which `first_row` is the chunk's."""
-        tokens, features, values = _firing(pre, self.threshold)
-        window, per_row = self.layout.window, self.layout.per_row
+        assert self.arm.sae.threshold is not None
+        tokens, features, values = _firing(pre, self.arm.sae.threshold)
+        window, per_row, room = self.layout.window, self.layout.per_row, 8 * self.layout.chunk_bytes
         skipped = self.layout.context_length - kept_per_row
         row, column = tokens // kept_per_row, tokens % kept_per_row + skipped
-        inside = column < per_row * window
-        row, column, features, values = (a[inside] for a in (row, column, features, values))
         local = (first_row + row) * per_row + column // window
-        if not len(local):
-            return
-        # Entries of one feature and segment side by side; `begin` is where each such group starts.
-        order = np.lexsort((local, features))
-        features, local, values, column = (a[order] for a in (features, local, values, column))
-        new = np.r_[True, (np.diff(features) != 0) | (np.diff(local) != 0)]
-        begin, group = np.flatnonzero(new), np.cumsum(new) - 1
-        f, s = features[begin], local[begin]
-        strength = np.maximum.reduceat(values, begin)
+        inside = column < per_row * window
+        features, local, values, column = (a[inside] for a in (features, local, values, column))
+        # Each feature and segment once, and to which of them every entry belongs.
+        both, group = np.unique(features * room + local, return_inverse=True)
+        f, s = both // room, both % room
         self.n_firing += np.bincount(f, minlength=self.n)
-        self._mark(chunk, f, s)
-        segment = chunk * 8 * self.layout.chunk_bytes + s
+        # Several segments share a byte, so the writes have to accumulate.
+        segment = chunk * room + s
+        np.bitwise_or.at(self.fired, (f, segment // 8), (128 >> (s % 8)).astype(np.uint8))
         hashes = _hash(self.seed, f, segment)
         good = hashes < self.worst[f]
-        acts = np.zeros((good.sum(), window), np.float32)
-        slot = np.cumsum(good) - 1
+        kept = np.zeros(good.sum(), self.pool[0].dtype)
+        strength = np.full(len(both), -np.inf, np.float32)
+        np.maximum.at(strength, group, values)
+        kept["feature"], kept["hash"] = f[good], hashes[good]
+        kept["segment"], kept["strength"] = segment[good], strength[good]
         entry = good[group]
-        acts[slot[group[entry]], column[entry] % window] = values[entry]
-        self._put((f[good], hashes[good], segment[good], strength[good], acts))
-        if self.pooled > 2 * self.n * self.keep:
+        slot = (np.cumsum(good) - 1)[group[entry]]
+        kept["acts"][slot, column[entry] % window] = values[entry]
+        self.pool.append(kept)
+        if sum(map(len, self.pool)) > 2 * self.n * self.keep:
             self._prune()
 
     def checkpoint(self) -> None:
         """Write what a later process needs to go on from the next chunk."""
-        self._prune()
         self.fired.flush()
-        arrays = {f"pool{k}": array for k, array in enumerate(self.pool[0])}
         with atomic_write(self.partial) as path:
             np.savez(
-                path, next_chunk=self.next_chunk, worst=self.worst, n_firing=self.n_firing,
-                allow_pickle=False, **arrays,
+                path, next_chunk=self.next_chunk, n_firing=self.n_firing, pool=self._prune(),
+                allow_pickle=False,
             )  # fmt: skip
 
     def finish(self) -> None:
         """Write the artefact."""
-        self._prune()
-        feature, _, segment, strength, acts = self.pool[0]
-        rank = _rank(feature)
-        segments = np.full((self.n, self.keep), -1, np.int64)
-        strengths = np.zeros((self.n, self.keep), np.float32)
-        all_acts = np.zeros((self.n, self.keep, self.layout.window), np.float32)
-        segments[feature, rank], strengths[feature, rank] = segment, strength
-        all_acts[feature, rank] = acts
-        folder = self.artefact.folder
+        pool = self._prune()
+        place = pool["feature"], _rank(pool["feature"])
+        shape, folder = (self.n, self.keep), self.artefact.folder
+        segments, strengths = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+        all_acts = np.zeros((*shape, self.layout.window), np.float32)
+        segments[place], strengths[place] = pool["segment"], pool["strength"]
+        all_acts[place] = pool["acts"]
         with atomic_write(folder / "examples.npz") as path:
             np.savez(path, segment=segments, strength=strengths, n_firing=self.n_firing)
         with atomic_write(folder / "acts.npy") as path:
@@ -389,30 +323,16 @@ class _Collector:
         self.partial.unlink(missing_ok=True)
         self.artefact.finish({"n_segments": len(self.layout.segments())})
 
-    def _mark(self, chunk: int, features: Array, local: Array) -> None:
-        first = chunk * self.layout.chunk_bytes
-        bits = (128 >> (local % 8)).astype(np.uint8)
-        # Several segments share a byte, so the writes have to accumulate.
-        np.bitwise_or.at(self.fired, (features, first + local // 8), bits)
-
-    def _put(self, entries: tuple[Array, ...]) -> None:
-        self.pool.append(entries)
-        self.pooled += len(entries[0])
-
-    def _prune(self) -> None:
-        """Keep the `keep` smallest hashes of every feature."""
-        empty = (
-            np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.int64),
-            np.empty(0, np.float32), np.empty((0, self.layout.window), np.float32),
-        )  # fmt: skip
-        joined = tuple(np.concatenate(parts) for parts in zip(empty, *self.pool, strict=True))
-        order = np.lexsort((joined[1], joined[0]))
-        order = order[_rank(joined[0][order]) < self.keep]
-        self.pool, self.pooled = [], 0
-        self._put(tuple(array[order] for array in joined))
-        feature, hashes = self.pool[0][:2]
-        full = _rank(feature) == self.keep - 1
-        self.worst[feature[full]] = hashes[full]
+    def _prune(self) -> Array:
+        """Keep the `keep` smallest hashes of every feature; returns them, feature by feature."""
+        pool = np.concatenate(self.pool)
+        order = np.lexsort((pool["hash"], pool["feature"]))
+        rank = _rank(pool["feature"][order])
+        pool = pool[order[rank < self.keep]]
+        full = pool[rank[rank < self.keep] == self.keep - 1]
+        self.worst[full["feature"]] = full["hash"]
+        self.pool = [pool]
+        return pool
 
 
 def _firing(pre: Tensor, threshold: Tensor) -> tuple[Array, Array, Array]:
@@ -426,11 +346,9 @@ def _firing(pre: Tensor, threshold: Tensor) -> tuple[Array, Array, Array]:
     return where[:, 0].cpu().numpy(), where[:, 1].cpu().numpy(), values
 
 
-def _rank(feature: Array) -> Array:
-    """Position of each entry within its run of equal features."""
-    starts = np.r_[True, np.diff(feature) != 0][: len(feature)]
-    rank: Array = np.arange(len(feature)) - np.flatnonzero(starts)[np.cumsum(starts) - 1]
-    return rank
+def _rank(sorted_values: Array) -> Array:
+    """Position of each entry within its run of equal values."""
+    return np.arange(len(sorted_values)) - np.searchsorted(sorted_values, sorted_values)
 
 
 def _hash(seed: int, feature: Array | int, segment: Array) -> Array:
@@ -441,6 +359,5 @@ def _hash(seed: int, feature: Array | int, segment: Array) -> Array:
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
         x = x ^ (x >> np.uint64(31))
-    # The largest value stands for an empty place.
-    hashed: Array = np.minimum(x, NO_TOKEN - np.uint64(1))
+    hashed: Array = np.minimum(x, _NO_HASH - np.uint64(1))
     return hashed

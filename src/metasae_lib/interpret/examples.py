@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 WINDOW = 32
 QUANTILES = 5
-NO_TOKEN = np.uint64(2**64 - 1)
 
 
 @dataclass(frozen=True)
@@ -61,63 +60,42 @@ class Pieces:
         self._tokenizer = tokenizer
         self.special = frozenset(tokenizer.all_special_ids)
         decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
-        self._characters = _byte_characters() if "ByteLevel" in decoder else None
-        self._bytes: dict[int, bytes] = {}
+        self._byte_of: dict[str, int] = {}  # the characters by which byte-level BPE writes bytes
+        if "ByteLevel" in decoder:
+            from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+            self._byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        self._bytes = cache(self._convert)
 
     def __call__(self, ids: Sequence[int]) -> tuple[str, ...]:
         """The text of each token. A special token is empty; half a character at an edge is U+FFFD.
 
         A character whose bytes are spread over tokens belongs to the first of them.
         """
-        parts = [self._of(i) for i in ids]
+        parts = [self._bytes(i) for i in ids]
         joined = b"".join(parts)
         if joined.isascii():  # nearly always, and ten times as fast
             return tuple(part.decode("ascii") for part in parts)
         pieces = [""] * len(parts)
+        owner = [k for k, part in enumerate(parts) for _ in part]
         position = 0
-        for k, end in enumerate(accumulate(map(len, parts))):
-            while position < end:
-                length = _character_length(joined, position)
-                piece = joined[position : position + length]
-                pieces[k] += piece.decode("utf-8", "replace")
-                position += length
+        for character in joined.decode("utf-8", "surrogateescape"):  # a byte that is none: U+DCxx
+            broken = "\udc80" <= character <= "\udcff"
+            pieces[owner[position]] += "\ufffd" if broken else character
+            position += 1 if broken else len(character.encode())
         return tuple(pieces)
-
-    def _of(self, token: int) -> bytes:
-        if token not in self._bytes:
-            self._bytes[token] = self._convert(token)
-        return self._bytes[token]
 
     def _convert(self, token: int) -> bytes:
         if token in self.special:
             return b""
         form = str(self._tokenizer.convert_ids_to_tokens(token))
-        if self._characters is not None:
-            if all(character in self._characters for character in form):
-                return bytes(self._characters[character] for character in form)
+        if self._byte_of:
+            if all(character in self._byte_of for character in form):
+                return bytes(self._byte_of[character] for character in form)
             return form.encode()  # an added token is written as it is
         if len(form) == 6 and form.startswith("<0x") and form.endswith(">"):
             return bytes([int(form[3:5], 16)])
         return form.replace("▁", " ").encode()
-
-
-def _byte_characters() -> dict[str, int]:
-    """The characters by which byte-level BPE writes the 256 bytes (GPT-2's table, inverted)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + k): byte for k, byte in enumerate(others)}
-
-
-def _character_length(text: bytes, start: int) -> int:
-    """Bytes of the UTF-8 character at `start`; 1 where the bytes are not a whole one."""
-    first = text[start]
-    length = 1 if first < 0xC0 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
-    try:
-        text[start : start + length].decode("utf-8")
-    except UnicodeDecodeError:
-        return 1
-    return length
 
 
 @dataclass(frozen=True)
@@ -156,8 +134,7 @@ class Layout:
 
     def segments(self) -> Array:
         """The numbers of all segments, ascending."""
-        rows = np.arange(self.n_rows)
-        first = rows // self.chunk_rows * 8 * self.chunk_bytes
-        first += rows % self.chunk_rows * self.per_row
+        chunk, row = np.divmod(np.arange(self.n_rows), self.chunk_rows)
+        first = 8 * chunk * self.chunk_bytes + row * self.per_row
         segments: Array = (first[:, None] + np.arange(self.per_row)).ravel()
         return segments

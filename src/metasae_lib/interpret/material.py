@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from metasae_lib.interpret.contexts import Contexts
-from metasae_lib.interpret.examples import QUANTILES, Example, Pieces
+from metasae_lib.interpret.examples import Example, Pieces
 from metasae_lib.interpret.judges.questions import Question
 from metasae_lib.study.errors import MeasureError
 from metasae_lib.study.sections import Negatives
@@ -35,10 +34,13 @@ PLANTED: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How much is asked. `explain` and `score`: examples for the explainer and for the questions,
-    multiples of five, disjoint. `rounds`: fuzzing questions. The questions of detection are about
-    the `score` examples and as many segments where the feature is silent (`negatives`)."""
+class Sampling:
+    """What is asked about each feature, and on how much of its text.
+
+    `explain` and `score`: examples for the explainer and for the questions, multiples of five,
+    disjoint. `rounds`: fuzzing questions. The questions of detection are about the `score` examples
+    and as many segments where the feature is silent (`negatives`).
+    """
 
     explain: int = 10
     score: int = 5
@@ -71,11 +73,8 @@ class Material:
         """Everything that is asked under one explanation, in the order that `score` reads."""
         return [
             *(Question("fuzzing", explanation, pair) for pair in self.pairs),
-            *(Question("strength", explanation, (example,)) for example in self.examples),
-            *(
-                Question("detection", explanation, (example,))
-                for example in (*self.examples, *self.silent)
-            ),
+            *(Question("strength", explanation, (one,)) for one in self.examples),
+            *(Question("detection", explanation, (one,)) for one in self.examples + self.silent),
         ]
 
 
@@ -115,53 +114,45 @@ def prepare(
     explain: Sequence[Example],
     score: Sequence[Example],
     silent: Sequence[Example],
-    against: Sequence[Example],
-    plan: Plan,
+    sampling: Sampling,
     marginal: Marginal,
     pieces: Pieces,
 ) -> Material:
-    """The material of one feature, a function of its examples, the plan and `plan.seed`.
+    """The material of one feature, a function of its examples, the sampling and its seed.
 
+    explain, score: as `Sampling` has them; silent: segments for the questions, then for the
+    explainer.
     Each fuzzing round has two different examples, the second of which is altered; which of them
     stands first alternates from round to round.
     """
-    generator = np.random.default_rng([plan.seed, feature])
-    order = generator.permutation(len(score))
+    generator = np.random.default_rng([sampling.seed, feature])
+    shuffled = [score[k] for k in generator.permutation(len(score))]
     first = int(generator.integers(2))
-    pairs, real = [], []
-    for k in range(plan.rounds):
-        kept = score[order[k % len(score)]]
-        other = alter(score[order[(k + 1) % len(score)]], marginal, pieces, generator)
-        place = (first + k) % 2
-        pairs.append((kept, other) if place == 0 else (other, kept))
-        real.append(place)
-    return Material(
-        feature,
-        Question("explain", "", tuple(explain), tuple(against)),
-        tuple(pairs),
-        tuple(real),
-        tuple(score),
-        tuple(silent),
-    )
+    real = tuple((first + k) % 2 for k in range(sampling.rounds))
+    pairs = []
+    for k, place in enumerate(real):
+        kept, source = shuffled[k % len(score)], shuffled[(k + 1) % len(score)]
+        both = kept, alter(source, marginal, pieces, generator)
+        pairs.append(both if place == 0 else both[::-1])
+    asked, against = tuple(silent[: sampling.score]), tuple(silent[sampling.score :])
+    question = Question("explain", "", tuple(explain), against)
+    return Material(feature, question, tuple(pairs), real, tuple(score), asked)
 
 
-def materials(contexts: Contexts, features: Iterable[int], plan: Plan) -> list[Material]:
+def materials(contexts: Contexts, features: Iterable[int], sampling: Sampling) -> list[Material]:
     """The material of several features of one arm; MeasureError if one has too few examples."""
     marginal = Marginal(contexts.token_counts, contexts.pieces.special)
     made = []
     for feature in map(int, features):
-        explain, score = contexts.split(feature, plan.explain, plan.score)
-        silent = contexts.non_activating(feature, plan.examples, plan.negatives)
-        if len(silent) < plan.examples:
+        explain, score = contexts.split(feature, sampling.explain, sampling.score)
+        silent = contexts.non_activating(feature, sampling.examples, sampling.negatives)
+        if len(silent) < sampling.examples:
             raise MeasureError(f"feature {feature} fires almost everywhere: it cannot be scored")
-        asked, against = silent[: plan.score], silent[plan.score :]
-        made.append(
-            prepare(feature, explain, score, asked, against, plan, marginal, contexts.pieces)
-        )
+        made.append(prepare(feature, explain, score, silent, sampling, marginal, contexts.pieces))
     return made
 
 
-def planted(contexts: Contexts, plan: Plan, copies: int = 5) -> list[tuple[Material, str]]:
+def planted(contexts: Contexts, sampling: Sampling, copies: int = 5) -> list[tuple[Material, str]]:
     """Features with a known concept and its explanation: they "fire" on the words of `PLANTED`.
 
     Their strength is the number of these words, so that a judge can be asked for it. Up to `copies`
@@ -170,51 +161,19 @@ def planted(contexts: Contexts, plan: Plan, copies: int = 5) -> list[tuple[Mater
     """
     marginal = Marginal(contexts.token_counts, contexts.pieces.special)
     made = []
+    size = sampling.examples
+    asked = set(np.linspace(0, size - 1, sampling.score).round().astype(int))
     for number, (explanation, words) in enumerate(PLANTED.items()):
-        firing, silent = contexts.with_words(words, copies * plan.examples)
-        possible = len(firing) // plan.examples
+        firing, silent = contexts.with_words(words, copies * size)
+        possible = len(firing) // size
         for copy in range(possible):
-            part = slice(copy, possible * plan.examples, possible)
-            examples, others = sorted(firing[part], key=lambda e: e.strength), silent[part]
-            asked = set(np.linspace(0, plan.examples - 1, plan.score).round().astype(int))
+            part = slice(copy, possible * size, possible)
+            examples = sorted(firing[part], key=lambda e: e.strength)
             material = prepare(
                 number * copies + copy,
                 [example for k, example in enumerate(examples) if k not in asked],
                 [example for k, example in enumerate(examples) if k in asked],
-                others[: plan.score], others[plan.score :], plan, marginal, contexts.pieces,
+                silent[part], sampling, marginal, contexts.pieces,
             )  # fmt: skip
             made.append((material, explanation))
     return made
-
-
-def delphi_records(
-    made: Sequence[Material], explanations: Sequence[str | None]
-) -> list[dict[str, Any]]:
-    """Features in the form that Delphi scores: the fields of its `LatentRecord`, as plain JSON.
-
-    train and test are the examples of the explainer and of the questions, test by quintile, the
-    weakest first; not_active those in which the feature is silent. tokens and activations, each
-    (window,), become tensors in Delphi. Features without an explanation are left out.
-    """
-
-    def fields(example: Example) -> dict[str, Any]:
-        return {
-            "tokens": list(example.ids),
-            "activations": list(map(float, example.acts)),
-            "str_tokens": list(example.pieces),
-        }
-
-    return [
-        {
-            "latent": {"module_name": "metasae", "latent_index": material.feature},
-            "explanation": explanation,
-            "train": [fields(example) for example in material.explain.examples],
-            "test": [
-                fields(example) | {"quantile": QUANTILES * k // len(material.examples)}
-                for k, example in enumerate(material.examples)
-            ],
-            "not_active": [fields(example) for example in material.silent],
-        }
-        for material, explanation in zip(made, explanations, strict=True)
-        if explanation is not None
-    ]

@@ -11,25 +11,22 @@ A feature's examples are split: an explainer sees some, and the questions are ab
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.stats
 
 from metasae_lib.interpret.contexts import Contexts
-from metasae_lib.interpret.judges.http import HttpJudge
 from metasae_lib.interpret.judges.in_process import InProcessJudge
 from metasae_lib.interpret.judges.lexical import LexicalJudge
 from metasae_lib.interpret.judges.questions import AskOnce, Judge, Question, Value, parse
-from metasae_lib.interpret.material import Material, Plan, materials
+from metasae_lib.interpret.material import Material, Sampling, materials
 from metasae_lib.study.errors import MeasureError
+from metasae_lib.study.profile import Profile
 from metasae_lib.study.run import Run
-
-if TYPE_CHECKING:
-    from metasae_lib.study.profile import Profile
-
 
 Answers = Callable[[Sequence[Question]], Sequence[str | None]]
 SCORES = ("fuzzing", "spearman", "detection")
@@ -64,9 +61,8 @@ def spearman_score(
         )
     if len(set(actual)) < 2:
         return None
-    if len(set(values)) < 2:
-        return 0.0
-    return float(scipy.stats.spearmanr(values, actual).statistic)
+    varied = len(set(values)) > 1
+    return float(scipy.stats.spearmanr(values, actual).statistic) if varied else 0.0
 
 
 def detection_score(predicted: Sequence[bool | None], actual: Sequence[bool]) -> float | None:
@@ -80,15 +76,9 @@ def detection_score(predicted: Sequence[bool | None], actual: Sequence[bool]) ->
         raise MeasureError(
             f"{len(predicted)} answers to {len(actual)} questions: give one for each"
         )
-    shares = []
-    for kind in (True, False):
-        right = [
-            p == kind for p, a in zip(predicted, actual, strict=True) if a == kind and p is not None
-        ]
-        if not right:
-            return None
-        shares.append(sum(right) / len(right))
-    return sum(shares) / 2
+    answered = [(p, a) for p, a in zip(predicted, actual, strict=True) if p is not None]
+    right = [[p == kind for p, a in answered if a == kind] for kind in (True, False)]
+    return sum(sum(one) / len(one) for one in right) / 2 if all(right) else None
 
 
 def answers_of(judge: Judge) -> Answers:
@@ -103,12 +93,12 @@ def answers_of(judge: Judge) -> Answers:
 
 def explain(made: Sequence[Material], answers: Answers) -> list[str | None]:
     """One explanation for each feature; None where the explainer gave none."""
-    questions = [material.explain for material in made]
-    explanations: list[str | None] = []
-    for question, answer in zip(questions, answers(questions), strict=True):
-        value = parse(question, answer)
-        explanations.append(None if value is None else str(value))
-    return explanations
+    values = _read([material.explain for material in made], answers)
+    return [None if value is None else str(value) for value in values]
+
+
+def _read(questions: Sequence[Question], answers: Answers) -> list[Value | None]:
+    return [parse(q, answer) for q, answer in zip(questions, answers(questions), strict=True)]
 
 
 def in_words(explanation: str | None) -> str | None:
@@ -131,56 +121,43 @@ def score(
     """
     if len(made) != len(explanations):
         raise MeasureError(f"{len(explanations)} explanations for {len(made)} features")
-    questions: list[Question] = []
-    ranges = []
-    for material, explanation in zip(made, explanations, strict=True):
-        asked = [] if explanation is None else material.questions(explanation)
-        ranges.append((len(questions), len(questions) + len(asked)))
-        questions += asked
-    raw = answers(questions)
-    values = [parse(question, answer) for question, answer in zip(questions, raw, strict=True)]
-    rows = [
-        {"feature": material.feature, "explanation": explanation}
-        | _scores(material, values[start:stop])
-        for material, explanation, (start, stop) in zip(made, explanations, ranges, strict=True)
+    asked = [
+        [] if explanation is None else material.questions(explanation)
+        for material, explanation in zip(made, explanations, strict=True)
     ]
-    return pd.DataFrame(rows)
+    values = iter(_read(list(chain.from_iterable(asked)), answers))
+    return pd.DataFrame(
+        [
+            {"feature": material.feature, "explanation": explanation}
+            | _scores(material, list(islice(values, len(mine))))
+            for material, explanation, mine in zip(made, explanations, asked, strict=True)
+        ]
+    )
 
 
-def _scores(material: Material, values: Sequence[Value | None]) -> dict[str, Any]:
+def _scores(material: Material, values: list[Any]) -> dict[str, Any]:
     rounds, n = len(material.pairs), len(material.examples)
-    fuzz, strength, detect = values[:rounds], values[rounds : rounds + n], values[rounds + n :]
-    row: dict[str, Any] = {
+    said = values or [None] * len(material.questions(""))
+    fuzz, strength, detect = said[:rounds], said[rounds : rounds + n], said[rounds + n :]
+    pairs = zip(fuzz, material.real, strict=True)
+    found = (
+        fuzzing_score([None if answer is None else answer == real for answer, real in pairs]),
+        spearman_score(strength, [example.strength for example in material.examples]),
+        detection_score(detect, [True] * n + [False] * len(material.silent)),
+    )
+    return {
         "asked": len(values),
-        "unreadable": sum(value is None for value in values),
-        "said_first": sum(value == 0 for value in fuzz if value is not None),
-        "fuzzed": sum(value is not None for value in fuzz),
-        **dict.fromkeys(SCORES, float("nan")),
+        "unreadable": values.count(None),
+        "said_first": fuzz.count(0),
+        "fuzzed": len(fuzz) - fuzz.count(None),
+        **{k: np.nan if value is None else value for k, value in zip(SCORES, found, strict=True)},
     }
-    if not values:
-        return row
-    truth = [True] * n + [False] * len(material.silent)
-    right = [
-        None if value is None else value == real
-        for value, real in zip(fuzz, material.real, strict=True)
-    ]
-    scores = {
-        "fuzzing": fuzzing_score(right),
-        "spearman": spearman_score(
-            [None if value is None else float(value) for value in strength],
-            [example.strength for example in material.examples],
-        ),
-        "detection": detection_score(
-            [None if value is None else bool(value) for value in detect], truth
-        ),
-    }
-    return row | {name: value for name, value in scores.items() if value is not None}
 
 
-def plan_of(profile: Profile) -> Plan:
-    """How much a profile asks."""
+def sampling_of(profile: Profile) -> Sampling:
+    """What a profile asks about each feature."""
     auto = profile.autointerp
-    return Plan(auto.explain_examples, auto.score_examples, auto.rounds, auto.negatives)
+    return Sampling(auto.explain_examples, auto.score_examples, auto.rounds, auto.negatives)
 
 
 def judge_of(profile: Profile) -> Judge:
@@ -190,6 +167,8 @@ def judge_of(profile: Profile) -> Judge:
         return LexicalJudge()
     if auto.judge == "in-process":
         return InProcessJudge(auto.model)
+    from metasae_lib.interpret.judges.http import HttpJudge  # its client is slow to load
+
     return HttpJudge(auto.url, auto.model, auto.parallel)
 
 
@@ -214,31 +193,22 @@ def explanations_of(
     return [in_words(text) for text in explain(made, answers_of(LexicalJudge()))]
 
 
-def score_features(
-    run: Run, contexts: Contexts, features: Iterable[int], judge: Judge
-) -> pd.DataFrame:
-    """Explain and score features of one arm as the profile says; `score` has the columns."""
-    plan, answers = plan_of(run.profile), answers_for(run, judge)
-    made = materials(contexts, features, plan)
-    return score(made, explanations_of(run.profile, judge, made, answers), answers)
-
-
 def score_pairs(
     run: Run,
     contexts: Mapping[str, Contexts],
     asked: Mapping[str, pd.DataFrame],
     judges: Mapping[str, Judge],
 ) -> pd.DataFrame:
-    """`score_features` for every judge over its pairs of features.
+    """Explain and score the features of every judge's pairs, as the profile says.
 
     contexts: by kind, `solo` and `joint`. asked: pairs by judge. Columns as `score`, and judge and
     kind.
     """
-    return pd.concat(
-        [
-            score_features(run, mine, pairs[kind], judges[judge]).assign(judge=judge, kind=kind)
-            for judge, pairs in asked.items()
-            for kind, mine in contexts.items()
-        ],
-        ignore_index=True,
-    )
+    frames = []
+    for name, pairs in asked.items():
+        judge, answers = judges[name], answers_for(run, judges[name])
+        for kind, mine in contexts.items():
+            made = materials(mine, pairs[kind], sampling_of(run.profile))
+            explanations = explanations_of(run.profile, judge, made, answers)
+            frames.append(score(made, explanations, answers).assign(judge=name, kind=kind))
+    return pd.concat(frames, ignore_index=True)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from numpy.typing import NDArray
 from scipy import sparse
 
+from metasae_lib.interpret.contexts import Contexts
 from metasae_lib.measure.counting import Counts, CrossCounts
 from metasae_lib.measure.cross import top_matches
 from metasae_lib.measure.phi import phi
@@ -25,11 +28,7 @@ from metasae_lib.study.run import Run
 from metasae_lib.study.sections import Role
 from metasae_lib.subject.activations import Residuals
 from metasae_lib.train.dictionary import normalise
-
-if TYPE_CHECKING:
-    from metasae_lib.interpret.contexts import Contexts
-    from metasae_lib.train.training import Arm
-
+from metasae_lib.train.training import Arm
 
 PURE = 0.8  # share of one sense from which a feature belongs to it
 WEAKEST = 0.173  # the smallest |φ| that the paper counts as a part of a split (Table 5)
@@ -43,99 +42,13 @@ class Sense:
     before: str = ""
     after: str = ""
 
-    def matches(self, before: str, after: str) -> bool:
-        """Whether both patterns fit, the empty one always."""
-        return bool(
-            re.search(rf"(?:{self.before})$", before, re.IGNORECASE)
-            and re.match(self.after, after, re.IGNORECASE)
-        )
 
-
+_WORDS = Path(__file__).with_name("words.yml").read_text(encoding="utf-8")
 #: Words and the proxies of their senses, tried in order; an occurrence that fits none is left out.
 WORDS: dict[str, tuple[Sense, ...]] = {
-    "too": (
-        Sense("also", after=r"\s*([.,;:!?)]|$)"),
-        Sense("excess", after=r"\s+(many|much|few|little|often|long|late|far|[a-z]+)\b"),
-    ),
-    "let": (
-        Sense("suggestion", after=r"\s*(['’]\s*s|us|me)\b"),
-        Sense("permission", after=r"\s+(him|her|it|them|the|this|that|people|any|anyone|you|go)\b"),
-    ),
-    "right": (
-        Sense("entitlement", after=r"\s+(to|of)\b"),
-        Sense("direction or moment", after=r"\s+(now|away|side|wing|hand|here|there|after)\b"),
-    ),
-    "bank": (
-        Sense("West Bank", before=r"\bwest "),
-        Sense("riverside", before=r"\b(north|south|east|left|right|river) "),
-        Sense("finance", before=r"\b(world|central|national|investment|the|a|s|of) "),
-    ),
-    "light": (
-        Sense("in light of", before=r"\bin (the )?", after=r"\s+of\b"),
-        Sense("not heavy", after=r"\s+(industry|weapons|brown|touch|rain|up|breeze|and fluffy)\b"),
-        Sense("what shines", after=r"\s*(on|from|source|bulbs?|years?|[.,])"),
-    ),
-    "spring": (
-        Sense("season", before=r"\b(in|this|last|next|early|late|in the|of) "),
-        Sense("onion or roll", after=r"\s+(onions?|rolls?|greens)\b"),
-    ),
-    "bar": (
-        Sense("food or law", before=r"\b(chocolate|candy|the state|granola) "),
-        Sense("place or rod", after=r"\s*(in|at|and|for|to|[.,])"),
-    ),
-    "match": (
-        Sense("game", before=r"\b(the|a|this|final|first|last|test|cup|league|opening) "),
-        Sense("equal", before=r"\b(to|not|that|must|will|would|can|could) "),
-    ),
-    "cookies": (
-        Sense("web", before=r"\b(use|uses|using|these|browser|of) "),
-        Sense("food", before=r"\b(the|bake|baked|chip|chocolate|sugar|oatmeal|butter|your) "),
-    ),
-    "flash": (
-        Sense("flood or point", after=r"\s*(floods?|flooding|point)\b"),
-        Sense("light or software", after=r"\s*(player|drive|memory|of|photography|[.,])"),
-    ),
-    "order": (
-        Sense("purpose", before=r"\bin ", after=r"\s+(to|that)\b"),
-        Sense("command or peace", before=r"\b(executive|court|and|an|the|this|world|public) "),
-    ),
-    "well": (
-        Sense("also", before=r"\bas "),
-        Sense("in a good way", before=r"\b(very|so|do|doing|did|works?|worked|pretty|go|be|it) "),
-    ),
-    "over": (
-        Sense("during", after=r"\s+the (past|last|next|coming|course|years|weekend)\b"),
-        Sense("more than", after=r"\s+([$£€]?\d|a (million|hundred|thousand|third|quarter))"),
-    ),
-    "about": (
-        Sense("roughly", after=r"\s+([$£€]?\d|a (third|quarter|dozen)|half|one|two|three)\b"),
-        Sense("concerning", after=r"\s+(the|his|her|their|how|what|it|this|that|our|my)\b"),
-    ),
-    "back": (
-        Sense("return", after=r"\s+(to|in|from|into|home|on)\b"),
-        Sense("rear", before=r"\b(the|his|her|my|their) "),
-    ),
-    "even": (
-        Sense("although", after=r"\s+(if|though|when|as)\b"),
-        Sense("to a degree", after=r"\s+(more|better|less|the|a|worse|greater|higher|in)\b"),
-    ),
-    "since": (
-        Sense("after", after=r"\s+(then|\d{4}|last|january|may|june|july|september|october|the)\b"),
-        Sense("because", after=r"\s+(it|he|she|we|they|you|this|there|i)\b"),
-    ),
-    "means": (
-        Sense("instrument", before=r"\b(by|the|other|any|all|no) "),
-        Sense("signifies", after=r"\s+(that|it|we|a|he|they|you|more)\b"),
-    ),
-    "like": (
-        Sense("wish", before=r"\b(would|i|you|we|they|d|people|to) "),
-        Sense("similar to", before=r"\b(look|looks|looked|is|was|just|more|things|feel) "),
-    ),
-    "kind": (
-        Sense("sort", after=r"\s+of\b"),
-        Sense("gentle", before=r"\b(very|so|be|and|was|were|is) ", after=r"(?!\s+of\b)"),
-    ),
-}  # fmt: skip
+    word: tuple(Sense(**proxies) for proxies in senses)
+    for word, senses in yaml.safe_load(_WORDS).items()
+}
 
 
 @dataclass(frozen=True)
@@ -155,37 +68,29 @@ class Occurrence:
         return cls(row, position, before + token.removesuffix(word), word, after)
 
 
-def spellings(tokenizer: Any, word: str) -> list[tuple[int, ...]]:
-    """Token ids of a word with and without a blank before it, in lower and title case."""
-    forms = [f"{blank}{form}" for form in (word, word.capitalize()) for blank in (" ", "")]
-    ids = [tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms]
-    return list(dict.fromkeys(ids))
-
-
 def occurrences(
     rows: NDArray[Any], tokenizer: Any, word: str, first: int = 1, around: int = 16
 ) -> list[Occurrence]:
-    """Every place of a whole word in token rows.
+    """Every place of a whole word in token rows, in lower and title case.
 
     rows: (r, c) token ids. Positions before `first` are left out, as in every statistic; a longer
     word that only begins or ends like this one is none. `around`: tokens decoded on either side.
     """
     found = []
-    for ids in spellings(tokenizer, word):
+    forms = [f"{blank}{form}" for form in (word, word.capitalize()) for blank in (" ", "")]
+    spellings = [tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms]
+    for ids in dict.fromkeys(spellings):
         fits = np.ones((rows.shape[0], max(rows.shape[1] - len(ids) + 1, 0)), bool)
         for i, token in enumerate(ids):
             fits &= rows[:, i : i + fits.shape[1]] == token
-        for row, start in np.argwhere(fits):
-            end = int(start) + len(ids)
-            if end - 1 < first:
-                continue
+        for row, start in np.argwhere(fits).tolist():
+            end = start + len(ids)
             before = tokenizer.decode(rows[row, max(start - around, first) : start])
             after = tokenizer.decode(rows[row, end : end + around])
             itself = tokenizer.decode(rows[row, start:end])
             glued = before[-1:].isalnum() and not itself[:1].isspace()
-            if glued or after[:1].isalnum():
-                continue
-            found.append(Occurrence.of(int(row), end - 1, before, itself, after))
+            if end > first and not glued and not after[:1].isalnum():
+                found.append(Occurrence.of(row, end - 1, before, itself, after))
     return sorted(found, key=lambda o: (o.row, o.position))
 
 
@@ -201,9 +106,13 @@ def places_of(contexts: Contexts, feature: int) -> list[Occurrence]:
 
 
 def label(occurrence: Occurrence, senses: Sequence[Sense]) -> int:
-    """Index of the first sense that fits, -1 if none does."""
+    """Index of the first sense of which both patterns fit (an empty one always), -1 if none does.
+
+    Case makes no difference.
+    """
     for index, sense in enumerate(senses):
-        if sense.matches(occurrence.before, occurrence.after):
+        before = re.search(rf"(?:{sense.before})$", occurrence.before, re.IGNORECASE)
+        if before and re.match(sense.after, occurrence.after, re.IGNORECASE):
             return index
     return -1
 
@@ -218,13 +127,13 @@ def firing_at(
     text = run.profile.text
     skipped = text.context_length - text.kept_per_row
     places = np.array([o.row * text.kept_per_row + o.position - skipped for o in found], np.int64)
-    residuals, dtype = Residuals(run, role), product_dtype(run)
-    rows: dict[str, list[sparse.csr_array]] = {name: [] for name in arms}
     order, start = np.argsort(places, kind="stable"), 0
+    places = places[order]
+    residuals, dtype = Residuals(run, role), product_dtype(run)
+    rows = {name: [sparse.csr_array((0, arm.sae.n_features))] for name, arm in arms.items()}
     for index in range(residuals.n_chunks):
         stop = start + residuals.chunk_tokens(index)
-        here = places[order]
-        here = here[(here >= start) & (here < stop)] - start
+        here = places[(places >= start) & (places < stop)] - start
         if len(here):
             z = normalise(residuals.chunk(index)[here].float())[0]
             for name, arm in arms.items():
@@ -234,11 +143,7 @@ def firing_at(
                 rows[name].append(sparse.csr_array(acts.cpu().numpy()))
         start = stop
     back = np.argsort(order, kind="stable")
-    empty = {name: sparse.csr_array((0, arm.sae.n_features)) for name, arm in arms.items()}
-    return {
-        name: sparse.csr_array(sparse.vstack([empty[name], *parts]))[back]
-        for name, parts in rows.items()
-    }
+    return {name: sparse.csr_array(sparse.vstack(parts))[back] for name, parts in rows.items()}
 
 
 def mutual_information(fired: NDArray[Any], total: int, sizes: NDArray[Any]) -> NDArray[np.float64]:
@@ -291,19 +196,20 @@ def sense_information(
             f"{fires.shape[0]} firing rows and {len(senses)} senses of "
             f"{len(np.unique(senses))} kinds: give one sense an occurrence, two kinds at least"
         )
-    total, kinds = len(senses), int(senses.max()) + 1
-    sizes = np.bincount(senses, minlength=kinds)
+    total, sizes = len(senses), np.bincount(senses)
+    share = sizes[sizes > 0] / total
+    entropy = float(-(share * np.log2(share)).sum())
     pattern = sparse.csr_array(fires)
     pattern.data = np.ones_like(pattern.data, dtype=np.float64)
     alive = np.flatnonzero(pattern.sum(axis=0))
     if not len(alive):
-        return Information(0.0, -1, _entropy(sizes), 0.0, 0.0, 1.0)
+        return Information(0.0, -1, entropy, 0.0, 0.0, 1.0)
     pattern = pattern.tocsc()[:, alive].tocsr()
 
     def best(labels: NDArray[np.int64]) -> tuple[float, int]:
         """Largest information and its feature."""
-        one_hot = sparse.csr_array((np.ones(total), (labels, np.arange(total))), (kinds, total))
-        bits = mutual_information((one_hot @ pattern).toarray(), total, sizes)
+        of_sense = sparse.csr_array(labels == np.arange(len(sizes))[:, None])
+        bits = mutual_information((of_sense @ pattern).toarray(), total, sizes)
         return float(bits.max()), int(bits.argmax())
 
     bits, feature = best(senses)
@@ -312,7 +218,7 @@ def sense_information(
     return Information(
         bits=bits,
         feature=int(alive[feature]),
-        entropy=_entropy(sizes),
+        entropy=entropy,
         null_mean=float(null.mean()) if permutations else 0.0,
         null_high=float(np.quantile(null, 0.95)) if permutations else 0.0,
         p=float((1 + (null >= bits - 1e-12).sum()) / (1 + permutations)),
@@ -332,17 +238,11 @@ def bootstrap_difference(
     differences = []
     for _ in range(draws):
         take = rng.integers(len(senses), size=len(senses))
-        if len(np.unique(senses[take])) < 2:
-            continue
-        before, after = (sense_information(x[take], senses[take], 0).bits for x in (a, b))
-        differences.append(after - before)
+        if len(np.unique(senses[take])) > 1:
+            before, after = (sense_information(x[take], senses[take], 0).bits for x in (a, b))
+            differences.append(after - before)
     low, high = np.quantile(differences, [0.025, 0.975]) if differences else (np.nan, np.nan)
     return float(low), float(high)
-
-
-def _entropy(sizes: NDArray[Any]) -> float:
-    share = sizes[sizes > 0] / sizes.sum()
-    return float(-(share * np.log2(share)).sum())
 
 
 def case_study(
@@ -369,31 +269,19 @@ def case_study(
         np.asarray(cross.n11[[feature]]), cross.n1_a[[feature]], cross.n1_b, cross.n_tokens
     )
     partners = top_matches(one, n_partners)
-    rows = [("solo", feature, np.nan, fires_solo, solo.n1[feature])]
-    rows += [
-        ("joint", int(match), float(value), fires_joint, cross.n1_b[match])
-        for match, value in zip(partners.match, partners.phi, strict=True)
-    ]
-    table = []
-    for sae, index, value, fires, n1 in rows:
-        fired = np.asarray(fires[:, [index]].todense()).ravel() != 0
-        shares = [
-            float(fired[labels == s].mean()) if (labels == s).any() else 0.0
-            for s in range(len(names))
-        ]
-        word = phi(np.array([[fired.sum()]]), [n1], [len(labels)], solo.n_tokens)[0, 0]
-        table.append(
-            {
-                "sae": sae,
-                "feature": index,
-                "phi": value,
-                "phi_word": float(word),
-                "rate": float(n1 / solo.n_tokens),
-                **dict(zip(names, shares, strict=True)),
-                "sense": belongs(shares, names),
-            }
-        )
-    return pd.DataFrame(table)
+    matches = zip(partners.match, partners.phi, strict=True)
+    about = [("solo", feature, np.nan, fires_solo, solo.n1)]
+    about += [("joint", i, v, fires_joint, cross.n1_b) for i, v in matches]
+    rows: list[tuple[Any, ...]] = []
+    for sae, index, value, fires, n1 in about:
+        fired = fires[:, [index]].toarray().ravel() != 0
+        by_sense = pd.Series(fired).groupby(labels).mean()
+        shares = by_sense.reindex(range(len(names)), fill_value=0.0).tolist()
+        word = phi(np.array([[fired.sum()]]), [n1[index]], [len(labels)], solo.n_tokens).item()
+        rate = float(n1[index] / solo.n_tokens)
+        rows.append((sae, index, value, word, rate, *shares, belongs(shares, names)))
+    columns = ["sae", "feature", "phi", "phi_word", "rate", *names, "sense"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def belongs(shares: Sequence[float], names: Sequence[str]) -> str:
@@ -438,9 +326,8 @@ def side_by_side(
     for sense, name in enumerate(names):
         for i in np.flatnonzero(labels == sense)[:per_sense]:
             one = found[i]
-            text = f"{one.before[-40:]}«{one.word}»{one.after[:30]}"
-            values = {heading: float(a[i]) or None for heading, a in acts.items()}
-            rows.append({"sense": name, "context": quoted(text), **values})
+            text = quoted(f"{one.before[-40:]}«{one.word}»{one.after[:30]}")
+            rows.append((name, text, *(float(a[i]) or None for a in acts.values())))
     return pd.DataFrame(rows, columns=["sense", "context", *acts])
 
 

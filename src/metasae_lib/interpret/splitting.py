@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,10 +20,7 @@ from metasae_lib.measure.counting import Counts, CrossCounts
 from metasae_lib.measure.cross import top_matches
 from metasae_lib.measure.phi import phi
 from metasae_lib.study.errors import MeasureError
-
-if TYPE_CHECKING:
-    from metasae_lib.train.training import Arm
-
+from metasae_lib.train.training import Arm
 
 _LOOK = 8  # partners looked at for each feature, strongest first
 SIGNIFICANCE = 0.05
@@ -98,19 +94,15 @@ def find(cross: CrossCounts, a: Side, b: Side, rule: Rule | None = None) -> pd.D
             score = kept[rule.n_partners - 1][1]
             rows += [(feature, score, *partner) for partner in kept]
     found = pd.DataFrame(rows, columns=["feature", "score", "partner", "phi", "overlap"])
-    found = found.astype({"feature": int, "partner": int})
-    found = found.sort_values(
+    found = found.astype({"feature": int, "partner": int}).sort_values(
         ["score", "feature", "phi"], ascending=[False, True, False], kind="stable"
     )
     found["rank"] = pd.factorize(found.feature)[0] + 1
-    found["rate"] = a.counts.rates[found.feature]
-    found["partner_rate"] = b.counts.rates[found.partner]
-    found["peak"] = [a.peaks[i] for i in found.feature]
-    found["partner_peak"] = [b.peaks[i] for i in found.partner]
-    columns = [
-        "rank", "feature", "score", "rate", "peak", "partner", "phi", "partner_rate",
-        "partner_peak", "overlap",
-    ]  # fmt: skip
+    for side, column, prefix in ((a, "feature", ""), (b, "partner", "partner_")):
+        found[f"{prefix}rate"] = side.counts.rates[found[column]]
+        found[f"{prefix}peak"] = [side.peaks[i] for i in found[column]]
+    columns = ["rank", "feature", "score", "rate", "peak"]
+    columns += ["partner", "phi", "partner_rate", "partner_peak", "overlap"]
     return found[columns].reset_index(drop=True)
 
 
@@ -154,18 +146,16 @@ def count_directions(
     }
 
 
+def _compared(arm: Arm, selected: tuple[float, float]) -> bool:
+    """Whether an arm is a solo arm, or a joint arm at `selected` (λ₂, σ²)."""
+    spec = arm.spec
+    return spec.kind == "solo" or (spec.kind, spec.lambda2, spec.sigma_sq) == ("joint", *selected)
+
+
 def two_seeds(arms: Mapping[str, Arm], selected: tuple[float, float]) -> dict[str, Arm]:
     """The solo arms and the joint arms at `selected` (λ₂, σ²), of the first two seeds alone."""
     seeds = list(dict.fromkeys(a.spec.seed for a in arms.values() if a.spec.kind == "solo"))[:2]
-    return {
-        name: arm
-        for name, arm in arms.items()
-        if arm.spec.seed in seeds
-        and (
-            arm.spec.kind == "solo"
-            or (arm.spec.kind == "joint" and (arm.spec.lambda2, arm.spec.sigma_sq) == selected)
-        )
-    }
+    return {n: a for n, a in arms.items() if a.spec.seed in seeds and _compared(a, selected)}
 
 
 def seed_pairs(arms: Mapping[str, Arm], selected: tuple[float, float]) -> pd.DataFrame:
@@ -175,12 +165,8 @@ def seed_pairs(arms: Mapping[str, Arm], selected: tuple[float, float]) -> pd.Dat
     seed, which began with the same weights; `null` solo against solo of the next seed. selected: λ₂
     and σ² of the joint arms. MeasureError with fewer than two seeds.
     """
-    solo = {arm.spec.seed: name for name, arm in arms.items() if arm.spec.kind == "solo"}
-    joint = {
-        arm.spec.seed: name
-        for name, arm in arms.items()
-        if arm.spec.kind == "joint" and (arm.spec.lambda2, arm.spec.sigma_sq) == selected
-    }
+    used = {(a.spec.kind, a.spec.seed): n for n, a in arms.items() if _compared(a, selected)}
+    solo, joint = ({s: n for (k, s), n in used.items() if k == kind} for kind in ("solo", "joint"))
     seeds = sorted(solo.keys() & joint.keys())
     if len(seeds) < 2:
         raise MeasureError(
@@ -200,16 +186,12 @@ def _apart(group: pd.DataFrame, counts: Counts, max_phi: float) -> list[tuple[in
     """(partner, φ, overlap) of the partners that do not fire together with a stronger one."""
     kept: list[tuple[int, float, float]] = []
     for partner, value in zip(group.match, group.phi, strict=True):
-        stronger = np.array([p for p, _, _ in kept], np.int64)
-        together = phi(
-            np.asarray(counts.n11[partner])[None, stronger],
-            counts.n1[[partner]],
-            counts.n1[stronger],
-            counts.n_tokens,
-        )
-        overlap = float(together.max()) if kept else np.nan
+        stronger, n1, overlap = [p for p, _, _ in kept], counts.n1, np.nan
+        if kept:
+            together = np.asarray(counts.n11[partner])[None, stronger]
+            overlap = phi(together, n1[[partner]], n1[stronger], counts.n_tokens).max().item()
         if not kept or overlap <= max_phi:
-            kept.append((int(partner), float(value), overlap))
+            kept.append((partner, value, overlap))
     return kept
 
 
@@ -271,16 +253,18 @@ def pool(pairs: pd.DataFrame) -> Pooled:
     pair that started from the same weights has no solo pair to be held against. In a null pair
     neither direction is special, so both count.
     """
-    joint, null = (pairs[pairs.role == role] for role in ("joint", "null"))
-    if joint.empty or null.empty:
+    total = pairs.groupby("role").sum(numeric_only=True).to_dict("index")
+    if not {"joint", "null"} <= total.keys():
         raise MeasureError(
             "splits need a joint pair and a pair of solo dictionaries as null: train at least two "
             "seeds (training.seeds)"
         )
-    splits, merges = int(joint.splits.sum()), int(joint.merges.sum())
-    able = int(joint.eligible_a.sum())
-    null_splits = int(null.splits.sum() + null.merges.sum())
-    null_able = int(null.eligible_a.sum() + null.eligible_b.sum())
+    joint, null = total["joint"], total["null"]
+    splits, merges, able = joint["splits"], joint["merges"], joint["eligible_a"]
+    null_splits, null_able = (
+        null["splits"] + null["merges"],
+        null["eligible_a"] + null["eligible_b"],
+    )
     table = np.array([[splits, able - splits], [null_splits, null_able - null_splits]])
     return Pooled(
         splits=splits,

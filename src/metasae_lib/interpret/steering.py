@@ -45,16 +45,14 @@ def next_tokens(
     One row a token: those among the `n_top` likeliest before or under any replacement. Columns:
     token, unchanged, one a replacement, and `change <name>` in percentage points; likeliest first.
     """
-    row = ids[None]
-    before = subject.next_logits(row)[0].softmax(-1)
-    after = {name: subject.next_logits(row, f)[0].softmax(-1) for name, f in replacements.items()}
-    tops = [p.topk(n_top).indices for p in (before, *after.values())]
-    shown = sorted(set(torch.cat(tops).tolist()), key=lambda i: -float(before[i]))
-    frame = pd.DataFrame(
-        {"token": [decode(i) for i in shown], "unchanged": [float(before[i]) for i in shown]}
-    )
-    for name, p in after.items():
-        frame[name] = [float(p[i]) for i in shown]
-    for name in after:
+    p = {
+        name: subject.next_logits(ids[None], replace)[0].softmax(-1)
+        for name, replace in {"unchanged": None, **replacements}.items()
+    }
+    tops = torch.cat([each.topk(n_top).indices for each in p.values()])
+    shown = sorted(set(tops.tolist()), key=lambda i: -float(p["unchanged"][i]))
+    columns = {name: each[shown].tolist() for name, each in p.items()}
+    frame = pd.DataFrame({"token": [decode(i) for i in shown], **columns})
+    for name in replacements:
         frame[f"change {name}"] = 100 * (frame[name] - frame.unchanged)
     return frame

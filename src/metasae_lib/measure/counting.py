@@ -80,11 +80,10 @@ class CooccurrenceCounter:
         self.n_a, self.n_b = n_a, n_b
         self.device = torch.device(device)
         self.n_tokens = 0
-        self._n11 = torch.zeros(n_a, n_b or n_a, dtype=torch.int32, device=self.device)
-        self._n1_a = torch.zeros(n_a, dtype=torch.int64)
-        self._n1_b = torch.zeros(n_b, dtype=torch.int64) if n_b else self._n1_a
-        self._waiting: list[tuple[Pattern, Pattern | None]] = []
-        self._entries = 0
+        self._sizes = (n_a,) if n_b is None else (n_a, n_b)
+        self._n1 = [np.zeros(n, np.int64) for n in self._sizes]
+        self._n11 = torch.zeros(n_a, self._sizes[-1], dtype=torch.int32, device=self.device)
+        self._waiting: list[list[Pattern]] = []
 
     def update(self, fired_a: Any, fired_b: Any = None) -> None:
         """Add tokens. fired_a: (t, n_a), fired_b: (t, n_b) or None as at construction.
@@ -98,19 +97,27 @@ class CooccurrenceCounter:
             raise MeasureError(
                 "give fired_b exactly if the counter was made for two dictionaries (n_b)"
             )
-        if self.device.type == "cpu":
-            self._add(
-                _pattern(fired_a, self.n_a),
-                None if self.n_b is None else _pattern(fired_b, self.n_b),
+        on_cpu = self.device.type == "cpu"
+        given = zip((fired_a, fired_b), self._sizes, strict=False)
+        if on_cpu:
+            patterns = [_pattern(fired, n) for fired, n in given]
+            lengths = [pattern.n_tokens for pattern in patterns]
+        else:
+            dense = [_dense(fired, n).to(self.device) for fired, n in given]
+            lengths = [len(fired) for fired in dense]
+        if lengths[0] != lengths[-1]:
+            raise MeasureError(
+                f"fired_a has {lengths[0]} tokens and fired_b {lengths[1]}: give the same tokens"
             )
-            return
-        a = _dense(fired_a, self.n_a).to(self.device)
-        b = None if self.n_b is None else _dense(fired_b, self.n_b).to(self.device)
-        self._grow(len(a), None if b is None else len(b))
-        self._n1_a += a.sum(0).cpu()
-        if b is not None:
-            self._n1_b += b.sum(0).cpu()
-        self._add_product(a, b)
+        self.n_tokens += lengths[0]
+        if self.n_tokens > INT32_MAX:
+            self._n11 = self._n11.to(torch.int64)
+        if on_cpu:
+            self._add(patterns)
+        else:
+            for n1, fired in zip(self._n1, dense, strict=True):
+                n1 += fired.sum(0).cpu().numpy()
+            self._add_product(dense)
 
     @property
     def n11(self) -> Tensor:
@@ -121,95 +128,73 @@ class CooccurrenceCounter:
     @property
     def n1_a(self) -> Tensor:
         """(n_a,) int64: tokens on which each feature of the first dictionary fires."""
-        return self._n1_a.clone()
+        return torch.from_numpy(self._n1[0].copy())
 
     @property
     def n1_b(self) -> Tensor:
         """(n_b,) int64 for the second dictionary; that of the first if there is one only."""
-        return self._n1_b.clone()
+        return torch.from_numpy(self._n1[-1].copy())
 
     def counts(self) -> Counts:
         """The counts within one dictionary, without a copy: valid until the next update."""
         if self.n_b is not None:
             raise MeasureError("this counter is between two dictionaries: use cross_counts()")
-        return Counts(self._finished().cpu().numpy(), self._n1_a.numpy().copy(), self.n_tokens)
+        return Counts(self._finished().cpu().numpy(), self._n1[0].copy(), self.n_tokens)
 
     def cross_counts(self) -> CrossCounts:
         """The counts between two dictionaries, without a copy: valid until the next update."""
         if self.n_b is None:
             raise MeasureError("this counter is within one dictionary: use counts()")
-        n11 = self._finished().cpu().numpy()
-        return CrossCounts(n11, self._n1_a.numpy().copy(), self._n1_b.numpy().copy(), self.n_tokens)
+        n1_a, n1_b = (n1.copy() for n1 in self._n1)
+        return CrossCounts(self._finished().cpu().numpy(), n1_a, n1_b, self.n_tokens)
 
     def state(self) -> dict[str, Array]:
         """Arrays that `restore` continues from, to the same integers."""
         return {
             "n11": self._finished().cpu().numpy(),
-            "n1_a": self._n1_a.numpy(),
-            "n1_b": self._n1_b.numpy(),
+            "n1_a": self._n1[0],
+            "n1_b": self._n1[-1],
             "n_tokens": np.array(self.n_tokens),
         }
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Go on from a `state`."""
-        self._waiting, self._entries = [], 0
+        self._waiting = []
         self._n11 = torch.from_numpy(np.array(state["n11"])).to(self.device)
-        self._n1_a = torch.from_numpy(np.array(state["n1_a"]))
-        self._n1_b = torch.from_numpy(np.array(state["n1_b"])) if self.n_b else self._n1_a
+        self._n1 = [
+            np.array(state[key]) for key, _ in zip(("n1_a", "n1_b"), self._n1, strict=False)
+        ]
         self.n_tokens = int(state["n_tokens"])
 
-    def _add(self, a: Pattern, b: Pattern | None) -> None:
-        self._grow(len(a.indptr) - 1, None if b is None else len(b.indptr) - 1)
-        for pattern, n1 in ((a, self._n1_a), (b, self._n1_b)):
-            if pattern is not None:
-                n1 += torch.from_numpy(np.bincount(pattern.indices, minlength=len(n1)))
-        fires = np.diff(a.indptr)
-        if b is None:
-            increments = float(fires @ (fires - 1)) / 2
-            multiply_adds = len(fires) * self._n11.numel() / 2
-        else:
-            increments = float(fires @ np.diff(b.indptr))
-            multiply_adds = float(len(fires) * self._n11.numel())
-        if increments * DENSE_ADVANTAGE > multiply_adds:
-            dense_b = None if b is None else _from_pattern(b, self._n11.shape[1])
-            self._add_product(_from_pattern(a, self.n_a), dense_b)
+    def _add(self, patterns: list[Pattern]) -> None:
+        for n1, pattern in zip(self._n1, patterns, strict=True):
+            n1 += np.bincount(pattern.indices, minlength=len(n1))
+        a, b = (np.diff(pattern.indptr) for pattern in (patterns[0], patterns[-1]))
+        increments = float(a @ (b if self.n_b else a - 1))
+        if increments * DENSE_ADVANTAGE > float(len(a) * self._n11.numel()):
+            self._add_product([_dense(*each) for each in zip(patterns, self._sizes, strict=True)])
             return
-        self._waiting.append((a, b))
-        self._entries += len(a.indices) + (0 if b is None else len(b.indices))
-        if self._entries >= FLUSH_ENTRIES:
+        self._waiting.append(patterns)
+        if sum(len(each.indices) for given in self._waiting for each in given) >= FLUSH_ENTRIES:
             self._flush()
-
-    def _grow(self, n_tokens: int, n_tokens_b: int | None) -> None:
-        if n_tokens_b not in (None, n_tokens):
-            raise MeasureError(
-                f"fired_a has {n_tokens} tokens and fired_b {n_tokens_b}: give the same tokens"
-            )
-        self.n_tokens += n_tokens
-        if self.n_tokens > INT32_MAX and self._n11.dtype == torch.int32:
-            self._n11 = self._n11.to(torch.int64)
 
     def _flush(self) -> None:
         if self._waiting:
-            a = _joined([a for a, _ in self._waiting])
-            b = None if self.n_b is None else _joined([b for _, b in self._waiting if b])
-            add_pairs(self._n11.numpy(), a, b)
-            self._waiting, self._entries = [], 0
+            add_pairs(self._n11.numpy(), *map(_joined, zip(*self._waiting, strict=True)))
+            self._waiting = []
 
-    def _add_product(self, a: Tensor, b: Tensor | None) -> None:
-        """Add Aᵀ B for dense bool (t, n_a) and (t, n_b); without b, Aᵀ A from the diagonal on."""
+    def _add_product(self, fired: list[Tensor]) -> None:
+        """Add Aᵀ B for dense bool (t, n_a) and (t, n_b); without the second, Aᵀ A from the
+        diagonal on."""
         # Zeros and ones are exact in bfloat16, and their sums up to 2^24 in the float32 result.
         on_gpu = self.device.type == "cuda"
-        a = a.to(torch.bfloat16 if on_gpu else torch.float32)
-        other = a if b is None else b.to(a.dtype)
-        for tokens in torch.arange(len(a)).split(FLOAT32_EXACT):
-            left, right = a[tokens[0] : tokens[-1] + 1], other[tokens[0] : tokens[-1] + 1]
+        exact = [each.to(torch.bfloat16 if on_gpu else torch.float32) for each in fired]
+        options: dict[str, Any] = {"out_dtype": torch.float32} if on_gpu else {}
+        for a, b in zip(exact[0].split(FLOAT32_EXACT), exact[-1].split(FLOAT32_EXACT), strict=True):
             for row in range(0, self.n_a, _BLOCK_ROWS):
-                first = row if b is None else 0
-                rows, columns = left[:, row : row + _BLOCK_ROWS].T, right[:, first:]
-                sums = (
-                    torch.mm(rows, columns, out_dtype=torch.float32) if on_gpu else rows @ columns
-                )
-                self._n11[row : row + _BLOCK_ROWS, first:] += sums.to(self._n11.dtype)
+                rows, first = slice(row, row + _BLOCK_ROWS), 0 if self.n_b else row
+                sums = torch.mm(a[:, rows].T, b[:, first:], **options)
+                self._n11[rows, first:] += sums.to(self._n11.dtype)
 
     def _finished(self) -> Tensor:
         """The accumulator with everything counted; of one dictionary mirrored in place.
@@ -223,8 +208,7 @@ class CooccurrenceCounter:
                 diagonal = self._n11[rows, rows].triu(1)
                 self._n11[rows, rows] = diagonal + diagonal.T
                 self._n11[row + _BLOCK_ROWS :, rows] = self._n11[rows, row + _BLOCK_ROWS :].T
-            n1 = self._n1_a.to(self.device, self._n11.dtype)
-            self._n11.diagonal().copy_(n1)
+            self._n11.diagonal().copy_(torch.from_numpy(self._n1[0]))
         return self._n11
 
 
@@ -232,29 +216,23 @@ def _pattern(fired: Any, n: int) -> Pattern:
     """Any accepted form of firing -> sorted CSR without repeats."""
     if isinstance(fired, Pattern):
         return fired
-    stored = scipy.sparse.issparse(fired)
     if isinstance(fired, Tensor):
         fired = fired.detach().cpu()
         if fired.layout == torch.sparse_csr:
             parts = fired.values(), fired.col_indices(), fired.crow_indices()
-            values, columns, rows = (part.numpy() for part in parts)
-            fired, stored = (
-                scipy.sparse.csr_array((values, columns, rows), tuple(fired.shape)),
-                True,
-            )
+            arrays = tuple(part.numpy() for part in parts)
+            fired = scipy.sparse.csr_array(arrays, tuple(fired.shape))
         else:
             fired = fired.numpy()
     if fired.ndim != 2 or fired.shape[1] != n:
         raise MeasureError(f"firing of shape {tuple(fired.shape)} does not fit: give (tokens, {n})")
+    stored = scipy.sparse.issparse(fired)
     if not stored:
         if fired.dtype.kind not in "biu":
             raise MeasureError(f"firing is of type {fired.dtype}: give bool, such as acts > 0")
         dense = np.ascontiguousarray(fired) != 0
         return above(dense.view(np.uint8), np.zeros(n, np.uint8))[0]
-    given = scipy.sparse.csr_array(fired)
-    sparse = scipy.sparse.csr_array(
-        (given.data != 0, given.indices, given.indptr), given.shape, copy=True
-    )
+    sparse = scipy.sparse.csr_array(fired).astype(bool)
     sparse.sum_duplicates()
     sparse.eliminate_zeros()
     return Pattern(sparse.indptr.astype(np.int64), sparse.indices.astype(index_type(n)))
@@ -264,14 +242,8 @@ def _dense(fired: Any, n: int) -> Tensor:
     """Any accepted form of firing -> dense bool (t, n)."""
     if isinstance(fired, Tensor) and fired.layout == torch.strided and fired.shape[1:] == (n,):
         return fired != 0
-    return _from_pattern(_pattern(fired, n), n)
-
-
-def _from_pattern(pattern: Pattern, n: int) -> Tensor:
-    tokens = np.repeat(np.arange(len(pattern.indptr) - 1), np.diff(pattern.indptr))
-    dense = torch.zeros(len(pattern.indptr) - 1, n, dtype=torch.bool)
-    dense[torch.from_numpy(tokens), torch.from_numpy(pattern.indices.astype(np.int64))] = True
-    return dense
+    pattern = _pattern(fired, n)
+    return torch.from_numpy(pattern.matrix(n, np.ones(len(pattern.indices), bool)).toarray())
 
 
 def _joined(patterns: Sequence[Pattern]) -> Pattern:

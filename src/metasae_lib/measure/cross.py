@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,18 +13,18 @@ from torch import Tensor
 from metasae_lib.measure.counting import CooccurrenceCounter, CrossCounts
 from metasae_lib.measure.patterns import above
 from metasae_lib.measure.phi import phi
-from metasae_lib.measure.scan import TOKENS_AT_ONCE, VERSION, scan_inputs
-from metasae_lib.measure.thresholds import calibrate_arms, pre_activations, product_dtype
+from metasae_lib.measure.scan import VERSION, scan_inputs
+from metasae_lib.measure.thresholds import (
+    calibrate_arms,
+    pre_activations,
+    product_dtype,
+    scan_chunks,
+)
 from metasae_lib.study.errors import MeasureError
 from metasae_lib.study.files import atomic_write
-from metasae_lib.study.progress import progress
-from metasae_lib.study.run import locked
+from metasae_lib.study.run import Artefact, Run
 from metasae_lib.subject.activations import Residuals
-from metasae_lib.train.dictionary import normalise
-
-if TYPE_CHECKING:
-    from metasae_lib.study.run import Artefact, Run
-    from metasae_lib.train.training import Arm
+from metasae_lib.train.training import Arm
 
 
 def check_comparable(arm_a: Arm, arm_b: Arm) -> None:
@@ -49,69 +49,51 @@ def check_comparable(arm_a: Arm, arm_b: Arm) -> None:
             )
 
 
-def cross_counts(run: Run, arm_a: Arm, arm_b: Arm) -> CrossCounts:
-    """Counts between the features of two arms over the scan role, as an artefact.
-
-    Raises MeasureError if the two were not trained on the same kind of residuals.
-    """
-    pair = arm_a.spec.name, arm_b.spec.name
-    return cross_scan(run, {arm.spec.name: arm for arm in (arm_a, arm_b)}, [pair])[pair]
-
-
 def cross_scan(
     run: Run, arms: Mapping[str, Arm], pairs: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], CrossCounts]:
-    """`cross_counts` for several pairs of arm names, all in one pass over the scan role."""
+    """Counts between the features of pairs of arms, by name, all in one pass over the scan role.
+
+    Counts are artefacts. Raises MeasureError if the two of a pair were not trained on the same
+    kind of residuals.
+    """
     for a, b in pairs:
         check_comparable(arms[a], arms[b])
-    names = dict.fromkeys(name for pair in pairs for name in pair)
-    calibrate_arms(run, {name: arms[name] for name in names})
+    used = {name: arms[name] for pair in pairs for name in pair}
+    calibrate_arms(run, used)
     residuals = Residuals(run, "scan")
-    inputs = scan_inputs(run, residuals)
-    artefacts = {
-        (a, b): run.artefact(
-            "cross-counts",
-            {"a": arms[a].folder.name, "b": arms[b].folder.name, **inputs},
-            VERSION,
-        )
-        for a, b in pairs
-    }
-    with locked(artefacts.values()):
-        missing = [pair for pair, artefact in artefacts.items() if not artefact.complete]
-        if missing:
-            for pair, cross in _cross(run, residuals, arms, missing).items():
-                folder = artefacts[pair].folder
-                with atomic_write(folder / "n11.npy") as path:
-                    np.save(path, cross.n11)
-                with atomic_write(folder / "n1.npz") as path:
-                    np.savez(path, a=cross.n1_a, b=cross.n1_b)
-                artefacts[pair].finish({"n_tokens": cross.n_tokens}, shared_by=len(missing))
-        return {pair: _load_cross(artefact) for pair, artefact in artefacts.items()}
+
+    def make(missing: dict[tuple[str, str], Artefact]) -> None:
+        for pair, cross in _cross(run, residuals, arms, list(missing)).items():
+            with atomic_write(missing[pair].folder / "n11.npy") as path:
+                np.save(path, cross.n11)
+            with atomic_write(missing[pair].folder / "n1.npz") as path:
+                np.savez(path, a=cross.n1_a, b=cross.n1_b)
+            missing[pair].finish({"n_tokens": cross.n_tokens}, shared_by=len(missing))
+
+    on = scan_inputs(run, residuals)
+    inputs = {(a, b): {"a": used[a].folder.name, "b": used[b].folder.name, **on} for a, b in pairs}
+    artefacts = run.made("cross-counts", inputs, VERSION, make)
+    return {pair: _load_cross(artefact) for pair, artefact in artefacts.items()}
 
 
 def _cross(
-    run: Run,
-    residuals: Residuals,
-    arms: Mapping[str, Arm],
-    pairs: Sequence[tuple[str, str]],
+    run: Run, residuals: Residuals, arms: Mapping[str, Arm], pairs: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], CrossCounts]:
-    dtype, device = product_dtype(run), residuals.device
-    used = {name: arms[name].sae for name in dict.fromkeys(n for pair in pairs for n in pair)}
+    dtype = product_dtype(run)
+    used = {name: arms[name].sae for pair in pairs for name in pair}
     counters = {
-        (a, b): CooccurrenceCounter(used[a].n_features, used[b].n_features, device)
+        (a, b): CooccurrenceCounter(used[a].n_features, used[b].n_features, residuals.device)
         for a, b in pairs
     }
-    with progress(residuals.n_tokens, f"cross counts of {len(pairs)} pairs of arms") as bar:
-        for i in range(residuals.n_chunks):
-            for x in residuals.chunk(i).split(TOKENS_AT_ONCE):
-                z = normalise(x.float())[0]
-                fired = {
-                    name: firing(pre_activations(sae, z, dtype), sae.threshold)
-                    for name, sae in used.items()
-                }
-                for (a, b), counter in counters.items():
-                    counter.update(fired[a], fired[b])
-                bar.update(len(x))
+    for _, parts in scan_chunks(residuals, f"cross counts of {len(pairs)} pairs of arms"):
+        for z in parts:
+            fired = {
+                name: firing(pre_activations(sae, z, dtype), sae.threshold)
+                for name, sae in used.items()
+            }
+            for (a, b), counter in counters.items():
+                counter.update(fired[a], fired[b])
     return {pair: counter.cross_counts() for pair, counter in counters.items()}
 
 
@@ -153,17 +135,9 @@ def top_matches(cross: CrossCounts, m: int = 5, of: str = "a") -> pd.DataFrame:
         order = np.lexsort((match, -size[feature, match], feature))
         feature, match = feature[order], match[order]
         rank = np.arange(len(feature)) - np.searchsorted(feature, feature)
-        keep = rank < m
-        parts.append(
-            pd.DataFrame(
-                {
-                    "feature": feature[keep] + row,
-                    "rank": rank[keep],
-                    "match": match[keep],
-                    "phi": values[feature[keep], match[keep]],
-                }
-            )
-        )
+        found = {"feature": feature + row, "rank": rank, "match": match}
+        table = pd.DataFrame(found | {"phi": values[feature, match]})
+        parts.append(table[rank < m])
     return pd.concat(parts, ignore_index=True)
 
 

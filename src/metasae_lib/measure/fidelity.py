@@ -14,8 +14,9 @@ reconstruction, mapped back by the token's own mean and deviation. All on held-o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,29 +25,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metasae_lib.measure.patterns import above
+from metasae_lib.measure.scan import scan_inputs
 from metasae_lib.measure.thresholds import (
+    by_arm,
     calibrate_arms,
-    calibration_inputs,
-    grouped,
     pre_activations,
     product_dtype,
-    training_batches,
+    training_groups,
 )
 from metasae_lib.study.errors import MeasureError
 from metasae_lib.study.progress import progress
-from metasae_lib.study.run import locked
+from metasae_lib.study.run import Artefact, Run
+from metasae_lib.study.sections import Role
 from metasae_lib.subject.activations import Residuals
 from metasae_lib.subject.corpus import load_tokens
 from metasae_lib.subject.model import Subject, load_subject
-from metasae_lib.train.dictionary import JumpReLU, denormalise, normalise
-from metasae_lib.train.kernels.select import batch_topk, batch_topk_plain
-
-if TYPE_CHECKING:
-    from metasae_lib.study.run import Run
-    from metasae_lib.study.sections import Role
-    from metasae_lib.train.dictionary import Dictionary
-    from metasae_lib.train.training import Arm
-
+from metasae_lib.train.dictionary import Dictionary, JumpReLU, denormalise, normalise
+from metasae_lib.train.kernels.compiled import batch_topk
+from metasae_lib.train.kernels.plain import batch_topk as batch_topk_plain
+from metasae_lib.train.training import Arm
 
 VERSION = 2  # of the stage
 TOKENS = 100_000  # L2, FVU, L0 and norms are taken on the first chunks of the scan role up to here
@@ -75,39 +72,39 @@ class Moments:
         return float((self._square - self._sum.square() / self.n_tokens).sum())
 
 
+@dataclass
 class Reconstruction:
     """Sums over tokens from which L2, FVU and L0 follow; float64.
 
     moments: of the same tokens, which several reconstructions may share.
     """
 
-    def __init__(self, moments: Moments) -> None:
-        self.n_active = 0
-        self._moments = moments
-        self._error = 0.0
+    moments: Moments
+    error: float = 0.0
+    n_active: int = 0
 
     def add(self, z: Tensor, z_hat: Tensor, n_active: int) -> None:
         """Add tokens. z, z_hat: (t, d) normalised. n_active: activations that are not zero."""
         self.n_active += n_active
-        self._error += float((z - z_hat).square_().sum(1).sum(dtype=torch.float64))
+        self.error += float((z - z_hat).square_().sum(1).sum(dtype=torch.float64))
 
     @property
     def l2(self) -> float:
         """Mean square error over tokens and dimensions."""
-        return self._error / (self._moments.n_tokens * self._moments.d)
+        return self.error / (self.moments.n_tokens * self.moments.d)
 
     @property
     def fvu(self) -> float:
         """Fraction of variance unexplained. Raises MeasureError if nothing varies."""
-        variance = self._moments.variance
+        variance = self.moments.variance
         if variance <= 0:
             raise MeasureError("the fraction of variance unexplained needs tokens that differ")
-        return self._error / variance
+        return self.error / variance
 
     @property
     def l0(self) -> float:
         """Mean number of active features a token."""
-        return self.n_active / self._moments.n_tokens
+        return self.n_active / self.moments.n_tokens
 
 
 def reconstruct(
@@ -169,43 +166,25 @@ def measure_arms(run: Run, arms: Mapping[str, Arm], subject: Subject | None = No
     """
     calibrations = calibrate_arms(run, arms)
     residuals = Residuals(run, "scan", subject)
-    inputs = {
-        "on": residuals.inputs,
-        "calibration": calibration_inputs(run, Residuals(run, "calibration")),
-        "rule": run.profile.evaluation.threshold_rule,
-        "ce_rows": run.profile.evaluation.ce_rows,
-    }
-    artefacts = {
-        name: run.artefact("fidelity", {"arm": arm.folder.name, **inputs}, VERSION)
-        for name, arm in arms.items()
-    }
-    with locked(artefacts.values()):
-        missing = {name: arms[name] for name, one in artefacts.items() if not one.complete}
-        if missing:
-            subject = subject or load_subject(run.profile)
-            errors = _errors(run, residuals, missing)
-            entropies = _entropies(run, missing, subject)
-            for name in missing:
-                dead = int((calibrations[name].selected == 0).sum())
-                artefacts[name].finish(
-                    {"fidelity": {**errors[name], **entropies[name], "dead": dead}},
-                    shared_by=len(missing),
-                )
-        measured = {name: one.info["fidelity"] for name, one in artefacts.items()}
-    return pd.DataFrame(
-        [
-            {
-                "arm": name,
-                "kind": arm.spec.kind,
-                "seed": arm.spec.seed,
-                "lambda2": arm.spec.lambda2,
-                "sigma_sq": arm.spec.sigma_sq,
-                "k": arm.spec.k,
-                **measured[name],
-            }
-            for name, arm in arms.items()
-        ]
-    )
+
+    def make(missing: dict[str, Artefact]) -> None:
+        model, chosen = subject or load_subject(run.profile), {name: arms[name] for name in missing}
+        errors, entropies = _errors(run, residuals, chosen), _entropies(run, chosen, model)
+        for name, artefact in missing.items():
+            dead = int((calibrations[name].selected == 0).sum())
+            measured = {**errors[name], **entropies[name], "dead": dead}
+            artefact.finish({"fidelity": measured}, shared_by=len(missing))
+
+    on = {**scan_inputs(run, residuals), "ce_rows": run.profile.evaluation.ce_rows}
+    artefacts = run.made("fidelity", by_arm(arms, on), VERSION, make)
+    described = ("kind", "seed", "lambda2", "sigma_sq", "k")
+    rows = [
+        {"arm": name}
+        | {field: getattr(arms[name].spec, field) for field in described}
+        | artefact.info["fidelity"]
+        for name, artefact in artefacts.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def norms(run: Run, subject: Subject | None = None) -> pd.DataFrame:
@@ -216,7 +195,8 @@ def norms(run: Run, subject: Subject | None = None) -> pd.DataFrame:
     """
     subject = subject or load_subject(run.profile)
     residuals = Residuals(run, "scan", subject)
-    kept = np.concatenate([x.float().norm(dim=1).cpu().numpy() for x in _chunks(residuals)])
+    chunks = range(residuals.n_chunks)[: math.ceil(TOKENS / residuals.chunk_tokens(0))]
+    kept = torch.cat([residuals.chunk(i).float().norm(dim=1) for i in chunks]).cpu().numpy()
     x, times = first_position(run, "scan", subject)
     first = x.float().norm(dim=1).cpu().numpy().astype(np.float64)
     rows = len(kept) / run.profile.text.kept_per_row
@@ -226,20 +206,11 @@ def norms(run: Run, subject: Subject | None = None) -> pd.DataFrame:
     )
     at_first = np.array([rows, (share * first).sum(), (share * first**2).sum()])
     without = sums if run.profile.text.skip_first else sums - at_first
-    mean, std = _moments(without)
-    mean_all, std_all = _moments(without + at_first)
     quantiles = np.concatenate([[0.001, 0.01], np.linspace(0.05, 0.95, 19), [0.99, 0.999]])
-    return pd.DataFrame(
-        {
-            "quantile": quantiles,
-            "norm": np.quantile(kept, quantiles),
-            "mean": mean,
-            "std": std,
-            "mean_all": mean_all,
-            "std_all": std_all,
-            "first": at_first[1] / rows,
-        }
-    )
+    table = pd.DataFrame({"quantile": quantiles, "norm": np.quantile(kept, quantiles)})
+    table[["mean", "std"]] = _moments(without)
+    table[["mean_all", "std_all"]] = _moments(without + at_first)
+    return table.assign(first=at_first[1] / rows)
 
 
 def first_position(run: Run, role: Role, subject: Subject) -> tuple[Tensor, np.ndarray]:
@@ -258,36 +229,23 @@ def _moments(sums: np.ndarray) -> tuple[float, float]:
     return mean, math.sqrt(max(square / n - mean**2, 0.0))
 
 
-def _chunks(residuals: Residuals) -> Iterator[Tensor]:
-    """The first chunks of a role, until TOKENS tokens are there."""
-    n_tokens = 0
-    for i in range(residuals.n_chunks):
-        if n_tokens < TOKENS:
-            yield residuals.chunk(i)
-            n_tokens += residuals.chunk_tokens(i)
-
-
 def _errors(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[str, dict[str, float]]:
-    dtype, batch_tokens = product_dtype(run), run.profile.training.batch_tokens
-    moments = Moments(residuals.d)
+    dtype, moments = product_dtype(run), Moments(residuals.d)
     sums = {(name, mode): Reconstruction(moments) for name in arms for mode in MODES}
     brackets = dict.fromkeys(sums, 0)
-    with progress(min(TOKENS, residuals.n_tokens), f"fidelity of {len(arms)} arms") as bar:
-        for i, chunk in enumerate(_chunks(residuals)):
-            for z, sizes in grouped(training_batches(chunk, batch_tokens, i)):
-                moments.add(z)
-                for name, arm in arms.items():
-                    pre = pre_activations(arm.sae, z, dtype)
-                    for part, batch in zip(z.split(sizes), pre.split(sizes), strict=True):
-                        for at in ((name, mode) for mode in MODES):
-                            z_hat, active, brackets[at] = _reconstruct(
-                                arm.sae, batch, at[1], brackets[at]
-                            )
-                            sums[at].add(part, z_hat, active)
-                bar.update(len(z))
+    what, n_tokens = f"fidelity of {len(arms)} arms", min(TOKENS, residuals.n_tokens)
+    for z, sizes in training_groups(run, residuals, n_tokens, what):
+        moments.add(z)
+        for name, arm in arms.items():
+            pre = pre_activations(arm.sae, z, dtype)
+            for part, batch in zip(z.split(sizes), pre.split(sizes), strict=True):
+                for mode in MODES:
+                    at = name, mode
+                    z_hat, active, brackets[at] = _reconstruct(arm.sae, batch, mode, brackets[at])
+                    sums[at].add(part, z_hat, active)
     result = {}
     for name in arms:
-        held, batch = sums[name, "threshold"], sums[name, "batch"]
+        held, batch = (sums[name, mode] for mode in MODES)
         result[name] = {
             "l2": held.l2, "fvu": held.fvu, "l0_threshold": held.l0,
             "l2_batch": batch.l2, "fvu_batch": batch.fvu, "l0_batch": batch.l0,
@@ -311,25 +269,23 @@ def _entropies(run: Run, arms: Mapping[str, Arm], subject: Subject) -> dict[str,
         return torch.cat(parts).double().mean(dim=1).cpu().numpy()
 
     baseline = row_means(lambda x: x, len(batches))
-    result = {}
+    ce, result = float(baseline.mean()), {}
     with progress(len(arms), f"cross-entropy of {len(arms)} arms") as bar:
         for name, arm in arms.items():
             held = row_means(replacement(arm.sae, "threshold", first, dtype), len(batches))
             batch = row_means(replacement(arm.sae, "batch", first, dtype), 1)
-            rise, rise_batch = held - baseline, batch - baseline[: len(batch)]
-            ce = float(baseline.mean())
+            rise, same_rows = held - baseline, baseline[: len(batch)]
+            rise_batch = batch - same_rows
+            error = float(rise.std(ddof=1)) / math.sqrt(len(rise)) if len(rise) > 1 else math.nan
             result[name] = {
                 "ce": float(held.mean()),
                 "ce_baseline": ce,
                 "ce_overhead_nats": float(rise.mean()),
                 "ce_overhead_pct": 100 * float(rise.mean()) / ce,
-                "ce_overhead_se": float(rise.std(ddof=1)) / math.sqrt(len(rise))
-                if len(rise) > 1
-                else math.nan,
+                "ce_overhead_se": error,
                 "ce_batch": float(batch.mean()),
                 "ce_overhead_batch_nats": float(rise_batch.mean()),
-                "ce_overhead_batch_pct": 100
-                * float(rise_batch.mean() / baseline[: len(batch)].mean()),
+                "ce_overhead_batch_pct": 100 * float(rise_batch.mean() / same_rows.mean()),
                 "ce_rows": len(rows),
                 "ce_tokens": len(rows) * (rows.shape[1] - 1 - first),
             }

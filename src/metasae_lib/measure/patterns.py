@@ -1,8 +1,8 @@
 """Counting kernels: BatchTopK fires few features a token, so pairs are counted, not multiplied.
 
 A firing `Pattern` is a CSR pair: `indptr` (t+1,) int64 and `indices` (nnz,) of `index_type(n)`,
-the features that fire on each token in ascending order. Every kernel has its plain NumPy form
-beside it; the tests hold one against the other.
+the features that fire on each token in ascending order. The tests hold every kernel against its
+plain NumPy form.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.sparse
 from numba import njit, prange
 from numpy.typing import NDArray
 
@@ -22,6 +23,20 @@ class Pattern(NamedTuple):
     indptr: Array
     indices: Array
 
+    @property
+    def n_tokens(self) -> int:
+        """The number of tokens."""
+        return len(self.indptr) - 1
+
+    def where(self, keep: Array) -> Pattern:
+        """Only the entries of which `keep`, (nnz,) bool, is true."""
+        return Pattern(_offsets(keep)[self.indptr], self.indices[keep])
+
+    def matrix(self, n_features: int, values: Array) -> scipy.sparse.csr_array:
+        """(t, n_features) with `values`, (nnz,), where a feature fires."""
+        shape = self.n_tokens, n_features
+        return scipy.sparse.csr_array((values, self.indices, self.indptr), shape)
+
 
 def index_type(n_features: int) -> type[np.uint16] | type[np.uint32]:
     """The narrowest type for feature numbers: lists that fit the cache decide the speed."""
@@ -29,109 +44,31 @@ def index_type(n_features: int) -> type[np.uint16] | type[np.uint32]:
 
 
 @njit(parallel=True, cache=True)
-def _count_above(values: Array, threshold: Array, counts: Array) -> None:
-    for t in prange(values.shape[0]):
+def _above(values: Array, threshold: Array, features: Array) -> tuple[Array, Array, Array]:
+    counts = np.zeros(len(values) + 1, np.int64)
+    for t in prange(len(values)):
         n = 0
-        for j in range(values.shape[1]):
+        for j in range(len(features)):
             n += values[t, j] > threshold[j]
-        counts[t] = n
-
-
-@njit(parallel=True, cache=True)
-def _fill_above(
-    values: Array, threshold: Array, indptr: Array, indices: Array, kept: Array
-) -> None:
-    for t in prange(values.shape[0]):
+        counts[t + 1] = n
+    indptr = np.cumsum(counts)
+    indices = np.empty(indptr[-1], features.dtype)
+    kept = np.empty(indptr[-1], values.dtype)
+    for t in prange(len(values)):
         p = indptr[t]
-        for j in range(values.shape[1]):
+        for j in range(len(features)):
             if values[t, j] > threshold[j]:
-                indices[p] = j
+                indices[p] = features[j]
                 kept[p] = values[t, j]
                 p += 1
+    return indptr, indices, kept
 
 
 def above(values: Array, threshold: Array) -> tuple[Pattern, Array]:
     """(t, n) values and (n,) thresholds -> what exceeds them: its pattern and the values."""
-    counts = np.empty(len(values), np.int64)
-    _count_above(values, threshold, counts)
-    indptr = _offsets(counts)
-    indices = np.empty(indptr[-1], index_type(values.shape[1]))
-    kept = np.empty(indptr[-1], values.dtype)
-    _fill_above(values, threshold, indptr, indices, kept)
+    n = values.shape[1]
+    indptr, indices, kept = _above(values, threshold, np.arange(n, dtype=index_type(n)))
     return Pattern(indptr, indices), kept
-
-
-def above_plain(values: Array, threshold: Array) -> tuple[Pattern, Array]:
-    """`above` in plain NumPy."""
-    fires = values > threshold
-    indices = np.nonzero(fires)[1].astype(index_type(values.shape[1]))
-    return Pattern(_offsets(fires.sum(axis=1)), indices), values[fires]
-
-
-@njit(parallel=True, cache=True)
-def _restrict(
-    indptr: Array,
-    indices: Array,
-    values: Array,
-    threshold: Array,
-    renumber: Array,
-    rows: Array,
-    kept: Array,
-    counting: bool,
-) -> None:
-    for t in prange(len(indptr) - 1):
-        p = np.int64(0) if counting else rows[t]
-        for e in range(indptr[t], indptr[t + 1]):
-            i = indices[e]
-            if values[e] > threshold[i] and renumber[i] >= 0:
-                if not counting:
-                    kept[p] = renumber[i]
-                p += 1
-        if counting:
-            rows[t] = p
-
-
-def restrict(pattern: Pattern, values: Array, threshold: Array, renumber: Array) -> Pattern:
-    """The part of a pattern whose values exceed higher thresholds, with features renumbered.
-
-    renumber: (n,) int64, the new number of each feature in ascending order, or -1 to leave it out.
-    """
-    counts = np.empty(len(pattern.indptr) - 1, np.int64)
-    none = np.empty(0, pattern.indices.dtype)
-    _restrict(*pattern, values, threshold, renumber, counts, none, True)
-    indptr = _offsets(counts)
-    kept = np.empty(indptr[-1], pattern.indices.dtype)
-    _restrict(*pattern, values, threshold, renumber, indptr, kept, False)
-    return Pattern(indptr, kept)
-
-
-def restrict_plain(pattern: Pattern, values: Array, threshold: Array, renumber: Array) -> Pattern:
-    """`restrict` in plain NumPy."""
-    keep = (values > threshold[pattern.indices]) & (renumber[pattern.indices] >= 0)
-    kept = renumber[pattern.indices[keep]].astype(pattern.indices.dtype)
-    return Pattern(_offsets(keep)[pattern.indptr], kept)
-
-
-@njit(cache=True)
-def _entries_by_feature(
-    indptr: Array, indices: Array, n_features: int
-) -> tuple[Array, Array, Array]:
-    """A counting sort: where each feature's entries begin, and each entry's position and token."""
-    pointer = np.zeros(n_features + 1, np.int64)
-    for p in range(len(indices)):
-        pointer[indices[p] + 1] += 1
-    for i in range(n_features):
-        pointer[i + 1] += pointer[i]
-    position = np.empty(len(indices), np.int64)
-    token = np.empty(len(indices), np.int64)
-    cursor = pointer[:-1].copy()
-    for t in range(len(indptr) - 1):
-        for p in range(indptr[t], indptr[t + 1]):
-            i = indices[p]
-            position[cursor[i]] = p
-            token[cursor[i]] = t
-            cursor[i] += 1
-    return pointer, position, token
 
 
 @njit(parallel=True, cache=True)
@@ -153,27 +90,17 @@ def add_pairs(n11: Array, a: Pattern, b: Pattern | None = None) -> None:
     Without `b`: pairs i < j of one dictionary, the upper triangle alone. A row of counts is
     written by one thread, so the result does not depend on the number of threads.
     """
-    pointer, position, token = _entries_by_feature(a.indptr, a.indices, n11.shape[0])
-    if b is None:
-        start, stop, columns = position + 1, a.indptr[token + 1], a.indices
-    else:
-        start, stop, columns = b.indptr[token], b.indptr[token + 1], b.indices
-    _add_pairs(pointer, start, stop, columns, n11)
-
-
-def add_pairs_plain(n11: Array, a: Pattern, b: Pattern | None = None) -> None:
-    """`add_pairs` in plain NumPy."""
-    for t in range(len(a.indptr) - 1):
-        i = a.indices[a.indptr[t] : a.indptr[t + 1]]
-        if b is None:
-            for p in range(len(i)):
-                n11[i[p], i[p + 1 :]] += 1
-        else:
-            n11[np.ix_(i, b.indices[b.indptr[t] : b.indptr[t + 1]])] += 1
+    # Where each feature's entries begin, and each entry's position and token.
+    by_feature = a.matrix(len(n11), np.arange(len(a.indices))).tocsc()
+    position, token = by_feature.data, by_feature.indices
+    start, other = (position + 1, a) if b is None else (b.indptr[token], b)
+    _add_pairs(by_feature.indptr, start, other.indptr[token + 1], other.indices, n11)
 
 
 @njit(parallel=True, cache=True)
-def _count_below(values: Array, low: float, counts: Array, largest: Array) -> None:
+def count_below(values: Array, low: float, counts: Array, largest: Array) -> None:
+    """Of (t, n) values in (0, low]: add their number by feature to counts (n,) int64, and raise
+    largest (n,) float32 to the largest of them; in place."""
     n_features = len(counts)
     width = 64  # features a thread takes at a time: a few cache lines of every token
     for block in prange((n_features + width - 1) // width):
@@ -183,19 +110,6 @@ def _count_below(values: Array, low: float, counts: Array, largest: Array) -> No
                 inside = (value > 0) & (value <= low)
                 counts[j] += inside
                 largest[j] = max(largest[j], value if inside else np.float32(0))
-
-
-def count_below(values: Array, low: float, counts: Array, largest: Array) -> None:
-    """Of (t, n) values in (0, low]: add their number by feature to counts (n,) int64, and raise
-    largest (n,) float32 to the largest of them; in place."""
-    _count_below(values, low, counts, largest)
-
-
-def count_below_plain(values: Array, low: float, counts: Array, largest: Array) -> None:
-    """`count_below` in plain NumPy."""
-    inside = (values > 0) & (values <= low)
-    counts += inside.sum(axis=0)
-    np.maximum(largest, np.where(inside, values, 0).max(axis=0), out=largest)
 
 
 def _offsets(counts: Array) -> Array:

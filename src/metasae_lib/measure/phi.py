@@ -11,29 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-import scipy.sparse
 import torch
 from numba import njit, prange
 from torch import Tensor
 
-from metasae_lib.measure.counting import CooccurrenceCounter, Counts
+from metasae_lib.measure.counting import Counts
 from metasae_lib.measure.patterns import Array
 from metasae_lib.study.errors import MeasureError
 
-
-@overload
-def phi(n11: Tensor, n1_a: Any, n1_b: Any, n_tokens: int) -> Tensor: ...
+N11 = TypeVar("N11", Tensor, Array)
 
 
-@overload
-def phi(n11: Array, n1_a: Any, n1_b: Any, n_tokens: int) -> Array: ...
-
-
-def phi(n11: Any, n1_a: Any, n1_b: Any, n_tokens: int) -> Any:
+def phi(n11: N11, n1_a: Any, n1_b: Any, n_tokens: int) -> N11:
     """φ of every pair (Eq. 1). n11: (n_a, n_b), n1_a: (n_a,), n1_b: (n_b,) integers.
 
     Returns float64 (n_a, n_b), a tensor for a tensor; nan where a marginal is 0 or n_tokens.
@@ -77,7 +70,6 @@ class PhiSummary:
     null_mean_abs: mean |φ| expected of independent features that fire as often as these do.
     by_rate: pairs by the decile of firing rate of the rarer and the more frequent feature
     (columns group_a, group_b, rate_a, rate_b, n_pairs, mean_abs, null_mean_abs).
-    mean_abs_by_feature, null_by_feature: (n,) mean over a feature's pairs; nan outside.
     """
 
     n_tokens: int
@@ -96,19 +88,12 @@ class PhiSummary:
     noise_floor: float
     null_mean_abs: float
     by_rate: pd.DataFrame
-    mean_abs_by_feature: Array
-    null_by_feature: Array
     l0: float
 
     @property
     def median(self) -> float:
         """Median φ."""
         return self.quantiles[0.5]
-
-    @property
-    def density(self) -> Array:
-        """(N_BINS,) density of φ, per unit of φ."""
-        return self.histogram / (self.n_pairs * np.diff(self.edges))
 
     def binned(self, per_decade: int = 12) -> pd.DataFrame:
         """The density in bins that widen away from zero, for a symmetric logarithmic axis.
@@ -123,86 +108,81 @@ class PhiSummary:
         sums = np.add.reduceat(self.histogram, cuts[:-1])
         edges = self.edges[cuts]
         width = np.diff(edges)
-        return pd.DataFrame(
-            {
-                "phi": (edges[:-1] + edges[1:]) / 2,
-                "width": width,
-                "density": sums / (self.n_pairs * width),
-            }
-        )
+        centre, density = (edges[:-1] + edges[1:]) / 2, sums / (self.n_pairs * width)
+        return pd.DataFrame({"phi": centre, "width": width, "density": density})
 
 
 @njit(cache=True)
-def _log_factorial(x: int, small: Array) -> float:
-    if x < len(small):
-        return small[x]
+def _log_factorial(x: int) -> float:
+    if x < _SMALL:
+        return _LOG_FACTORIALS[x]
     y = float(x)
     series = (1 / 12 - (1 / 360 - 1 / (1260 * y * y)) / (y * y)) / y
     return y * math.log(y) - y + 0.5 * math.log(2 * math.pi * y) + series
 
 
 @njit(cache=True)
-def _null_abs(a: int, b: int, n: int, log_ways: float, small: Array) -> float:
+def _log_choices(a: int, n: int) -> float:
+    """log a! (n - a)!"""
+    return _log_factorial(a) + _log_factorial(n - a)
+
+
+@njit(cache=True)
+def _null_abs(a: int, b: int, n: int, log_ways: float) -> float:
     """E |n N11 - a b| of independent features; see `null_mean_abs`."""
     m = a * b // n + 1
     rest = n - a - b + m
-    log_p = (
-        log_ways
-        - _log_factorial(m, small)
-        - _log_factorial(a - m, small)
-        - _log_factorial(b - m, small)
-        - _log_factorial(rest, small)
-    )
+    log_p = log_ways - _log_factorial(m) - _log_factorial(a - m)
+    log_p = log_p - _log_factorial(b - m) - _log_factorial(rest)
     return 2.0 * m * rest * math.exp(log_p)
+
+
+@njit(cache=True)
+def _phi(together: int, a: int, b: int, n: int) -> tuple[float, float]:
+    """φ of one pair, and its denominator."""
+    scale = math.sqrt(float(a) * float(n - a)) * math.sqrt(float(b) * float(n - b))
+    return (float(n) * together - float(a) * float(b)) / scale, scale
+
+
+@njit(cache=True)
+def _fine_bin(value: float) -> int:
+    return min(max(int((value + 1) * (_FINE // 2)), 0), _FINE - 1)
 
 
 @njit(parallel=True, cache=True)
 def _summarise(
-    n11: Array,
-    index: Array,
-    n1: Array,
-    n: int,
-    log_ways: Array,
-    small: Array,
-    group: Array,
-    fine: Array,
-    sums: Array,
-    pairs: Array,
-    largest: Array,
-    by_feature: Array,
-    by_group: Array,
-) -> None:
-    half = fine.shape[1] // 2
-    log_n = _log_factorial(n, small)
-    for part in prange(fine.shape[0]):
-        for u in range(part, len(index), fine.shape[0]):
+    n11: Array, index: Array, n1: Array, n: int, group: Array
+) -> tuple[Array, Array, Array, Array, Array]:
+    """What `summarise` adds up: over the pairs of each first feature, or of each part of them."""
+    m = len(index)
+    sums, negative = np.zeros((m, 4)), np.zeros(m, np.int64)
+    fine = np.zeros((_PARTS, _FINE), np.int64)
+    largest = np.zeros((_PARTS, 3))
+    largest[:, 0] = -np.inf
+    by_group = np.zeros((_PARTS, 3, N_GROUPS, N_GROUPS))
+    log_ways = np.array([_log_choices(a, n) for a in n1])
+    log_n = _log_factorial(n)
+    for part in prange(_PARTS):
+        for u in range(part, m, _PARTS):
             i, a = index[u], n1[u]
-            deviation = math.sqrt(float(a) * float(n - a))
-            total, total_abs, total_sq, total_null, negative = 0.0, 0.0, 0.0, 0.0, 0
-            for v in range(u + 1, len(index)):
-                b = n1[v]
-                scale = deviation * math.sqrt(float(b) * float(n - b))
-                value = (float(n) * n11[i, index[v]] - float(a) * float(b)) / scale
-                null = _null_abs(a, b, n, log_ways[u] + log_ways[v] - log_n, small) / scale
+            total, total_abs, total_sq, total_null = 0.0, 0.0, 0.0, 0.0
+            for v in range(u + 1, m):
+                value, scale = _phi(n11[i, index[v]], a, n1[v], n)
+                null = _null_abs(a, n1[v], n, log_ways[u] + log_ways[v] - log_n) / scale
                 size = abs(value)
                 total += value
                 total_abs += size
                 total_sq += value * value
                 total_null += null
-                negative += value < 0
-                bin_ = min(max(int((value + 1) * half), 0), 2 * half - 1)
-                fine[part, bin_] += 1
+                negative[u] += value < 0
+                fine[part, _fine_bin(value)] += 1
                 if value > largest[part, 0]:
                     largest[part, 0], largest[part, 1], largest[part, 2] = value, u, v
-                by_feature[part, 0, v] += size
-                by_feature[part, 1, v] += null
                 by_group[part, 0, group[u], group[v]] += size
                 by_group[part, 1, group[u], group[v]] += null
                 by_group[part, 2, group[u], group[v]] += 1
-            by_feature[part, 0, u] += total_abs
-            by_feature[part, 1, u] += total_null
             sums[u, 0], sums[u, 1], sums[u, 2], sums[u, 3] = total, total_abs, total_sq, total_null
-            pairs[u] = negative
+    return sums, negative, fine, largest, by_group
 
 
 @njit(parallel=True, cache=True)
@@ -210,19 +190,22 @@ def _collect(
     n11: Array, index: Array, n1: Array, n: int, wanted: Array, begin: Array, found: Array
 ) -> None:
     """Write the φ of all pairs in the wanted fine bins, each part from its own place on."""
-    half = len(wanted) // 2
-    for part in prange(len(begin)):
+    for part in prange(_PARTS):
         p = begin[part]
-        for u in range(part, len(index), len(begin)):
+        for u in range(part, len(index), _PARTS):
             i, a = index[u], n1[u]
-            deviation = math.sqrt(float(a) * float(n - a))
             for v in range(u + 1, len(index)):
-                b = n1[v]
-                scale = deviation * math.sqrt(float(b) * float(n - b))
-                value = (float(n) * n11[i, index[v]] - float(a) * float(b)) / scale
-                if wanted[min(max(int((value + 1) * half), 0), 2 * half - 1)]:
+                value, _ = _phi(n11[i, index[v]], a, n1[v], n)
+                if wanted[_fine_bin(value)]:
                     found[p] = value
                     p += 1
+
+
+def _defined(counts: Counts, features: Array | None) -> tuple[Array, Array]:
+    """Indices of the features looked at, and those of them whose φ is defined, ascending."""
+    chosen = np.arange(len(counts.n1))
+    chosen = chosen if features is None else chosen[np.asarray(features)]
+    return chosen, np.sort(chosen[counts.alive[chosen]])
 
 
 def summarise(
@@ -235,9 +218,7 @@ def summarise(
     Raises MeasureError if fewer than two of the features are alive.
     """
     n = counts.n_tokens
-    chosen = np.arange(len(counts.n1))
-    chosen = chosen if features is None else chosen[np.asarray(features)]
-    index = np.sort(chosen[counts.alive[chosen]])
+    chosen, index = _defined(counts, features)
     if len(index) < 2:
         raise MeasureError(
             f"{len(index)} of {len(chosen)} features have a defined φ on {n} tokens: "
@@ -246,23 +227,11 @@ def summarise(
     n1 = counts.n1[index].astype(np.int64)
     group = np.empty(len(index), np.int64)
     group[np.argsort(n1, kind="stable")] = np.arange(len(index)) * N_GROUPS // len(index)
-    log_ways = np.array([_log_choices(a, n) for a in n1])
-    fine = np.zeros((_PARTS, _FINE), np.int64)
-    sums, negative = np.zeros((len(index), 4)), np.zeros(len(index), np.int64)
-    largest = np.tile([-np.inf, 0.0, 0.0], (_PARTS, 1))
-    by_feature = np.zeros((_PARTS, 2, len(index)))
-    by_group = np.zeros((_PARTS, 3, N_GROUPS, N_GROUPS))
-    _summarise(
-        counts.n11, index, n1, n, log_ways, _LOG_FACTORIALS, group,
-        fine, sums, negative, largest, by_feature, by_group,
-    )  # fmt: skip
+    sums, negative, fine, largest, by_group = _summarise(counts.n11, index, n1, n, group)
     n_pairs = len(index) * (len(index) - 1) // 2
     total, total_abs, total_sq, total_null = (math.fsum(column) for column in sums.T)
     mean_abs = total_abs / n_pairs
     top = largest[np.lexsort((largest[:, 2], largest[:, 1], -largest[:, 0]))[0]]
-    per_feature = np.full((2, len(counts.n1)), np.nan)
-    per_feature[:, index] = by_feature.sum(axis=0) / (len(index) - 1)
-    found = _quantiles(counts.n11, index, n1, n, fine, quantiles)
     return PhiSummary(
         n_tokens=n,
         n_pairs=n_pairs,
@@ -271,7 +240,7 @@ def summarise(
         mean_abs=mean_abs,
         std_abs=math.sqrt(max(total_sq / n_pairs - mean_abs**2, 0.0)),
         sum_sq=total_sq,
-        quantiles=found,
+        quantiles=_quantiles(counts.n11, index, n1, n, fine, quantiles),
         share_negative=int(negative.sum()) / n_pairs,
         maximum=float(top[0]),
         pair=(int(index[int(top[1])]), int(index[int(top[2])])),
@@ -280,8 +249,6 @@ def summarise(
         noise_floor=noise_floor(n),
         null_mean_abs=total_null / n_pairs,
         by_rate=_rate_table(by_group.sum(axis=0), n1 / n, group),
-        mean_abs_by_feature=per_feature[0],
-        null_by_feature=per_feature[1],
         l0=counts.l0,
     )
 
@@ -291,8 +258,8 @@ def _quantiles(
 ) -> dict[float, float]:
     """Exact order statistics: only the pairs of the bins that hold one are looked at again."""
     upto = np.cumsum(fine.sum(axis=0))
-    places = [(int(upto[-1]) - 1) * q for q in quantiles]
-    ranks = np.unique([r for place in places for r in (math.floor(place), math.ceil(place))])
+    places = (int(upto[-1]) - 1) * np.array(quantiles)
+    ranks = np.array([np.floor(places), np.ceil(places)]).astype(np.int64)
     bins = np.searchsorted(upto, ranks, side="right")
     wanted = np.zeros(_FINE, np.bool_)
     wanted[bins] = True
@@ -302,26 +269,27 @@ def _quantiles(
     values.sort()
     kept = np.cumsum(np.where(wanted, fine.sum(axis=0), 0))
     skipped = upto - kept  # pairs below each bin that were not collected
-    at = {int(rank): values[rank - skipped[bin_]] for rank, bin_ in zip(ranks, bins, strict=True)}
-    return {
-        q: float(
-            at[math.floor(place)]
-            + (place - math.floor(place)) * (at[math.ceil(place)] - at[math.floor(place)])
-        )
-        for q, place in zip(quantiles, places, strict=True)
-    }
+    low, high = values[ranks - skipped[bins]]
+    found = low + (places - ranks[0]) * (high - low)
+    return dict(zip(quantiles, found.tolist(), strict=True))
 
 
 def _rate_table(by_group: Array, rates: Array, group: Array) -> pd.DataFrame:
     total_abs, total_null, pairs = (table + np.triu(table.T, 1) for table in by_group)
-    rate = [rates[group == g].mean() if (group == g).any() else np.nan for g in range(N_GROUPS)]
-    rows = [
-        (a, b, rate[a], rate[b], int(pairs[a, b]),
-         total_abs[a, b] / pairs[a, b], total_null[a, b] / pairs[a, b])
-        for a in range(N_GROUPS) for b in range(a, N_GROUPS) if pairs[a, b]
-    ]  # fmt: skip
-    columns = ["group_a", "group_b", "rate_a", "rate_b", "n_pairs", "mean_abs", "null_mean_abs"]
-    return pd.DataFrame(rows, columns=columns)
+    members = [rates[group == g] for g in range(N_GROUPS)]
+    rate = np.array([each.mean() if len(each) else np.nan for each in members])
+    a, b = np.nonzero(np.triu(pairs))
+    return pd.DataFrame(
+        {
+            "group_a": a,
+            "group_b": b,
+            "rate_a": rate[a],
+            "rate_b": rate[b],
+            "n_pairs": pairs[a, b].astype(np.int64),
+            "mean_abs": total_abs[a, b] / pairs[a, b],
+            "null_mean_abs": total_null[a, b] / pairs[a, b],
+        }
+    )
 
 
 def abs_phi_blocks(
@@ -332,9 +300,7 @@ def abs_phi_blocks(
     The diagonal is zero. m: alive features (of `features`, indices or bool), in ascending order.
     For `statistics.bootstrap_mean_abs`.
     """
-    chosen = np.arange(len(counts.n1))
-    chosen = chosen if features is None else chosen[np.asarray(features)]
-    index = np.sort(chosen[counts.alive[chosen]])
+    _, index = _defined(counts, features)
     n1 = counts.n1[index]
     for first in range(0, len(index), rows):
         part = slice(first, min(first + rows, len(index)))
@@ -360,36 +326,7 @@ def null_mean_abs(n1_a: int, n1_b: int, n_tokens: int) -> float:
         return math.nan
     log_ways = _log_choices(a, n) + _log_choices(b, n) - math.lgamma(n + 1)
     scale = math.sqrt(a * (n - a)) * math.sqrt(b * (n - b))
-    return float(_null_abs(a, b, n, log_ways, _LOG_FACTORIALS)) / scale
-
-
-def _log_choices(a: int, n: int) -> float:
-    """log a! (n - a)!"""
-    return float(
-        _log_factorial(int(a), _LOG_FACTORIALS) + _log_factorial(int(n - a), _LOG_FACTORIALS)
-    )
-
-
-def shuffled_mean_abs(n1: Array, n_tokens: int, n_shuffles: int = 10, seed: int = 0) -> Array:
-    """mean |φ| over pairs after shuffling the tokens of each feature, by simulation.
-
-    n1: (n,) firing counts. Returns (n_shuffles,). The simulated check on the closed form
-    (`PhiSummary.null_mean_abs`); meant for some hundreds of features at a time.
-    """
-    generator = np.random.default_rng(seed)
-    result = np.empty(n_shuffles)
-    for shuffle in range(n_shuffles):
-        counter = CooccurrenceCounter(len(n1))
-        columns = [
-            np.sort(generator.choice(n_tokens, size=int(count), replace=False)) for count in n1
-        ]
-        pointer = np.concatenate([np.zeros(1, np.int64), np.cumsum(n1, dtype=np.int64)])
-        fired = scipy.sparse.csc_array(
-            (np.ones(pointer[-1], bool), np.concatenate(columns), pointer), (n_tokens, len(n1))
-        )
-        counter.update(fired.tocsr())
-        result[shuffle] = summarise(counter.counts()).mean_abs
-    return result
+    return float(_null_abs(a, b, n, log_ways)) / scale
 
 
 def enough_tokens(summary: PhiSummary, change: float = 0.05) -> str:

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts
-from metasae_lib.measure.patterns import Array, above, restrict
+from metasae_lib.measure.patterns import Array, Pattern, above
 from metasae_lib.measure.thresholds import (
     Calibration,
+    by_arm,
     calibrate_arms,
     calibration_inputs,
     pre_activations,
     product_dtype,
+    scan_chunks,
 )
 from metasae_lib.study.files import atomic_write
-from metasae_lib.study.progress import progress
-from metasae_lib.study.run import locked
+from metasae_lib.study.run import Artefact, Run
 from metasae_lib.subject.activations import Residuals
-from metasae_lib.train.dictionary import normalise
-
-if TYPE_CHECKING:
-    from metasae_lib.study.run import Artefact, Run
-    from metasae_lib.train.training import Arm
-
+from metasae_lib.train.training import Arm
 
 VERSION = 2  # of the stages
 _CHECKPOINT_SECONDS = 120
 SCALES = (0.9, 0.95, 1.05, 1.1)  # of every threshold, for the elasticity of mean |φ|
 SENSITIVITY_FEATURES = 512  # features whose pairs are counted under other thresholds as well
-TOKENS_AT_ONCE = 8192  # scanned at once
 
 
 def scan_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
@@ -46,16 +41,14 @@ def scan_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
     """
     calibrations = calibrate_arms(run, arms)
     residuals = Residuals(run, "scan")
-    inputs = scan_inputs(run, residuals)
-    artefacts = {name: counts_artefact(run, arm, inputs) for name, arm in arms.items()}
-    with locked(artefacts.values()):
-        missing = [name for name, artefact in artefacts.items() if not artefact.complete]
-        if missing:
-            scans = [
-                _Scan(run, arms[name], calibrations[name], artefacts[name]) for name in missing
-            ]
-            _scan(run, residuals, scans)
-        return {name: load_counts(artefact, "n11") for name, artefact in artefacts.items()}
+
+    def make(missing: dict[str, Artefact]) -> None:
+        scans = [_Scan(run, arms[name], calibrations[name], one) for name, one in missing.items()]
+        _scan(run, residuals, scans)
+
+    inputs = by_arm(arms, scan_inputs(run, residuals))
+    artefacts = run.made("counts", inputs, VERSION, make)
+    return {name: load_counts(artefact, "n11") for name, artefact in artefacts.items()}
 
 
 def counts_artefact(run: Run, arm: Arm, inputs: Mapping[str, Any]) -> Artefact:
@@ -72,39 +65,38 @@ class _Scan:
         n = arm.sae.n_features
         rule = run.profile.evaluation.threshold_rule
         base = calibration.threshold(rule).numpy()
-        self.features = sensitivity_features(n)
-        self.thresholds = {"base": base, **{f"scale-{s:g}": base * np.float32(s) for s in SCALES}}
-        for other, theta in calibration.thresholds.items():
-            if other != rule:
-                self.thresholds[f"rule-{other}"] = theta.numpy()
+        scales = {f"scale-{scale:g}": base * np.float32(scale) for scale in SCALES}
+        others = {f"rule-{one}": theta.numpy() for one, theta in calibration.thresholds.items()}
+        self.thresholds = {"base": base, **scales, **others}
+        del self.thresholds[f"rule-{rule}"]
+        few = min(n, SENSITIVITY_FEATURES)
+        self.features = np.arange(few) * n // few  # evenly spread
         self.lowest = np.minimum.reduce(list(self.thresholds.values()))
         self.renumber = np.full(n, -1)
         self.renumber[self.features] = np.arange(len(self.features))
         self.counter = CooccurrenceCounter(n, device=self.device)
         self.others = {
-            name: CooccurrenceCounter(len(self.features), device=self.device)
-            for name in self.thresholds
+            name: CooccurrenceCounter(few, device=self.device) for name in self.thresholds
         }
         self.fired = dict.fromkeys(self.thresholds, 0)
         self.next_chunk, self.seconds = 0, 0.0
+        self.partial = artefact.folder / "partial.npz"
         if self.partial.exists():
             with np.load(self.partial) as state:
                 self._restore(state)
-
-    @property
-    def partial(self) -> Any:
-        """The checkpoint's path."""
-        return self.artefact.folder / "partial.npz"
 
     def add(self, pre: Tensor) -> None:
         """Add the pre-activations (t, n) of some tokens."""
         if self.device.type == "cpu":
             pattern, values = above(pre.numpy(), self.lowest)
-            whole = np.arange(len(self.renumber))
-            self.counter.update(restrict(pattern, values, self.thresholds["base"], whole))
+            number = self.renumber[pattern.indices]
+            renumbered = Pattern(pattern.indptr, number.astype(pattern.indices.dtype))
             for name, theta in self.thresholds.items():
-                self.fired[name] += int((values > theta[pattern.indices]).sum())
-                self.others[name].update(restrict(pattern, values, theta, self.renumber))
+                kept = values > theta[pattern.indices]
+                self.fired[name] += int(kept.sum())
+                self.others[name].update(renumbered.where(kept & (number >= 0)))
+                if name == "base":
+                    self.counter.update(pattern.where(kept))
             return
         for name, theta in self.thresholds.items():
             fires = pre > torch.from_numpy(theta).to(pre.device)
@@ -115,12 +107,14 @@ class _Scan:
 
     def checkpoint(self) -> None:
         """Write everything that a later process needs to go on."""
-        state = {f"counter/{key}": array for key, array in self.counter.state().items()}
-        for name, counter in self.others.items():
-            state |= {f"{name}/{key}": array for key, array in counter.state().items()}
-        progress_made = [self.next_chunk, self.seconds, *self.fired.values()]
+        state = {
+            f"{name}/{key}": array
+            for name, counter in {"counter": self.counter, **self.others}.items()
+            for key, array in counter.state().items()
+        }
+        state["made"] = np.array([self.next_chunk, self.seconds, *self.fired.values()])
         with atomic_write(self.partial) as path:
-            np.savez(path, made=np.array(progress_made), **state)  # type: ignore[arg-type]
+            np.savez(path, **state)  # type: ignore[arg-type]
 
     def finish(self) -> None:
         """Write the artefact."""
@@ -143,34 +137,23 @@ class _Scan:
         self.fired = {name: int(n) for name, n in zip(self.thresholds, fired, strict=True)}
 
 
-def sensitivity_features(n_features: int) -> Array:
-    """The features, evenly spread, whose pairs are also counted under other thresholds."""
-    n = min(n_features, SENSITIVITY_FEATURES)
-    return np.arange(n) * n_features // n
-
-
 def _scan(run: Run, residuals: Residuals, scans: Sequence[_Scan]) -> None:
     dtype = product_dtype(run)
     first = min(scan.next_chunk for scan in scans)
     saved = time.monotonic()
-    with progress(residuals.n_tokens, f"scanning {len(scans)} arms") as bar:
-        for i in range(first, residuals.n_chunks):
-            chunk = residuals.chunk(i)
-            started = time.monotonic()
-            for x in chunk.split(TOKENS_AT_ONCE):
-                z = normalise(x.float())[0]
-                for scan in scans:
-                    if scan.next_chunk == i:
-                        scan.add(pre_activations(scan.sae, z, dtype))
-                bar.update(len(x))
+    for i, parts in scan_chunks(residuals, f"scanning {len(scans)} arms", first):
+        open_ones = [scan for scan in scans if scan.next_chunk == i]
+        started = time.monotonic()
+        for z in parts:
+            for scan in open_ones:
+                scan.add(pre_activations(scan.sae, z, dtype))
+        for scan in open_ones:
+            scan.next_chunk += 1
+            scan.seconds += (time.monotonic() - started) / len(scans)
+        if time.monotonic() - saved > _CHECKPOINT_SECONDS and i + 1 < residuals.n_chunks:
             for scan in scans:
-                if scan.next_chunk == i:
-                    scan.next_chunk += 1
-                    scan.seconds += (time.monotonic() - started) / len(scans)
-            if time.monotonic() - saved > _CHECKPOINT_SECONDS and i + 1 < residuals.n_chunks:
-                for scan in scans:
-                    scan.checkpoint()
-                saved = time.monotonic()
+                scan.checkpoint()
+            saved = time.monotonic()
     for scan in scans:
         scan.finish()
 

@@ -7,7 +7,7 @@ scale against which the effect of joint training is to be read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,19 +17,16 @@ from metasae_lib.measure.counting import CooccurrenceCounter, Counts
 from metasae_lib.measure.cross import firing
 from metasae_lib.measure.fidelity import first_position
 from metasae_lib.measure.phi import summarise
-from metasae_lib.measure.scan import counts_artefact, load_counts, scan_arms, scan_inputs
+from metasae_lib.measure.scan import SCALES, counts_artefact, load_counts, scan_arms, scan_inputs
 from metasae_lib.measure.thresholds import pre_activations, product_dtype
 from metasae_lib.study.files import atomic_write
 from metasae_lib.study.progress import progress
+from metasae_lib.study.run import Artefact, Run
 from metasae_lib.subject.activations import Residuals
 from metasae_lib.subject.corpus import load_tokens
 from metasae_lib.subject.model import Subject, load_subject
 from metasae_lib.train.dictionary import normalise
-
-if TYPE_CHECKING:
-    from metasae_lib.study.run import Artefact, Run
-    from metasae_lib.train.training import Arm
-
+from metasae_lib.train.training import Arm
 
 VERSION = 1  # of the stage
 _MIN_FIRINGS = 100  # firings that another choice of pairs asks of both features
@@ -47,7 +44,7 @@ def sensitivity(
     Groups, each with a base of its own:
 
     - `thresholds`: every θ scaled, and the other rules, counted in the scan over the pairs of
-      `sensitivity_features`;
+      `SENSITIVITY_FEATURES` features;
     - `position 0`: all pairs, with the first position of every row as well (without, should the
       profile keep it). What it holds depends on the first token alone;
     - `BOS` (under bos: every_row): the first `bos_rows` rows run with and without their BOS token,
@@ -67,14 +64,13 @@ def sensitivity(
     with artefact.lock():
         if not artefact.complete:
             subject = subject or load_subject(run.profile)
-            parts = [_first_position(run, arms, counts, subject)]
+            rows = _first_position(run, arms, counts, subject)
             if run.profile.text.bos == "every_row":
-                parts.append(_without_bos(run, arms, subject, bos_rows))
+                rows += _without_bos(run, arms, subject, bos_rows)
             for name in arms:
-                made = counts_artefact(run, arms[name], inputs)
-                parts.append(_other_thresholds(name, made))
-                parts.append(_other_pairs(name, counts[name]))
-            frame = pd.concat(parts, ignore_index=True)
+                rows += _other_thresholds(name, counts_artefact(run, arms[name], inputs))
+                rows += _other_pairs(name, counts[name])
+            frame = pd.DataFrame(rows)
             frame["kind"] = frame.arm.map({name: arm.spec.kind for name, arm in arms.items()})
             with atomic_write(artefact.folder / "sensitivity.csv") as path:
                 frame.to_csv(path, index=False)
@@ -83,12 +79,11 @@ def sensitivity(
     base = frame[frame.variant == "base"].set_index(["arm", "group"]).mean_abs
     reference = base.loc[pd.MultiIndex.from_frame(frame[["arm", "group"]])].to_numpy()
     frame["change_pct"] = 100 * (frame.mean_abs / reference - 1)
-    columns = ["arm", "kind", "group", "variant", "scale", "l0", "n_pairs", "mean_abs",
-               "null_mean_abs", "change_pct"]  # fmt: skip
-    order = {name: place for place, name in enumerate(arms)}
-    return frame.sort_values("arm", key=lambda names: names.map(order), kind="stable")[
-        columns
-    ].reset_index(drop=True)
+    frame.insert(1, "kind", frame.pop("kind"))
+    order = list(arms)
+    return frame.sort_values(
+        "arm", key=lambda names: names.map(order.index), kind="stable", ignore_index=True
+    )
 
 
 def headline_by_choice(frame: pd.DataFrame, solo: str, joint: str) -> pd.DataFrame:
@@ -104,57 +99,49 @@ def headline_by_choice(frame: pd.DataFrame, solo: str, joint: str) -> pd.DataFra
 
 
 def _row(
-    arm: str,
-    group: str,
-    variant: str,
-    counts: Counts,
-    features: NDArray[np.bool_] | None = None,
-    l0: float | None = None,
-) -> pd.DataFrame:
+    arm: str, group: str, variant: str, counts: Counts, features: NDArray[np.bool_] | None = None
+) -> dict[str, Any]:
     alive = counts.alive if features is None else counts.alive & features
     summary = summarise(counts, features, (0.5,)) if alive.sum() > 1 else None
-    scale = float(variant.removeprefix("scale-")) if variant.startswith("scale-") else np.nan
-    return pd.DataFrame(
-        {
-            "arm": [arm],
-            "group": group,
-            "variant": variant,
-            "scale": 1.0 if (group, variant) == ("thresholds", "base") else scale,
-            "l0": counts.l0 if l0 is None else l0,
-            "n_pairs": summary.n_pairs if summary else 0,
-            "mean_abs": summary.mean_abs if summary else np.nan,
-            "null_mean_abs": summary.null_mean_abs if summary else np.nan,
-        }
-    )
+    return {
+        "arm": arm,
+        "group": group,
+        "variant": variant,
+        "scale": np.nan,
+        "l0": counts.l0,
+        "n_pairs": summary.n_pairs if summary else 0,
+        "mean_abs": summary.mean_abs if summary else np.nan,
+        "null_mean_abs": summary.null_mean_abs if summary else np.nan,
+    }
 
 
-def _other_thresholds(arm: str, made: Artefact) -> pd.DataFrame:
-    l0 = made.info["l0"]
-    return pd.concat(
-        [_row(arm, "thresholds", name, load_counts(made, name), l0=l0[name]) for name in l0]
-    )
+def _other_thresholds(arm: str, made: Artefact) -> list[dict[str, Any]]:
+    scales = {"base": 1.0, **{f"scale-{scale:g}": scale for scale in SCALES}}
+    return [
+        _row(arm, "thresholds", name, load_counts(made, name))
+        | {"scale": scales.get(name, np.nan), "l0": l0}
+        for name, l0 in made.info["l0"].items()
+    ]
 
 
-def _other_pairs(arm: str, counts: Counts) -> pd.DataFrame:
+def _other_pairs(arm: str, counts: Counts) -> list[dict[str, Any]]:
     ceiling = np.quantile(counts.n1[counts.alive], 1 - _FREQUENT)
-    return pd.concat(
-        [
-            _row(arm, "pairs", "base", counts),
-            _row(arm, "pairs", f"at least {_MIN_FIRINGS} firings", counts,
-                 counts.n1 >= _MIN_FIRINGS),
-            _row(arm, "pairs", "without the most frequent 1%", counts, counts.n1 <= ceiling),
-        ]
-    )  # fmt: skip
+    choices = {
+        "base": None,
+        f"at least {_MIN_FIRINGS} firings": counts.n1 >= _MIN_FIRINGS,
+        "without the most frequent 1%": counts.n1 <= ceiling,
+    }
+    return [_row(arm, "pairs", name, counts, features) for name, features in choices.items()]
 
 
 def _first_position(
     run: Run, arms: Mapping[str, Arm], counts: Mapping[str, Counts], subject: Subject
-) -> pd.DataFrame:
+) -> list[dict[str, Any]]:
     x, times = first_position(run, "scan", subject)
     z = normalise(x.float())[0]
     skipped = run.profile.text.skip_first
     sign, variant = (1, "with position 0") if skipped else (-1, "without position 0")
-    parts = []
+    rows = []
     for name, arm in arms.items():
         pre = pre_activations(arm.sae, z.to(arm.sae.b_dec.device), product_dtype(run))
         assert arm.sae.threshold is not None
@@ -165,14 +152,14 @@ def _first_position(
             counts[name].n1 + np.rint(weighted.sum(axis=0)).astype(np.int64),
             counts[name].n_tokens + sign * int(times.sum()),
         )
-        parts += [
-            _row(name, "position 0", "base", counts[name]),
-            _row(name, "position 0", variant, other),
-        ]
-    return pd.concat(parts)
+        for which, of in (("base", counts[name]), (variant, other)):
+            rows.append(_row(name, "position 0", which, of))
+    return rows
 
 
-def _without_bos(run: Run, arms: Mapping[str, Arm], subject: Subject, n_rows: int) -> pd.DataFrame:
+def _without_bos(
+    run: Run, arms: Mapping[str, Arm], subject: Subject, n_rows: int
+) -> list[dict[str, Any]]:
     counters = {
         (name, variant): CooccurrenceCounter(arm.sae.n_features, device=arm.sae.b_dec.device)
         for name, arm in arms.items()
@@ -194,9 +181,7 @@ def _without_bos(run: Run, arms: Mapping[str, Arm], subject: Subject, n_rows: in
                     fired = firing(pre_activations(arm.sae, z, dtype), arm.sae.threshold)
                     counters[name, variant].update(fired)
                 bar.update(ids.size)
-    return pd.concat(
-        [
-            _row(name, "BOS", variant, counter.counts())
-            for (name, variant), counter in counters.items()
-        ]
-    )
+    return [
+        _row(name, "BOS", variant, counter.counts())
+        for (name, variant), counter in counters.items()
+    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -88,7 +88,8 @@ class SeedComparison:
     """Two conditions over independently trained seeds, b minus a.
 
     t_interval: Welch's t interval over seeds. bootstrap: percentile interval from resampling
-    seeds. p: exact two-sided permutation p; smallest_p: the smallest that so few seeds allow.
+    seeds. p: two-sided permutation p; smallest_p: the smallest that so few seeds allow. All but
+    the last are nan if a side has a single seed.
     caution: a sentence on what the number of seeds cannot show, or empty.
     """
 
@@ -108,26 +109,39 @@ def seed_difference(
     """Compare a measure between conditions trained over several seeds.
 
     a, b: one value a seed, at least one each. Spreads are standard deviations over seeds (ddof 1),
-    nan for a single seed; then there is no t interval either. The permutation test deals the
-    pooled values anew in every way (up to 20,000 ways, then a random sample of them); under the
-    hypothesis that the condition makes no difference, every dealing is equally likely.
+    nan for a single seed. The permutation test deals the pooled values anew in every way (if there
+    are more than 20,000 ways, in a random sample of them); under the hypothesis that the condition
+    makes no difference, every dealing is equally likely.
     """
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if not len(x) or not len(y):
         raise MeasureError("comparing seeds needs at least one value on each side")
     observed = float(y.mean() - x.mean())
     spread_a, spread_b = (float(v.std(ddof=1)) if len(v) > 1 else math.nan for v in (x, y))
-    interval = math.nan, math.nan
-    if len(x) > 1 and len(y) > 1:
+    interval = bootstrap = math.nan, math.nan
+    p, fewest = math.nan, min(len(x), len(y))
+    if fewest > 1:
         va, vb = spread_a**2 / len(x), spread_b**2 / len(y)
         df = _welch_df(va, vb, len(x), len(y))
         reach = float(scipy.stats.t.ppf((1 + level) / 2, df)) * math.sqrt(va + vb)
         interval = observed - reach, observed + reach
-    generator = np.random.default_rng(seed)
-    means = [v[generator.integers(0, len(v), (10_000, len(v)))].mean(axis=1) for v in (x, y)]
-    low, high = np.quantile(means[1] - means[0], [(1 - level) / 2, (1 + level) / 2])
-    p, smallest = _permutation_p(x, y, generator)
-    fewest = min(len(x), len(y))
+        generator = np.random.default_rng(seed)
+        resampled = scipy.stats.bootstrap(
+            (x, y),
+            _mean_difference,
+            n_resamples=10_000,
+            confidence_level=level,
+            method="percentile",
+            rng=generator,
+        )
+        low, high = resampled.confidence_interval
+        bootstrap = float(low), float(high)
+        permuted = scipy.stats.permutation_test(
+            (x, y), _size_of_difference, n_resamples=20_000, alternative="greater", rng=generator
+        )
+        p = float(permuted.pvalue)
+    # With equally many seeds each dealing has its mirror image, equally extreme.
+    smallest = (2 if len(x) == len(y) else 1) / math.comb(len(x) + len(y), len(x))
     caution = ""
     if smallest > 1 - level:
         caution = (
@@ -135,28 +149,15 @@ def seed_difference(
             f"p = {smallest:.2g}, and a bootstrap of so few seeds is too narrow: read the t "
             f"interval{' once both sides have two seeds' if fewest < 2 else ''}."
         )
-    return SeedComparison(
-        observed, spread_a, spread_b, interval, (float(low), float(high)), p, smallest, caution
-    )
+    return SeedComparison(observed, spread_a, spread_b, interval, bootstrap, p, smallest, caution)
 
 
-def _permutation_p(x: Floats, y: Floats, generator: np.random.Generator) -> tuple[float, float]:
-    pooled = np.concatenate([x, y])
-    ways = math.comb(len(pooled), len(x))
-    limit = 20_000
-    if ways <= limit:
-        chosen = np.array(list(islice(combinations(range(len(pooled)), len(x)), limit)))
-    else:
-        chosen = np.array([generator.permutation(len(pooled))[: len(x)] for _ in range(limit)])
-    sum_x = pooled[chosen].sum(axis=1)
-    differences = (pooled.sum() - sum_x) / len(y) - sum_x / len(x)
-    observed = abs(y.mean() - x.mean())
-    extreme = int((np.abs(differences) >= observed * (1 - 1e-9)).sum())
-    # With equally many seeds each dealing has its mirror image, equally extreme.
-    fewest = 2 if len(x) == len(y) else 1
-    if ways > limit:
-        return (extreme + 1) / (limit + 1), fewest / ways
-    return extreme / ways, fewest / ways
+def _mean_difference(x: Floats, y: Floats, axis: int = -1) -> Any:
+    return y.mean(axis) - x.mean(axis)
+
+
+def _size_of_difference(x: Floats, y: Floats, axis: int = -1) -> Any:
+    return np.abs(_mean_difference(x, y, axis))
 
 
 def welch(n_a: int, mean_a: float, var_a: float, n_b: int, mean_b: float, var_b: float) -> TTest:
@@ -177,13 +178,8 @@ def welch(n_a: int, mean_a: float, var_a: float, n_b: int, mean_b: float, var_b:
         raise MeasureError("Welch's test needs values that vary")
     t = difference / math.sqrt(va + vb)
     df = _welch_df(va, vb, n_a, n_b)
-    return TTest(
-        difference,
-        t,
-        df,
-        2 * float(scipy.stats.t.sf(abs(t), df)),
-        difference / math.sqrt((var_a + var_b) / 2),
-    )
+    p = 2 * float(scipy.stats.t.sf(abs(t), df))
+    return TTest(difference, t, df, p, difference / math.sqrt((var_a + var_b) / 2))
 
 
 def paired_t(differences: ArrayLike) -> TTest:
@@ -209,16 +205,6 @@ def paired_difference(differences: ArrayLike, level: float = 0.95) -> Effect:
     return Effect(mean, mean - reach, mean + reach)
 
 
-def cohen_d(a: ArrayLike, b: ArrayLike) -> float:
-    """(mean b - mean a) over the pooled standard deviation (ddof 1)."""
-    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if len(x) < 2 or len(y) < 2:
-        raise MeasureError("Cohen's d needs two values on each side")
-    freedom = len(x) + len(y) - 2
-    pooled = ((len(x) - 1) * x.var(ddof=1) + (len(y) - 1) * y.var(ddof=1)) / freedom
-    return float((y.mean() - x.mean()) / math.sqrt(pooled))
-
-
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share."""
     if n < 1 or not 0 <= successes <= n:
@@ -240,15 +226,12 @@ def share_higher(differences: ArrayLike, level: float = 0.95) -> tuple[float, fl
     return higher / (higher + lower), low, high
 
 
-def needed(d: float, power: float = 0.8, level: float = 0.95, paired: bool = True) -> int:
-    """Pairs (or values on each side, if not paired) that show an effect of size d that often.
-
-    Normal approximation: ((z_level + z_power) / d)², twice that on each side if not paired.
-    """
+def needed(d: float, power: float = 0.8, level: float = 0.95) -> int:
+    """Pairs that show an effect of size d that often: ((z_level + z_power) / d)², about normal."""
     if d == 0 or not 0 < power < 1 or not 0 < level < 1:
         raise MeasureError("power needs an effect that is not zero and shares between 0 and 1")
     z = float(scipy.stats.norm.ppf((1 + level) / 2) + scipy.stats.norm.ppf(power))
-    return math.ceil((1 if paired else 2) * (z / d) ** 2)
+    return math.ceil((z / d) ** 2)
 
 
 def _welch_df(va: float, vb: float, n_a: int, n_b: int) -> float:

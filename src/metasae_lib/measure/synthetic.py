@@ -44,12 +44,6 @@ class World:
     offset: Tensor
     noise: float
 
-    @property
-    def rates(self) -> Tensor:
-        """(2p,) probability that each atom fires on a token."""
-        first, second, both = self.probabilities.T
-        return torch.stack([first + both, second + both], dim=1).flatten()
-
     def sample(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
         """n tokens (n, d) and the strength of every atom on each (n, 2p), 0 where it is silent."""
         generator = torch.Generator().manual_seed(seed)

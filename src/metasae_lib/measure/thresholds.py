@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,16 +30,12 @@ from metasae_lib.measure.patterns import Array, above, count_below
 from metasae_lib.study.errors import MeasureError
 from metasae_lib.study.files import atomic_write
 from metasae_lib.study.progress import progress
-from metasae_lib.study.run import locked
+from metasae_lib.study.run import Artefact, Run
 from metasae_lib.subject.activations import Residuals
-from metasae_lib.train.dictionary import JumpReLU, normalise
-from metasae_lib.train.kernels.select import batch_topk, batch_topk_plain
-
-if TYPE_CHECKING:
-    from metasae_lib.study.run import Artefact, Run
-    from metasae_lib.train.dictionary import Dictionary
-    from metasae_lib.train.training import Arm
-
+from metasae_lib.train.dictionary import Dictionary, JumpReLU, normalise
+from metasae_lib.train.kernels.compiled import batch_topk
+from metasae_lib.train.kernels.plain import batch_topk as batch_topk_plain
+from metasae_lib.train.training import Arm
 
 VERSION = 2  # of the stage
 Rule = Literal["rate", "eer", "global"]
@@ -139,12 +135,8 @@ class Calibrator:
 
     def again(self) -> Calibrator:
         """A fresh calibrator with the window that is now known to hold."""
-        return Calibrator(
-            self.n_features,
-            self.k,
-            bin_width=self.bin_width,
-            window=(min(self.cutoffs), max(self.cutoffs)),
-        )
+        window = min(self.cutoffs), max(self.cutoffs)
+        return Calibrator(self.n_features, self.k, bin_width=self.bin_width, window=window)
 
     def result(self) -> Calibration:
         """Thresholds under every rule. Raises MeasureError if nothing was ever selected."""
@@ -153,7 +145,7 @@ class Calibrator:
         if not self.window_held:
             raise MeasureError("the window missed a cut-off: pass the batches to again() as well")
         rate, off_by = self._rate()
-        rules = {"rate": rate, "global": self._global()}
+        rules = {"rate": rate, "global": np.full(self.n_features, np.mean(self.cutoffs))}
         if max(self.cutoffs) < N_BINS * self.bin_width:
             rules["eer"] = self._eer()
         alive = self.selected > 0
@@ -174,39 +166,32 @@ class Calibrator:
         return features.cpu().numpy(), acts[tokens, features].cpu().numpy()
 
     def _rate(self) -> tuple[Array, int]:
+        """Thresholds, and the largest difference between firings above them and selections."""
         features, values = (np.concatenate(part) for part in zip(*self._near, strict=True))
-        # By feature, then downwards: bits of positive floats are ordered as the floats are.
-        keys = features.astype(np.uint64) << 32 | ~values.view(np.uint32)
-        keys.sort()
+        stored = np.bincount(features, minlength=self.n_features) + 2
+        every = np.arange(self.n_features)
+        # By feature, then downwards, with an infinity above what is stored and a zero below it.
+        features = np.concatenate([features, every, every])
+        beyond = np.repeat(np.array([np.inf, 0], np.float32), self.n_features)
+        keys = np.sort(_keys(features, np.concatenate([values, beyond])))
         values = (~keys.astype(np.uint32)).view(np.float32)
-        stored = np.bincount(features, minlength=self.n_features)
         begin = np.cumsum(stored) - stored
         rank = self.selected - self._above_window  # of the m-th largest among the stored values
-
-        def ranked(place: Array, beyond: float) -> Array:
-            there = (place >= 0) & (place < stored)
-            at = np.minimum(begin + np.where(there, place, 0), max(len(values) - 1, 0))
-            outside = np.where(place < 0, np.float32(np.inf), np.float32(beyond))
-            return np.where(there, values[at] if len(values) else outside, outside)
-
-        last, next_one = ranked(rank - 1, -np.inf), ranked(rank, -np.inf)
+        last, next_one = values[begin + rank], values[begin + rank + 1]
         low, high = np.float32(min(self.cutoffs)), np.float32(max(self.cutoffs))
         lower, upper = np.maximum(next_one, low), np.minimum(last, high)
-        theta = (lower + (upper - lower) / np.float32(2)).astype(np.float32)
-        just_below = np.nextafter(last, np.float32(-np.inf))
+        theta = lower + (upper - lower) / np.float32(2)
+        just_below = np.nextafter(last, np.float32(0))
         theta = np.where(theta >= last, just_below, theta)
 
         # Equal values at the cut cannot be told apart: fire on all of them or on none, whichever
         # comes nearer to the selections.
-        tied = np.flatnonzero((self.selected > 0) & (last == next_one))
-        off_by = 0
-        for i in tied:
-            mine = values[begin[i] : begin[i] + stored[i]]
-            more = self._above_window[i] + int((mine >= last[i]).sum()) - self.selected[i]
-            fewer = self.selected[i] - self._above_window[i] - int((mine > last[i]).sum())
-            theta[i] = last[i] if fewer <= more else just_below[i]
-            off_by = max(off_by, int(min(fewer, more)))
-        return theta, off_by
+        edges = _keys(every, last)
+        more = np.searchsorted(keys, edges, side="right") - begin - 1 - rank
+        fewer = rank + 1 - (np.searchsorted(keys, edges) - begin)
+        tied = (self.selected > 0) & (more > 0)
+        theta = np.where(tied, np.where(fewer <= more, last, just_below), theta)
+        return theta, int(np.minimum(fewer, more)[tied].max(initial=0))
 
     def _bins(self, values: Array) -> Array:
         """Bin of each value; the last one takes what is beyond."""
@@ -224,8 +209,13 @@ class Calibrator:
         false_share = false / np.maximum(unselected.sum(axis=1, keepdims=True), 1)
         return (np.argmax(missed_share >= false_share, axis=1) + 0.5) * self.bin_width
 
-    def _global(self) -> Array:
-        return np.full(self.n_features, np.mean(self.cutoffs))
+
+def _keys(features: Array, values: Array) -> Array:
+    """Integers in the order of the features and, within one, from the largest value down.
+
+    Bits of positive floats are ordered as the floats are.
+    """
+    return features.astype(np.uint64) << 32 | ~values.view(np.uint32)
 
 
 def calibrate(
@@ -245,17 +235,16 @@ def calibrate(
     if isinstance(batches, Iterator):
         raise MeasureError("calibrate may need two passes: give it a list of batches")
     batches = [batches] if isinstance(batches, Tensor) else batches
-    calibrator: Calibrator | None = None
-    for attempt in range(2):
-        for pre in batches:
-            calibrator = calibrator or Calibrator(pre.shape[-1], k, bin_width=bin_width)
-            calibrator.update(pre)
-        if calibrator is None:
-            raise MeasureError("there are no calibration batches: give at least one")
-        if attempt == 1 or calibrator.window_held:
-            break
+    first = next(iter(batches), None)
+    if first is None:
+        raise MeasureError("there are no calibration batches: give at least one")
+    calibrator = Calibrator(first.shape[-1], k, bin_width=bin_width)
+    for pre in batches:
+        calibrator.update(pre)
+    if not calibrator.window_held:
         calibrator = calibrator.again()
-    assert calibrator is not None
+        for pre in batches:
+            calibrator.update(pre)
     return calibrator.result().threshold(rule)
 
 
@@ -292,23 +281,25 @@ def calibrate_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Calibration]:
     reads them.
     """
     residuals = Residuals(run, "calibration")
-    inputs = calibration_inputs(run, residuals)
-    artefacts = {
-        name: run.artefact("thresholds", {"arm": arm.folder.name, **inputs}, VERSION)
-        for name, arm in arms.items()
-    }
-    with locked(artefacts.values()):
-        missing = {name: arms[name] for name, one in artefacts.items() if not one.complete}
-        for arm in arms.values():
-            arm.sae.to(residuals.device)
-        if missing:
-            for name, result in _calibrate(run, residuals, missing).items():
-                _save(artefacts[name], result, len(missing))
-        results = {name: _load(artefact) for name, artefact in artefacts.items()}
+    for arm in arms.values():
+        arm.sae.to(residuals.device)
+
+    def make(missing: dict[str, Artefact]) -> None:
+        for name, result in _calibrate(run, residuals, {n: arms[n] for n in missing}).items():
+            _save(missing[name], result, len(missing))
+
+    inputs = by_arm(arms, calibration_inputs(run, residuals))
+    artefacts = run.made("thresholds", inputs, VERSION, make)
+    results = {name: _load(artefact) for name, artefact in artefacts.items()}
     for name, arm in arms.items():
         theta = results[name].threshold(run.profile.evaluation.threshold_rule)
         arm.sae.threshold = theta.to(residuals.device)
     return results
+
+
+def by_arm(arms: Mapping[str, Arm], inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an artefact of each arm depends on, for `Run.made`: the arm's own, and `inputs`."""
+    return {name: {"arm": arm.folder.name, **inputs} for name, arm in arms.items()}
 
 
 def calibration_inputs(run: Run, residuals: Residuals) -> dict[str, Any]:
@@ -345,19 +336,54 @@ class OwnThresholds:
         return Calibration(dict.fromkeys(RULES, theta), selected, np.empty(0), self._n_tokens, 0)
 
 
-def grouped(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
-    """Join batches (b, d) into groups of about GROUP tokens, for one large product each.
+def training_groups(
+    run: Run, residuals: Residuals, n_tokens: int, what: str
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """`training_batches` of the first chunks of a role, until `n_tokens` tokens are there.
 
-    Yields the group (t, d) and the sizes of its batches.
+    Batches (b, d) are joined into groups of about GROUP tokens, for one large product each. Yields
+    the group (t, d) and the sizes of its batches. what: beside the progress bar.
     """
+    taken = 0
+    with progress(n_tokens, what) as bar:
+        for i in range(residuals.n_chunks):
+            if taken >= n_tokens:
+                return
+            batches = training_batches(residuals.chunk(i), run.profile.training.batch_tokens, i)
+            for group in _grouped(batches):
+                z = torch.cat(group)
+                yield z, list(map(len, group))
+                taken += len(z)
+                bar.update(len(z))
+
+
+def _grouped(batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     group: list[Tensor] = []
     for z in batches:
         group.append(z)
         if sum(map(len, group)) >= GROUP:
-            yield torch.cat(group), list(map(len, group))
+            yield group
             group = []
     if group:
-        yield torch.cat(group), list(map(len, group))
+        yield group
+
+
+def scan_chunks(
+    residuals: Residuals, what: str, first: int = 0
+) -> Iterator[tuple[int, Iterator[Tensor]]]:
+    """The chunks of a role from one on: number, and normalised tokens (t, d) part by part.
+
+    what: beside the progress bar.
+    """
+    with progress(residuals.n_tokens, what) as bar:
+
+        def parts(chunk: Tensor) -> Iterator[Tensor]:
+            for x in chunk.split(GROUP):
+                yield normalise(x.float())[0]
+                bar.update(len(x))
+
+        for i in range(first, residuals.n_chunks):
+            yield i, parts(residuals.chunk(i))
 
 
 def _calibrate(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[str, Calibration]:
@@ -370,14 +396,11 @@ def _calibrate(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[
     }
     results: dict[str, Calibration] = {}
     while open_ones:  # a second time only for arms whose first guess of the window failed
-        with progress(residuals.n_tokens, f"calibrating {len(open_ones)} arms") as bar:
-            for i in range(residuals.n_chunks):
-                batches = training_batches(residuals.chunk(i), run.profile.training.batch_tokens, i)
-                for z, sizes in grouped(batches):
-                    for name, calibrator in open_ones.items():
-                        for pre in pre_activations(arms[name].sae, z, dtype).split(sizes):
-                            calibrator.update(pre)
-                    bar.update(len(z))
+        what = f"calibrating {len(open_ones)} arms"
+        for z, sizes in training_groups(run, residuals, residuals.n_tokens, what):
+            for name, calibrator in open_ones.items():
+                for pre in pre_activations(arms[name].sae, z, dtype).split(sizes):
+                    calibrator.update(pre)
         results |= {name: one.result() for name, one in open_ones.items() if one.window_held}
         open_ones = {name: one.again() for name, one in open_ones.items() if not one.window_held}
     return results

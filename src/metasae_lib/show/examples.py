@@ -18,10 +18,8 @@ def highlighted(example: Example) -> str:
         text = html.escape(piece)
         if act > 0 and piece:
             shade = 0.25 + 0.75 * act / example.strength
-            text = (
-                f'<mark style="background:rgba(230,159,0,{shade:.2f});color:inherit" '
-                f'title="{act:.2f}">{text}</mark>'
-            )
+            style = f"background:rgba(230,159,0,{shade:.2f});color:inherit"
+            text = f'<mark style="{style}" title="{act:.2f}">{text}</mark>'
         parts.append(text)
     return "".join(parts)
 

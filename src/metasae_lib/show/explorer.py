@@ -9,15 +9,16 @@ is opened.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import shutil
 import zlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 
 from metasae_lib.interpret.contexts import Contexts
-from metasae_lib.measure.counting import Counts, CrossCounts
+from metasae_lib.interpret.examples import Example
+from metasae_lib.measure.counting import CrossCounts
 from metasae_lib.measure.cross import cross_scan, top_matches
 from metasae_lib.measure.matching import hungarian
 from metasae_lib.measure.phi import phi
@@ -34,10 +36,7 @@ from metasae_lib.study.errors import MeasureError
 from metasae_lib.study.files import atomic_write
 from metasae_lib.study.profile import repository_folders
 from metasae_lib.study.run import Run
-
-if TYPE_CHECKING:
-    from metasae_lib.train.training import Arm
-
+from metasae_lib.train.training import Arm
 
 MAX_FILE_BYTES = 3 * 2**20
 _PART = 4096  # features in a part of the index
@@ -48,14 +47,7 @@ _TOKENS = 5  # shown for a feature in the index
 _PEAKS = 10  # strongest segments whose peaks name a feature
 _BINS = 20
 _NEAR, _CROSS = 8, 5  # neighbours shown within the arm, and in the other one
-
-
-@dataclass(frozen=True)
-class Context:
-    """One stretch of text: its tokens as text, and the feature's activation on each (0: none)."""
-
-    pieces: Sequence[str]
-    acts: Sequence[float]
+_SHOWN = 6, 2  # contexts of a feature of the two main arms, and of the others
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class ArmPage:
     histograms: Sequence[Sequence[int]] | NDArray[np.int64]
     near: Sequence[Sequence[tuple[int, float]]]
     cross: Sequence[Sequence[tuple[int, float]]]
-    contexts: Sequence[Sequence[Context]]
+    contexts: Sequence[Sequence[Example]]
 
 
 def peak_tokens(contexts: Contexts) -> list[list[str]]:
@@ -88,10 +80,10 @@ def peak_tokens(contexts: Contexts) -> list[list[str]]:
     """
     found = []
     for feature in range(contexts.n_features):
-        weight: Counter[str] = Counter()
+        weight: defaultdict[str, float] = defaultdict(float)
         for example in contexts.top(feature, _PEAKS):
-            weight[example.pieces[example.peak]] += example.strength  # type: ignore[assignment]
-        found.append([token for token, _ in weight.most_common(_TOKENS)])
+            weight[example.pieces[example.peak]] += example.strength
+        found.append(sorted(weight, key=weight.__getitem__, reverse=True)[:_TOKENS])
     return found
 
 
@@ -100,111 +92,70 @@ def collect(
     arms: Mapping[str, Arm],
     contexts: Mapping[str, Contexts],
     main: tuple[str, str],
-    explanations: pd.DataFrame | None = None,
-    n_contexts: tuple[int, int] = (6, 2),
+    explanations: pd.DataFrame,
 ) -> Iterator[ArmPage]:
     """Everything that the explorer shows of the arms with contexts, `main` (solo, joint) first, one
     by one.
 
     Every arm is matched with the solo arm of `main`, and that one with the joint arm. Arms with
     the same weights as an earlier one are left out: a control at λ₂ = 0 is the solo arm again.
-    explanations: columns arm, feature, explanation, fuzz, where there are any. n_contexts: shown
-    for a feature of the two main arms, and of the others.
+    explanations: columns arm, feature, explanation, fuzz.
     """
     names: list[str] = []
-    for name in [*main, *(name for name in contexts if name not in main)]:
+    for name in (*main, *contexts):
         if not any(torch.equal(arms[name].sae.W_dec, arms[other].sae.W_dec) for other in names):
             names.append(name)
     others = {name: main[1] if name == main[0] else main[0] for name in names}
     counts = scan_arms(run, {name: arms[name] for name in names})
-    cross = cross_scan(run, arms, list(others.items()))
+    crosses = cross_scan(run, arms, list(others.items()))
     for name in names:
-        tokens = peak_tokens(contexts[name])
-        shown = n_contexts[name not in main]
+        own, text, cross = counts[name], contexts[name], crosses[name, others[name]]
+        activations = [text.activations(i) for i in range(own.n1.size)]
+        sae, n = arms[name].sae, len(own.n1)
+        rows, partners, cosines = hungarian(sae.W_dec, arms[others[name]].sae.W_dec)
+        matched = [
+            phi(cross.n11[[[i]], [[j]]], cross.n1_a[[i]], cross.n1_b[[j]], cross.n_tokens).item()
+            for i, j in zip(rows, partners, strict=True)
+        ]
+        features = pd.DataFrame(
+            {
+                "rate": own.rates,
+                "max": [float(a.max()) if len(a) else np.nan for a in activations],
+                "threshold": np.nan if sae.threshold is None else sae.threshold.cpu(),
+                "partner": pd.Series(partners, rows, float),
+                "cosine": pd.Series(cosines, rows),
+                "phi": pd.Series(matched, rows),
+                "second": top_matches(cross, 2).query("rank == 1").set_index("feature").phi,
+            },
+            index=range(n),
+        )
+        told = explanations[explanations.arm == name].drop_duplicates("feature")
+        told = told.set_index("feature")[["explanation", "fuzz"]]
+        within = top_matches(CrossCounts(own.n11, own.n1, own.n1, own.n_tokens), _NEAR + 1)
+        shown = _SHOWN[name not in main]
         yield ArmPage(
             name=name,
             title=name,
             other=others[name],
-            features=_features(
-                name, arms[name], arms[others[name]], counts[name], contexts[name],
-                cross[name, others[name]], explanations,
-            ),
-            tokens=tokens,
-            histograms=[_histogram(contexts[name], i) for i in range(len(tokens))],
-            near=_neighbours(_within(counts[name]), _NEAR, itself=True),
-            cross=_neighbours(cross[name, others[name]], _CROSS),
-            contexts=[
-                [Context(e.pieces, e.acts) for e in contexts[name].top(i, shown)]
-                for i in range(len(tokens))
+            features=features.join(told),
+            tokens=peak_tokens(text),
+            histograms=[
+                np.histogram(a, _BINS, (0, float(a.max())))[0].tolist() if len(a) else []
+                for a in activations
             ],
-        )  # fmt: skip
+            near=_pairs(within[within.feature != within.match], _NEAR, n),
+            cross=_pairs(top_matches(cross, _CROSS), _CROSS, n),
+            contexts=[text.top(i, shown) for i in range(n)],
+        )
 
 
-def _features(
-    name: str,
-    arm: Arm,
-    other: Arm,
-    counts: Counts,
-    contexts: Contexts,
-    cross: CrossCounts,
-    explanations: pd.DataFrame | None,
-) -> pd.DataFrame:
-    n = len(counts.n1)
-    rows, partners, cosines = hungarian(arm.sae.W_dec, other.sae.W_dec)
-    frame = pd.DataFrame(
-        {
-            "rate": counts.rates,
-            "max": [_largest(contexts.activations(i)) for i in range(n)],
-            "threshold": arm.sae.threshold.cpu() if arm.sae.threshold is not None else np.nan,
-            "partner": pd.Series(partners, rows, float),
-            "cosine": pd.Series(cosines, rows),
-            "phi": pd.Series(_phi_at(cross, rows, partners), rows),
-        }
-    )
-    matches = top_matches(cross, 2)
-    frame["second"] = matches[matches["rank"] == 1].set_index("feature").phi
-    told = pd.DataFrame({"feature": [], "explanation": [], "fuzz": []})
-    if explanations is not None:
-        told = explanations[explanations.arm == name]
-    told = told.drop_duplicates("feature").set_index("feature")[["explanation", "fuzz"]]
-    return frame.join(told)
-
-
-def _largest(values: NDArray[Any]) -> float:
-    return float(values.max()) if len(values) else np.nan
-
-
-def _phi_at(cross: CrossCounts, rows: NDArray[Any], columns: NDArray[Any]) -> NDArray[np.float64]:
-    values = [
-        phi(cross.n11[[[i]], [[j]]], cross.n1_a[[i]], cross.n1_b[[j]], cross.n_tokens)[0, 0]
-        for i, j in zip(rows, columns, strict=True)
-    ]
-    return np.array(values)
-
-
-def _within(counts: Counts) -> CrossCounts:
-    return CrossCounts(counts.n11, counts.n1, counts.n1, counts.n_tokens)
-
-
-def _neighbours(
-    cross: CrossCounts, count: int, itself: bool = False
-) -> list[list[tuple[int, float]]]:
-    """The (feature, φ) pairs with the largest |φ| of every feature, strongest first."""
-    found = top_matches(cross, count + itself)
-    if itself:
-        found = found[found.feature != found.match]
-    near: list[list[tuple[int, float]]] = [[] for _ in cross.n1_a]
-    for feature, match, value in zip(found.feature, found.match, found.phi, strict=True):
-        if len(near[feature]) < count:
-            near[feature].append((int(match), float(value)))
-    return near
-
-
-def _histogram(contexts: Contexts, feature: int) -> list[int]:
-    values = contexts.activations(feature)
-    if not len(values):
-        return []
-    return [int(n) for n in np.histogram(values, _BINS, (0, float(values.max())))[0]]
+def _pairs(matches: pd.DataFrame, count: int, n: int) -> list[list[tuple[int, float]]]:
+    """The first `count` (match, φ) of each of n features in `top_matches`."""
+    found: list[list[tuple[int, float]]] = [[] for _ in range(n)]
+    first = matches.groupby("feature").head(count)
+    for feature, match, value in zip(first.feature, first.match, first.phi, strict=True):
+        found[feature].append((match, value))
+    return found
 
 
 def write(
@@ -226,78 +177,58 @@ def write(
         shutil.copyfile(source / name, folder / name)
     listed: list[dict[str, Any]] = []
     for arm in arms:
-        _check(arm)
-        listed.append(
-            {
-                "name": arm.name,
-                "title": arm.title,
-                "other": arm.other,
-                "parts": math.ceil(len(arm.tokens) / _PART),
-                "block": _BLOCK,
-                "alive": int((arm.features.rate > 0).sum()),
-            }
-        )
-        columns = _index(arm)
-        for part, start in enumerate(range(0, len(arm.tokens), _PART)):
+        n = len(arm.features)
+        lists = (arm.tokens, arm.histograms, arm.near, arm.cross, arm.contexts)
+        if any(len(part) != n for part in lists):
+            raise MeasureError(
+                f"{arm.name} has {n} features, but its parts differ: give one for each"
+            )
+        about_arm = {"name": arm.name, "title": arm.title, "other": arm.other}
+        alive = int((arm.features.rate > 0).sum())
+        listed.append(about_arm | {"parts": math.ceil(n / _PART), "block": _BLOCK, "alive": alive})
+        columns: dict[str, list[Any]] = {
+            "tokens": [list(tokens[:_TOKENS]) for tokens in arm.tokens]
+        }
+        columns |= {name: [_short(v) for v in arm.features[name]] for name in _COLUMNS}
+        columns["partner"] = [None if v is None else int(v) for v in columns["partner"]]
+        for part, start in enumerate(range(0, n, _PART)):
             cut = {name: values[start : start + _PART] for name, values in columns.items()}
             _write(folder, f"{arm.name}/index-{part}", cut)
         cards = _cards(arm)
-        for block in range(math.ceil(len(arm.tokens) / _BLOCK)):
-            features = [next(cards) for _ in range(min(_BLOCK, len(arm.tokens) - block * _BLOCK))]
+        for block in range(math.ceil(n / _BLOCK)):
+            features = list(itertools.islice(cards, _BLOCK))
             _write(folder, f"{arm.name}/block-{block}", {"features": features})
     names = {arm["name"] for arm in listed}
-    for one in listed:
-        if one["other"] not in names | {None}:
-            raise MeasureError(
-                f"{one['name']} is matched with {one['other']}, which is not in the explorer"
-            )
+    for name, other in ((one["name"], one["other"]) for one in listed):
+        if other not in names | {None}:
+            raise MeasureError(f"{name} is matched with {other}, which is not in the explorer")
     _write(folder, "site", {"profile": profile, "about": about, "back": back, "arms": listed})
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def _check(arm: ArmPage) -> None:
-    n = len(arm.features)
-    parts = (arm.tokens, arm.histograms, arm.near, arm.cross, arm.contexts)
-    if any(len(part) != n for part in parts):
-        raise MeasureError(f"{arm.name} has {n} features, but its parts differ: give one for each")
-
-
-def _index(arm: ArmPage) -> dict[str, list[Any]]:
-    columns = {name: [_short(v) for v in arm.features[name]] for name in _COLUMNS}
-    columns["partner"] = [None if v is None else int(v) for v in columns["partner"]]
-    return {"tokens": [list(tokens[:_TOKENS]) for tokens in arm.tokens], **columns}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _cards(arm: ArmPage) -> Iterator[dict[str, Any]]:
-    rows = zip(
-        arm.features.threshold, arm.features.cosine, arm.features["max"], arm.histograms,
-        arm.near, arm.cross, arm.contexts, strict=True,
-    )  # fmt: skip
-    for threshold, cosine, largest, histogram, near, cross, contexts in rows:
+    for i, row in enumerate(arm.features.to_dict("records")):
         yield {
-            "threshold": _short(threshold),
-            "cosine": _short(cosine),
-            "histogram": [int(count) for count in histogram],
-            "near": [[int(i), _short(value)] for i, value in near],
-            "cross": [[int(i), _short(value)] for i, value in cross],
-            "contexts": [_marked(context, largest) for context in contexts],
+            "threshold": _short(row["threshold"]),
+            "cosine": _short(row["cosine"]),
+            "histogram": [int(count) for count in arm.histograms[i]],
+            "near": [[int(match), _short(value)] for match, value in arm.near[i]],
+            "cross": [[int(match), _short(value)] for match, value in arm.cross[i]],
+            "contexts": [_marked(context, row["max"]) for context in arm.contexts[i]],
         }
 
 
-def _marked(context: Context, largest: float) -> list[Any]:
+def _marked(context: Example, largest: float) -> list[Any]:
     """[text, [[start, end, strength], ...]]: positions in characters, strength 1-9 of `largest`."""
     spans, start = [], 0
     for piece, act in zip(context.pieces, context.acts, strict=True):
         end = start + len(piece)
         if act > 0:
-            strength = min(max(round(9 * act / largest), 1), 9) if largest > 0 else 1
-            spans.append([start, end, strength])
+            strength = round(9 * act / largest) if largest > 0 else 1
+            spans.append([start, end, min(max(strength, 1), 9)])
         start = end
-    return ["".join(context.pieces), spans]
+    return [context.text, spans]
 
 
 def _short(value: Any) -> Any:

@@ -7,9 +7,11 @@ which a number agrees or not; `scorecard` applies it to every row. Nothing here 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,6 @@ NOT_PRINTED = "not printed"
 MADE = "made"
 #: The verdicts that answer the paper, from good to bad; the order of every table and figure.
 COMPARED = (AGREES, SAME_DIRECTION, INCONCLUSIVE, DISAGREES)
-NOT_COMPARED = (OTHER_MODEL, NOT_RUN, NOT_PRINTED)
 RESULTS = ("result", "table 1", "case study")  # sections of what the paper found, not of its set-up
 
 
@@ -113,88 +114,73 @@ _RELATIVE = {
     "fuzz_paired_delta", "fuzz_delta_pct", "fuzz_delta_pct_selected", "fuzz_joint_higher_pct",
     "lambda0_control", "lambda1_failure", "selected",
 }  # fmt: skip
+_OVERHEAD = 0.1, "it prints its own solo overhead as 2.5% and as 2.4%"
+_T = "twice the standard error that its t of 8.12 implies (§5.2)"
+# How far ours may lie from a printed value and where that distance comes from, by its key: the
+# first pattern that fits. Without one it is the rounding of the printed value.
+_TOLERANCES = {
+    # Two dictionaries, each scattering by 1e-5 around 2.15e-3; twice the standard deviation.
+    "d_mean_abs_phi_pct": (
+        2 * math.sqrt(2) * 1e-5 / 2.15e-3 * 100,
+        "twice the scatter of a difference of two of its four seeds (§5.1)",
+    ),
+    "d_l2_pct*": (1.0, "its own 0.010 / 0.097 is 10.3% where it prints 9.3% (§5.3)"),
+    "*ce_*pct*": _OVERHEAD,
+    "*ce_points": _OVERHEAD,
+    "fuzz_*_mean": (2 * 0.0175 / 8.12, _T),
+    "fuzz_paired_delta": (2 * 0.0175 / 8.12, _T),
+    "fuzz_delta_pct*": (2 * 7.6 / 8.12, _T),
+    "*_higher_pct": (100 / math.sqrt(20456), "twice the binomial standard error of 20,456 pairs"),
+    "solo_mean_abs_phi": (1.2e-4, "it prints 2.27e-3 and, for four other seeds, 2.15e-3 (§5.1)"),
+    "independent_solo_mean*": (2e-5, "twice the scatter that it prints for its four seeds (§5.1)"),
+}
 
 
-def _tolerance(key: str, rounding: float) -> tuple[float, str]:
-    """How far ours may lie from the printed value, and where that distance comes from."""
-    if key == "d_mean_abs_phi_pct":
-        # Two dictionaries, each scattering by 1e-5 around 2.15e-3; twice the standard deviation.
-        scatter = 2 * math.sqrt(2) * 1e-5 / 2.15e-3 * 100
-        return scatter, "twice the scatter of a difference of two of its four seeds (§5.1)"
-    if key.startswith("d_l2_pct"):
-        return 1.0, "its own 0.010 / 0.097 is 10.3% where it prints 9.3% (§5.3)"
-    if "ce" in key.split("_") and not key.endswith("nats"):
-        return 0.1, "it prints its own solo overhead as 2.5% and as 2.4%"
-    if key in ("fuzz_joint_mean", "fuzz_solo_mean", "fuzz_paired_delta"):
-        return 2 * 0.0175 / 8.12, "twice the standard error that its t of 8.12 implies (§5.2)"
-    if key.startswith("fuzz_delta_pct"):
-        return 2 * 7.6 / 8.12, "twice the standard error that its t of 8.12 implies (§5.2)"
-    if key == "fuzz_joint_higher_pct":
-        return 100 * math.sqrt(1 / 20456), "twice the binomial standard error of 20,456 pairs"
-    if key == "solo_mean_abs_phi":
-        return 1.2e-4, "it prints 2.27e-3 and, for four other seeds, 2.15e-3 (§5.1)"
-    if key == "independent_solo_mean_abs_phi":
-        return 2e-5, "twice the scatter that it prints for its four seeds (§5.1)"
-    return rounding, "rounding of the printed value"
-
-
-def _number(text: str) -> Decimal | None:
-    try:
-        return Decimal(text.replace("_", ""))
-    except InvalidOperation:
-        return None
-
-
-def _rounding(text: str) -> float:
-    """Half a unit of the last digit printed.
+def _number(text: str) -> tuple[float | None, float]:
+    """A printed number and half a unit of its last digit; None and 0 for words.
 
     Trailing zeros of an integer are not digits ("~209M"), nor is the ".0" that YAML wants before an
     exponent (the paper prints 3 × 10⁻⁴, not 3.0 × 10⁻⁴).
     """
-    number = _number(text)
-    if number is None:
-        return 0.0
-    if "." not in text or ("e" in text.lower() and ".0e" in text.lower()):
-        number = number.normalize()
-    exponent = number.as_tuple().exponent
-    return 0.5 * 10.0 ** int(exponent)
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return None, 0.0
+    digits = number.normalize() if "." not in text or ".0e" in text.lower() else number
+    return float(number), 0.5 * 10.0 ** int(digits.as_tuple().exponent)
 
 
 def _words(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(_words(v) for v in value)
+        return ", ".join(map(_words, value))
     if isinstance(value, dict):
         return ", ".join(f"{_WORDS.get(k, k)} {_words(v)}" for k, v in value.items())
-    return str(value)
+    return "—" if value == "null" else str(value)
 
 
 def _label(key: str) -> str:
-    text = f"_{key}_"
-    for part in sorted(_WORDS, key=len, reverse=True):
-        text = text.replace(f"_{part}_", f"_{_WORDS[part]}_")
-    parts = [p for p in text.strip("_").split("_") if p not in _UNITS or p == "tokens"]
-    return " ".join(parts)
+    """A key in a reader's words, without its unit."""
+    parts = "|".join(sorted(_WORDS, key=len, reverse=True))
+    text = re.sub(rf"(?<![^_])({parts})(?![^_])", lambda part: _WORDS[part[0]], key)
+    return " ".join(part for part in text.split("_") if part == "tokens" or part not in _UNITS)
 
 
 def _value(
-    value_id: str, model: str, section: str, where: str, raw: Any, what: str = "", note: str = ""
+    value_id: str, section: str, where: str, value: Any, what: str = "", note: str = ""
 ) -> PublishedValue:
-    key = value_id.rpartition(".")[2]
-    blank = raw == "null"
-    printed = "—" if blank else _words(raw)
-    number = None if blank else _number(printed)
-    rounding = _rounding(printed)
+    key, printed = value_id.rpartition(".")[2], _words(value)
+    model = "gemma-2-9b" if "gemma" in value_id else "gpt2-large"
+    number, rounding = _number(printed)
+    rounded = rounding, "rounding of the printed value"
+    tolerance = next((t for glob, t in _TOLERANCES.items() if fnmatch(key, glob)), rounded)
     if section == "set-up":
-        tolerance, origin = 0.0, "a setting is the same or it is not"
-    else:
-        tolerance, origin = _tolerance(key, rounding)
+        tolerance = 0.0, "a setting is the same or it is not"
     unit = next((u for part, u in _UNITS.items() if part in key.split("_")), "1")
     transfers = section in ("result", "table 1") and key in _RELATIVE
     null = (50.0 if key == "fuzz_joint_higher_pct" else 0.0) if transfers else None
     return PublishedValue(
-        value_id, model, section, what or _label(key), where, unit, printed,
-        None if number is None else float(number), rounding, tolerance, origin, transfers, null,
-        note,
+        value_id, model, section, what or _label(key), where, unit, printed, number, rounding,
+        *tolerance, transfers, null, note,
     )  # fmt: skip
 
 
@@ -202,45 +188,30 @@ def _flatten(tree: dict[str, Any]) -> Iterator[PublishedValue]:
     """`published.yml` (every scalar still as text) → its values, one by one."""
     for model, settings in tree["setup"].items():
         for key, entry in settings.items():
-            yield _value(
-                f"{model}.setup.{key}", model, "set-up", entry["where"], entry["value"],
-                note=entry.get("note", ""),
-            )  # fmt: skip
+            yield _value(f"{model}.setup.{key}", "set-up", **entry)
     for model in tree["setup"]:
         for key, entry in tree[model].items():
             if "rows" not in entry:
-                yield _value(
-                    f"{model}.{key}", model, "result", entry["where"], entry["value"],
-                    note=entry.get("note", ""),
-                )  # fmt: skip
-                continue
-            for row in entry["rows"]:
-                setting = grid_id(float(row["lambda2"]), float(row["sigma_sq"]))
-                at = f"λ₂ {row['lambda2']}, σ² {row['sigma_sq']}"
+                yield _value(f"{model}.{key}", "result", **entry)
+            for row in entry.get("rows", []):
+                stem = f"{model}.{key}.{grid_id(float(row['lambda2']), float(row['sigma_sq']))}"
                 note = "selected by the paper" if "selected" in row else ""
                 for column in ("d_mean_abs_phi_pct", "d_l2_pct", "ce_pct"):
                     name = "CE overhead" if column == "ce_pct" else _label(column)
-                    yield _value(
-                        f"{model}.{key}.{setting}.{column}", model, "table 1", entry["where"],
-                        row[column], f"{name} at {at}", note,
-                    )  # fmt: skip
+                    what = f"{name} at λ₂ {row['lambda2']}, σ² {row['sigma_sq']}"
+                    at = f"{stem}.{column}"
+                    yield _value(at, "table 1", entry["where"], row[column], what, note)
     for case in tree["case_studies"]:
         for feature in case["features"]:
             stem = f"{case['model']}.case.{case['word']}.{feature['sae']}-{feature['id']}"
-            about = f"“{case['word']}”, {feature['sae']} feature {feature['id']}"
-            for key in ("fuzz", "phi"):
+            for key, name in (("fuzz", "fuzzing score"), ("phi", "|φ| with the solo feature")):
                 if key in feature:
-                    name = "fuzzing score" if key == "fuzz" else "|φ| with the solo feature"
-                    yield _value(
-                        f"{stem}.{key}", case["model"], "case study", case["where"], feature[key],
-                        f"{about}: {name}", feature["sense"],
-                    )  # fmt: skip
+                    what = f"“{case['word']}”, {feature['sae']} feature {feature['id']}: {name}"
+                    yield _value(f"{stem}.{key}", "case study", case["where"], feature[key], what,
+                                 feature["sense"])  # fmt: skip
     for artefact in tree["artefacts"]:
-        model = "gemma-2-9b" if artefact["id"].startswith("gemma") else "gpt2-large"
-        yield _value(
-            f"artefact.{artefact['id']}", model, "artefact", artefact["where"], artefact["what"],
-            artefact["id"].replace("-", " "),
-        )  # fmt: skip
+        at, what = f"artefact.{artefact['id']}", artefact["id"].replace("-", " ")
+        yield _value(at, "artefact", artefact["where"], artefact["what"], what)
 
 
 def grid_id(lambda2: float, sigma_sq: float) -> str:
@@ -306,19 +277,13 @@ def verdict(
     if not low - slack <= ours <= high + slack:
         raise PublishedError(f"The interval ({low}, {high}) does not hold its value {ours}.")
     bottom, top = published - tolerance - slack, published + tolerance + slack
-    effect = null is not None and abs(published - null) > tolerance + slack
+    zero = null or 0.0
+    effect = null is not None and abs(published - zero) > tolerance + slack
     if high < bottom or low > top:
-        if null is not None and effect:
-            same_side = low > null if published > null else high < null
-            return SAME_DIRECTION if same_side else DISAGREES
-        return DISAGREES
-    if bottom <= ours <= top:
-        if null is None:
-            return AGREES
-        settled = (high < null or low > null) if effect else (bottom <= low and high <= top)
-        if settled:
-            return AGREES
-    return INCONCLUSIVE
+        same_side = effect and (low > zero if published > zero else high < zero)
+        return SAME_DIRECTION if same_side else DISAGREES
+    told = (high < zero or low > zero) if effect else (bottom <= low and high <= top)
+    return AGREES if bottom <= ours <= top and (null is None or told) else INCONCLUSIVE
 
 
 def _judge(value: PublishedValue, ours: Measured, model: str, factor: float) -> str:
@@ -355,52 +320,32 @@ def scorecard(
     unknown = sorted(set(ours) - set(published.values))
     if unknown:
         raise PublishedError(f"published.yml has no value {unknown[0]!r}.")
-    rows = []
-    for value in published.values.values():
-        mine = ours.get(value.id, Measured())
-        judged = _judge(value, mine, model, factor)
-        low, high = mine.interval or (None, None)
-        difference = None
-        if mine.value is not None and value.value is not None:
-            difference = mine.value - value.value
-        rows.append(
-            {
-                "id": value.id,
-                "section": value.section,
-                "model": value.model,
-                "what": value.what,
-                "where": value.where,
-                "unit": value.unit,
-                "published": value.printed,
-                "ours": mine.words or mine.value,
-                "low": low,
-                "high": high,
-                "difference": difference,
-                "tolerance": value.tolerance * factor,
-                "origin": value.tolerance_origin,
-                "verdict": judged,
-                "group": NOT_RUN if judged.startswith(NOT_RUN) else judged,
-            }
-        )
-    return pd.DataFrame(rows)
+    card = published.frame().rename(columns={"printed": "published", "tolerance_origin": "origin"})
+    both = [(value, ours.get(value.id, Measured())) for value in published.values.values()]
+    card["ours"] = [mine.words or mine.value for _, mine in both]
+    card[["low", "high"]] = [mine.interval or (None, None) for _, mine in both]
+    card["difference"] = [
+        None if mine.value is None or value.value is None else mine.value - value.value
+        for value, mine in both
+    ]
+    card["tolerance"] *= factor
+    card["verdict"] = [_judge(value, mine, model, factor) for value, mine in both]
+    card["group"] = [NOT_RUN if v.startswith(NOT_RUN) else v for v in card.verdict]
+    columns = ["id", "section", "model", "what", "where", "unit", "published", "ours"]
+    columns += ["low", "high", "difference", "tolerance", "origin", "verdict", "group"]
+    return card[columns]
 
 
-def verdict_counts(
-    published: Published,
-    ours: Mapping[str, Measured],
-    model: str,
-    factors: tuple[float, ...] = (0.5, 1.0, 2.0),
-) -> pd.DataFrame:
-    """How many results get each verdict at several multiples of the tolerances.
+def verdict_counts(published: Published, ours: Mapping[str, Measured], model: str) -> pd.DataFrame:
+    """How many results get each verdict at half, once and twice the tolerances.
 
     Rows: the verdicts that occur; columns: the factors. Settings and artefacts have no tolerance
     and are left out.
     """
     counts = {}
-    for factor in factors:
+    for factor in (0.5, 1, 2):
         card = scorecard(published, ours, model, factor)
-        card = card[card.section.isin(RESULTS)]
-        counts[f"{factor:g} × tolerance"] = card.group.value_counts()
+        counts[f"{factor} × tolerance"] = card[card.section.isin(RESULTS)].group.value_counts()
     frame = pd.DataFrame(counts).fillna(0).astype(int)
-    order = [g for g in (*COMPARED, *NOT_COMPARED) if g in frame.index]
+    order = [g for g in (*COMPARED, OTHER_MODEL, NOT_RUN, NOT_PRINTED) if g in frame.index]
     return frame.loc[order].rename_axis("verdict").reset_index()

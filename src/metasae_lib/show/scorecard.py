@@ -2,46 +2,66 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Mapping
-from fnmatch import fnmatch
 from typing import Any
 
 import pandas as pd
 from IPython.display import Markdown
 
-from metasae_lib.show.published import (
-    AGREES,
-    COMPARED,
-    DISAGREES,
-    INCONCLUSIVE,
-    NOT_RUN,
-    OTHER_MODEL,
-    RESULTS,
-    Measured,
-    Published,
-    grid_id,
-    load_published,
-    scorecard,
-)
+from metasae_lib.show import published as paper
+from metasae_lib.show.published import COMPARED, RESULTS, Measured
 from metasae_lib.show.text import between, enumerated, number, percent, table
+from metasae_lib.study.arms import ArmSpec
 from metasae_lib.study.errors import PublishedError
 from metasae_lib.study.run import Run
 
-CHANGES = ("d_l2_pct", "d_mean_abs_phi_pct")
+_LATER = "{} is not part of this run"
 #: What the notebooks to come may save, one row a published value: id, value, low, high, words; and
 #: why a row may have no value.
 LATER_TABLES = {
     "autointerp_values": "no judge of this run passed its controls",
     "case_study_values": "a word for Gemma profiles, or too rare in this run's text",
 }
+#: Why a run may have nothing, by pattern of ids; a later pattern replaces an earlier one.
+_WHY_NOT = {
+    "*.fuzz*": _LATER.format("04_autointerp"), "*.matched_pairs": _LATER.format("04_autointerp"),
+    "*.case.*": _LATER.format("05_case_studies"),
+    "*.case.*.fuzz": "fuzzing scores of single features are not compared",
+    "*.setup.*": "no part of this run has such a setting",
+    "artefact.*": "no notebook has made it",
+    "artefact.table-1": "03_cooccurrence has not been run",
+    "artefact.table-[2-5]": LATER_TABLES["case_study_values"],
+    "artefact.figure-2": _LATER.format("04_autointerp"),
+    "artefact.jumprelu-ablation": "the profile trains no JumpReLU arm",
+    "artefact.gemma-sweep": "it is the gemma-2-9b profile",
+}  # fmt: skip
+#: Which formula over the names of `_facts` answers a value, by pattern of ids; behind commas its
+#: interval.
+_FORMULAS = {
+    "*.solo_l2": "solo_l2", "*.baseline_ce_nats": "solo_ce_baseline", "*.dead_solo": "solo_dead",
+    "*.solo_ce_*_nats": "solo_ce_overhead_nats", "*.solo_ce_*_pct*": "solo_ce_overhead_pct",
+    "*.joint_ce_*_pct": "joint_ce_overhead_pct", "*.dead_joint": "joint_dead",
+    "*.l2_increase_absolute": "joint_l2 - solo_l2",
+    "*.joint_extra_ce_nats": "joint_ce_overhead_nats - solo_ce_overhead_nats",
+    "*.n_pairs": "solo_n_pairs", "*.phi_median": "solo_median", "*.phi_max": "solo_maximum",
+    "*.phi_negative_pct": "100 * solo_share_negative",
+    "*.solo_mean_abs_phi": "solo_mean_abs, solo_low, solo_high",
+    "*.joint_solo_gap": "solo_mean_abs - joint_mean_abs",
+    "*.independent_solo_mean_abs_phi": "seeds_mean", "*.independent_solo_spread": "seeds_std",
+    "*.welch_t": "welch_t", "*.welch_p_below": "welch_p",
+    "*.activation_norm_mean": "norms_mean_all", "*.activation_norm_std": "norms_std_all",
+    # The paper's own ratio, units mixed as it mixes them; it keeps position 0.
+    "*.solo_l2_over_norm_pct": "100 * solo_l2 / norms_mean_all",
+    "*.joint_extra_l2_over_norm_pct": "100 * (joint_l2 - solo_l2) / norms_mean_all",
+}  # fmt: skip
 #: Which table stands for each artefact of the paper.
 _ARTEFACTS = {
-    "figure-1a": "figure_1a", "figure-1b": "grid", "table-1": "grid",
+    "figure-1a": "figure_1a", "figure-1b": "grid", "figure-2": "figure_2", "table-1": "grid",
+    "table-2": "table_2", "table-3": "table_3", "table-4": "table_4", "table-5": "table_5",
     "independent-baseline": "phi", "appendix-a": "thresholds", "appendix-b": "firing_rates",
     "appendix-c": "phi_histogram", "appendix-d": "norms", "jumprelu-ablation": "ablation",
-    "figure-2": "figure_2", "table-2": "table_2", "table-3": "table_3", "table-4": "table_4",
-    "table-5": "table_5",
 }  # fmt: skip
 
 
@@ -51,10 +71,11 @@ def paper_against_ours(run: Run, *ids: str, label: str) -> Markdown:
     Patterns as of a shell (`*.table1.*`). PublishedError if one matches nothing.
     """
     card = run_scorecard(run)
-    for pattern in ids:
-        if not any(fnmatch(value_id, pattern) for value_id in card.id):
+    found = {pattern: fnmatch.filter(card.id, pattern) for pattern in ids}
+    for pattern, values in found.items():
+        if not values:
             raise PublishedError(f"published.yml has no value that matches {pattern!r}.")
-    chosen = card[[any(fnmatch(value_id, pattern) for pattern in ids) for value_id in card.id]]
+    chosen = card[card.id.isin(set().union(*found.values()))]
     shown = table(scorecard_rows(chosen), f"The paper's values beside those of {run.name}", label)
     return Markdown(f"## Paper against ours\n\n{shown.data}")
 
@@ -63,58 +84,38 @@ def scorecard_rows(card: pd.DataFrame) -> pd.DataFrame:
     """Rows of a scorecard as a reader sees them: what was judged with its tolerance."""
     rows = []
     for row in card.to_dict("records"):
-        ours = number(row["ours"])
+        unit = {"1": "", "tokens": "", "%": "%"}.get(row["unit"], f" {row['unit']}")
+        printed, ours = row["published"], number(row["ours"])
+        if printed.lstrip("-")[:1].isdigit() and "," not in printed:  # a number, not words
+            printed = printed.replace("_", ",").replace("-", "−") + unit
+        if row["group"] in COMPARED and row["tolerance"] > 0:
+            printed += f" ± {number(row['tolerance'], 2)}"
         if not isinstance(row["ours"], str) and ours != "—":
-            ours += _unit(row)
+            ours += unit
         if not pd.isna(row["low"]):
             ours += f" ({between(row['low'], row['high'])})"
-        paper = _printed(row)
-        if row["group"] in COMPARED and row["tolerance"] > 0:
-            paper += f" ± {number(row['tolerance'], 2)}"
-        rows.append(
-            {
-                "value": row["what"] if row["model"] == "gpt2-large" else f"{row['what']} (Gemma)",
-                "where": row["where"],
-                "paper": paper,
-                "ours (interval)": ours,
-                "difference": number(row["difference"]),
-                "verdict": row["verdict"],
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _unit(row: Mapping[Any, Any]) -> str:
-    unit = str(row["unit"])
-    return unit if unit == "%" else "" if unit in ("1", "tokens") else f" {unit}"
-
-
-def _printed(row: Mapping[Any, Any]) -> str:
-    """A printed value with its unit; hyphens of numbers as minus signs."""
-    text = str(row["published"])
-    if text == "—" or not text.lstrip("-")[:1].isdigit() or "," in text:
-        return text
-    return text.replace("_", ",").replace("-", "−") + _unit(row)
+        what = row["what"] + ("" if row["model"] == "gpt2-large" else " (Gemma)")
+        rows.append((what, row["where"], printed, ours, number(row["difference"]), row["verdict"]))
+    columns = ["value", "where", "paper", "ours (interval)", "difference", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def table_1(run: Run) -> Markdown:
     """The paper's Table 1 with ours beside it: one row a point of its grid."""
     card = run_scorecard(run)
-    lines: dict[str, dict[str, str]] = {}
-    for row in card[card.section == "table 1"].to_dict("records"):
-        setting, _, column = row["id"].partition(".table1.")[2].rpartition(".")
-        lambda2, sigma_sq = setting.removeprefix("lambda").split("-sigma")
-        line = lines.setdefault(setting, {"λ₂": lambda2, "σ²": sigma_sq})
-        name = {"d_mean_abs_phi_pct": "Δ mean |φ| %", "d_l2_pct": "Δ L2 %", "ce_pct": "CE %"}[
-            column
-        ]
-        interval = "" if pd.isna(row["low"]) else f" ({between(row['low'], row['high'])})"
-        line[f"{name}, paper"] = _printed({**row, "unit": "1"})
-        line[f"{name}, ours"] = number(row["ours"]) + interval
+    card = card[card.section == "table 1"].reset_index(drop=True)
+    at = card.id.str.extract(r"lambda(.+)-sigma(.+)\.(\w+)$")
+    rows = scorecard_rows(card.assign(unit="1", tolerance=0, verdict=card.group))
+    at.columns = ["λ₂", "σ²", "column"]
+    shown = at[["λ₂", "σ²"]].drop_duplicates(ignore_index=True)
+    names = {"d_mean_abs_phi_pct": "Δ mean |φ| %", "d_l2_pct": "Δ L2 %", "ce_pct": "CE %"}
+    for column, name in names.items():
+        part = rows[at.column == column].reset_index(drop=True)
+        shown[[f"{name}, paper", f"{name}, ours"]] = part[["paper", "ours (interval)"]]
         if column == "d_mean_abs_phi_pct":
-            line["verdict on φ"] = row["group"]
+            shown["verdict on φ"] = part.verdict
     caption = f"Table 1 of the paper (GPT-2 large), and {run.name} beside it"
-    return table(pd.DataFrame(lines.values()), caption, "tab-table-1")
+    return table(shown, caption, "tab-table-1")
 
 
 def collapsed(run: Run) -> str:
@@ -130,254 +131,167 @@ def collapsed(run: Run) -> str:
 def tolerances(card: pd.DataFrame) -> pd.DataFrame:
     """Where the tolerances of the results come from: origin, values, tolerance (from, to)."""
     found = card[card.section.isin(RESULTS) & (card.tolerance > 0)]
-    rows = [
-        (origin, len(part), number(part.tolerance.min(), 2), number(part.tolerance.max(), 2))
-        for origin, part in found.groupby("origin", sort=False)
-    ]
-    columns = ["where the tolerance comes from", "values", "least", "largest"]
-    return pd.DataFrame(rows, columns=columns)
+    frame = found.groupby("origin", sort=False).tolerance.agg(["size", "min", "max"]).reset_index()
+    frame[["min", "max"]] = frame[["min", "max"]].map(lambda value: number(value, 2))
+    return frame.set_axis(["where the tolerance comes from", "values", "least", "largest"], axis=1)
 
 
 def scorecard_sentence(card: pd.DataFrame) -> str:
     """How many of the paper's results this run can judge, and how they stand."""
     results = card[card.section.isin(RESULTS)]
     counts = results.group.value_counts()
-    judged = [f"{counts[g]} “{g}”" for g in COMPARED if g in counts]
-    total = sum(int(counts.get(g, 0)) for g in COMPARED)
+    judged = counts.reindex(COMPARED).dropna().astype(int)
     return (
-        f"Of the {len(results)} results that the paper prints, this run judges **{total}**"
-        + (f": {enumerated(judged)}. " if judged else ". ")
-        + f"{counts.get(OTHER_MODEL, 0)} are values of another model, {counts.get(NOT_RUN, 0)} "
-        "have no value here."
+        f"Of the {len(results)} results that the paper prints, this run judges **{judged.sum()}**"
+        + (f": {enumerated(f'{n} “{g}”' for g, n in judged.items())}. " if len(judged) else ". ")
+        + f"{counts.get(paper.OTHER_MODEL, 0)} are values of another model, "
+        f"{counts.get(paper.NOT_RUN, 0)} have no value here."
     )
 
 
 def run_scorecard(run: Run) -> pd.DataFrame:
     """`published.scorecard` of a run, from the tables that its notebooks have saved so far."""
-    published = load_published()
-    return scorecard(published, measured(run, published), run.profile.name)
+    published = paper.load_published()
+    return paper.scorecard(published, measured(run, published), run.profile.name)
 
 
-def measured(run: Run, published: Published) -> dict[str, Measured]:
+def measured(run: Run, published: paper.Published) -> dict[str, Measured]:
     """What a run has for every published value, or why it has nothing. Computes nothing new."""
+    names = ("arms", "phi", "welch", "norms", "grid")
+    tables = {name: run.load_table(name) for name in names if run.has_table(name)}
+    found = {pattern: Measured(why_not=why_not) for pattern, why_not in _WHY_NOT.items()}
+    if not run.has_table("case_study_values"):
+        found["artefact.table-[2-5]"] = found["*.case.*"]
+    found |= _settings(run) | _artefacts(run)
+    facts = _facts(run, tables)
+    if "phi" in tables:
+        found["*.independent_solo_*"] = Measured(why_not="this profile trains one solo seed")
+    for pattern, formulas in _FORMULAS.items():
+        try:
+            answers: list[Any] = [facts.eval(formula) for formula in formulas.split(", ")]
+        except pd.errors.UndefinedVariableError:
+            continue  # of a table that this run does not have
+        value, *ends = (answer.item() for answer in answers)
+        found[pattern] = Measured(value, (ends[0], ends[1]) if ends else None)
+    if {"solo_l2", "joint_l2"} <= set(facts):
+        found |= _fidelity(run, tables["arms"], facts.iloc[0])
+    if {"grid", "phi"} <= tables.keys():
+        found |= _grid(run, tables["grid"], tables["phi"])
     ours: dict[str, Measured] = {}
-    for value_id, value in published.values.items():
-        key = value_id.rpartition(".")[2]
-        if value.section == "set-up":
-            ours[value_id] = _setting(run, key)
-        elif value.section == "artefact":
-            ours[value_id] = _artefact(run, key)
-        elif value.section == "case study":
-            ours[value_id] = Measured(
-                why_not="fuzzing scores of single features are not compared"
-                if key == "fuzz"
-                else _later("05_case_studies")
-            )
-        elif key.startswith("fuzz") or key == "matched_pairs":
-            ours[value_id] = Measured(why_not=_later("04_autointerp"))
-    for key, mine in {**_fidelity(run), **_cooccurrence(run)}.items():
-        ours |= {i: mine for i in published.values if fnmatch(i, key)}
+    for pattern, mine in found.items():
+        ours |= dict.fromkeys(fnmatch.filter(published.values, pattern), mine)
     for name, why_not in LATER_TABLES.items():
-        if run.has_table(name):
-            rows = run.load_table(name).to_dict("records")
-            ours |= {str(row["id"]): _row(row, why_not) for row in rows}
+        for _, row in run.load_table(name).iterrows() if run.has_table(name) else ():
+            value = None if pd.isna(row.value) else float(row.value)
+            interval = None if pd.isna(row.low) else (float(row.low), float(row.high))
+            words = "" if pd.isna(row.words) else str(row.words)
+            ours[str(row.id)] = Measured(value, interval, words, why_not=why_not)
     if reason := collapsed(run):
-        for value_id, value in published.values.items():
-            if value.section in RESULTS:
-                ours[value_id] = Measured(why_not=reason)
+        results = (i for i, value in published.values.items() if value.section in RESULTS)
+        ours |= dict.fromkeys(results, Measured(why_not=reason))
     return ours
 
 
-def _later(notebook: str) -> str:
-    return f"{notebook} is not part of this run"
-
-
-def _row(row: Mapping[Any, Any], why_not: str) -> Measured:
-    value = None if pd.isna(row["value"]) else float(row["value"])
-    interval = None if pd.isna(row["low"]) else (float(row["low"]), float(row["high"]))
-    words = "" if pd.isna(row["words"]) else str(row["words"])
-    return Measured(value, interval, words, why_not=why_not)
-
-
-def _setting(run: Run, key: str) -> Measured:
-    profile, shape = run.profile, run.profile.shape
-    flat = profile.dictionary.model_dump() | profile.training.model_dump()
-    flat |= {
+def _settings(run: Run) -> dict[str, Measured]:
+    """The profile's settings under the names that the paper's have."""
+    profile, auto = run.profile, run.profile.autointerp
+    settings = profile.dictionary.model_dump() | profile.training.model_dump()
+    settings |= {
+        "d_model": getattr(profile.shape, "d_model", None),
+        "n_layers": getattr(profile.shape, "n_layers", None),
         "layer": profile.model.layer,
-        "d_model": shape.d_model if shape else None,
-        "n_layers": shape.n_layers if shape else None,
         "context_length": profile.text.context_length,
         "cooccurrence_tokens": profile.text.roles["scan"],
         "calibration_tokens": profile.text.roles["calibration"],
         "autointerp_tokens": profile.text.roles["contexts"],
-        "judge": profile.autointerp.judge
-        if profile.autointerp.judge == "lexical"
-        else profile.autointerp.model.rpartition("/")[2],
-        "fuzz_features_per_config": profile.autointerp.features,
+        "judge": "lexical" if auto.judge == "lexical" else auto.model.rpartition("/")[2],
+        "fuzz_features_per_config": auto.features,
         "optimizer": "Adam",
     }
-    value = flat.get(key)
-    if value is None:
-        return Measured(why_not="no part of this run has such a setting")
-    if isinstance(value, int | float):
-        return Measured(value)
-    return Measured(words=value if isinstance(value, str) else ", ".join(map(str, value)))
+    found = {}
+    for key, value in settings.items():
+        if isinstance(value, int | float):
+            found[f"*.setup.{key}"] = Measured(value)
+        elif value is not None:
+            words = value if isinstance(value, str) else ", ".join(map(str, value))
+            found[f"*.setup.{key}"] = Measured(words=words)
+    return found
 
 
-def _artefact(run: Run, key: str) -> Measured:
-    name = _ARTEFACTS.get(key, "")
-    made = name and run.has_table(name)
-    if made and key == "jumprelu-ablation":  # BatchTopK alone is half of it
-        made = "JumpReLU" in run.load_table(name).architecture.to_numpy()
-    if made:
-        return Measured(words=f"table {name}")
-    why = {
-        "gemma-sweep": "it is the gemma-2-9b profile",
-        "jumprelu-ablation": "the profile trains no JumpReLU arm",
-        "figure-2": _later("04_autointerp"),
-        "table-1": "03_cooccurrence has not been run",
-    }
-    late = "no notebook has made it"
-    if key.startswith("table-"):
-        studied = run.has_table("case_study_values")
-        late = LATER_TABLES["case_study_values"] if studied else _later("05_case_studies")
-    return Measured(why_not=why.get(key, late))
+def _artefacts(run: Run) -> dict[str, Measured]:
+    """The artefacts of the paper that this run has."""
+    made = {key: name for key, name in _ARTEFACTS.items() if run.has_table(name)}
+    if (
+        "jumprelu-ablation" in made
+        and not run.load_table("ablation").architecture.eq("JumpReLU").any()
+    ):
+        del made["jumprelu-ablation"]  # BatchTopK alone is half of it
+    return {f"artefact.{key}": Measured(words=f"table {name}") for key, name in made.items()}
 
 
-def _arm(frame: pd.DataFrame, run: Run, kind: str) -> pd.Series | None:
-    """The row of the solo or selected joint arm at the first seed."""
-    lambda2, sigma_sq = run.profile.selected
-    found = frame[(frame.kind == kind) & (frame.seed == run.profile.training.seeds[0])]
-    if kind == "joint":
-        found = found[(found.lambda2 == lambda2) & (found.sigma_sq == sigma_sq)]
-    return None if found.empty else found.iloc[0]
+def _facts(run: Run, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """What there is of the names in `_FORMULAS`, in one row.
+
+    `solo_...` and `joint_...` are the columns of the arms compared at the first seed, `norms_...`
+    and `welch_...` those of a table without arms, `seeds_...` what the solo seeds do to mean |φ|.
+    """
+    seed, facts = run.profile.training.seeds[0], dict[Any, Any]()
+    arms = {"solo": ArmSpec("solo", seed), "joint": ArmSpec("joint", seed, *run.profile.selected)}
+    for name in ("arms", "phi"):
+        for kind, arm in arms.items() if name in tables else ():
+            rows = tables[name][tables[name].arm == arm.name].add_prefix(f"{kind}_")
+            facts |= next(iter(rows.to_dict("records")), {})
+    for name in {"norms", "welch"} & tables.keys():
+        facts |= tables[name].head(1).add_prefix(f"{name}_").to_dict("records")[0]
+    if "phi" in tables:
+        seeds = tables["phi"][tables["phi"].kind == "solo"].mean_abs
+        facts |= {"seeds_mean": seeds.mean(), "seeds_std": seeds.std()} if len(seeds) > 1 else {}
+    return pd.DataFrame([facts])
 
 
-def _fidelity(run: Run) -> dict[str, Measured]:
-    """Patterns of ids → what `02_training` measured."""
-    if not run.has_table("arms"):
-        return {}
-    arms = run.load_table("arms")
-    solo, joint = _arm(arms, run, "solo"), _arm(arms, run, "joint")
-    ours: dict[str, Measured] = {}
-    if solo is not None:
-        ours |= {
-            "*.solo_l2": Measured(solo.l2),
-            "*.baseline_ce_nats": Measured(solo.ce_baseline),
-            "*.solo_ce_overhead_nats": Measured(solo.ce_overhead_nats),
-            "*.solo_ce_increase_nats": Measured(solo.ce_overhead_nats),
-            "*.solo_ce_overhead_pct*": Measured(solo.ce_overhead_pct),
-            "*.solo_ce_increase_pct": Measured(solo.ce_overhead_pct),
-            "*.dead_solo": Measured(solo.dead),
-        }
-    if joint is not None:
-        ours |= {
-            "*.joint_ce_overhead_pct": Measured(joint.ce_overhead_pct),
-            "*.joint_ce_increase_pct": Measured(joint.ce_overhead_pct),
-            "*.dead_joint": Measured(joint.dead),
-        }
-    if solo is not None and joint is not None:
-        ours["*.table1.*"] = Measured(why_not="this profile's grid does not have that setting")
-        grid = arms[(arms.kind == "joint") & (arms.seed == solo.seed)]
-        for row in grid.to_dict("records"):
-            at = f"*.table1.{grid_id(row['lambda2'], row['sigma_sq'])}"
-            change = _within(
-                100 * (row["l2"] / solo.l2 - 1), 100 / solo.l2 * _scatter(arms.l2, arms)
-            )
-            ours[f"{at}.d_mean_abs_phi_pct"] = Measured(why_not="03_cooccurrence has not been run")
-            ours[f"{at}.d_l2_pct"] = change
-            ours[f"{at}.ce_pct"] = Measured(row["ce_overhead_pct"])
-            if (row["lambda2"], row["sigma_sq"]) == run.profile.selected:
-                ours["*.d_l2_pct_selected"] = change
-        points = joint.ce_overhead_pct - solo.ce_overhead_pct
-        ours |= {
-            "*.l2_increase_absolute": Measured(joint.l2 - solo.l2),
-            "*.joint_minus_solo_ce_points": _within(points, _scatter(arms.ce_overhead_pct, arms)),
-            "*.joint_extra_ce_nats": Measured(joint.ce_overhead_nats - solo.ce_overhead_nats),
-        }
-    return ours
-
-
-def _scatter(column: pd.Series, arms: pd.DataFrame) -> float:
+def _scatter(frame: pd.DataFrame, column: str) -> float:
     """95% reach of the difference of two arms that only their seeds tell apart; nan with one."""
-    return 1.96 * math.sqrt(2) * float(column[arms.kind == "solo"].std())
+    return 1.96 * math.sqrt(2) * float(frame[frame.kind == "solo"][column].std())
 
 
 def _within(value: float, reach: float) -> Measured:
     return Measured(value, None if math.isnan(reach) else (value - reach, value + reach))
 
 
-def _cooccurrence(run: Run) -> dict[str, Measured]:
-    """Patterns of ids → what `03_cooccurrence` measured."""
+def _fidelity(run: Run, arms: pd.DataFrame, facts: pd.Series) -> dict[str, Measured]:
+    """Table 1's L2 and CE, and what the selected setting costs."""
+    points = facts.joint_ce_overhead_pct - facts.solo_ce_overhead_pct
+    ours = {
+        "*.table1.*": Measured(why_not="this profile's grid does not have that setting"),
+        "*.joint_minus_solo_ce_points": _within(points, _scatter(arms, "ce_overhead_pct")),
+    }
+    reach = 100 / facts.solo_l2 * _scatter(arms, "l2")
+    for _, row in arms[(arms.kind == "joint") & (arms.seed == facts.solo_seed)].iterrows():
+        at = f"*.table1.{paper.grid_id(row.lambda2, row.sigma_sq)}"
+        ours[f"{at}.d_mean_abs_phi_pct"] = Measured(why_not="03_cooccurrence has not been run")
+        ours[f"{at}.d_l2_pct"] = _within(100 * (row.l2 / facts.solo_l2 - 1), reach)
+        ours[f"{at}.ce_pct"] = Measured(row.ce_overhead_pct)
+    selected = ours[f"*.table1.{paper.grid_id(*run.profile.selected)}.d_l2_pct"]
+    return ours | {"*.d_l2_pct_selected": selected}
+
+
+def _grid(run: Run, grid: pd.DataFrame, phi: pd.DataFrame) -> dict[str, Measured]:
+    """Table 1's mean |φ|, and the three claims that the paper draws from its grid in words."""
     ours: dict[str, Measured] = {}
-    if run.has_table("phi"):
-        phi = run.load_table("phi")
-        solo, joint = _arm(phi, run, "solo"), _arm(phi, run, "joint")
-        seeds = phi[phi.kind == "solo"].mean_abs
-        if len(seeds) > 1:
-            ours["*.independent_solo_mean_abs_phi"] = Measured(seeds.mean())
-            ours["*.independent_solo_spread"] = Measured(seeds.std())
-        else:
-            why = Measured(why_not="this profile trains one solo seed")
-            ours["*.independent_solo_*"] = why
-        if solo is not None:
-            ours |= {
-                "*.solo_mean_abs_phi": Measured(solo.mean_abs, (solo.low, solo.high)),
-                "*.n_pairs": Measured(solo.n_pairs),
-                "*.phi_negative_pct": Measured(100 * solo.share_negative),
-                "*.phi_median": Measured(solo["median"]),
-                "*.phi_max": Measured(solo.maximum),
-            }
-        if solo is not None and joint is not None:
-            ours["*.joint_solo_gap"] = Measured(solo.mean_abs - joint.mean_abs)
-    if run.has_table("welch"):
-        welch = run.load_table("welch").iloc[0]
-        ours |= {"*.welch_t": Measured(welch.t), "*.welch_p_below": Measured(welch.p)}
-    if run.has_table("norms"):
-        norms = run.load_table("norms").iloc[0]
-        ours |= {
-            "*.activation_norm_mean": Measured(norms.mean_all),
-            "*.activation_norm_std": Measured(norms.std_all),
-        }
-        if run.has_table("arms"):
-            arms = run.load_table("arms")
-            solo, joint = _arm(arms, run, "solo"), _arm(arms, run, "joint")
-            if solo is not None and joint is not None:
-                # The paper's own ratio, units mixed as it mixes them; it keeps position 0.
-                extra = 100 * (joint.l2 - solo.l2) / norms.mean_all
-                ours |= {
-                    "*.solo_l2_over_norm_pct": Measured(100 * solo.l2 / norms.mean_all),
-                    "*.joint_extra_l2_over_norm_pct": Measured(extra),
-                }
-    if run.has_table("grid"):
-        phi = run.load_table("phi")
-        mean = float(phi[phi.kind == "solo"].mean_abs.mean())
-        by_seed = 100 * _scatter(phi.mean_abs, phi) / mean
-        ours |= _grid(run, run.load_table("grid"), by_seed)
-    return ours
-
-
-def _grid(run: Run, grid: pd.DataFrame, seeds: float) -> dict[str, Measured]:
-    """Table 1's mean |φ|, and the three claims that the paper draws from its grid in words.
-
-    seeds: 95% reach of what seeds alone change, in percent.
-    """
-    ours: dict[str, Measured] = {}
+    # Two ways to be wrong, other features and other seeds, added in quadrature.
+    seeds = 100 * _scatter(phi, "mean_abs") / float(phi[phi.kind == "solo"].mean_abs.mean())
     joint = grid[(grid.kind == "joint") & (grid.seed == run.profile.training.seeds[0])]
-    for row in joint.to_dict("records"):
-        at = f"*.table1.{grid_id(row['lambda2'], row['sigma_sq'])}"
-        # Two ways to be wrong, other features and other seeds, added in quadrature.
-        reach = math.hypot((row["high"] - row["low"]) / 2, 0 if math.isnan(seeds) else seeds)
-        ours[f"{at}.d_mean_abs_phi_pct"] = _within(row["d_mean_abs_phi_pct"], reach)
-    control = grid[grid.kind == "control"]
-    if len(control):
-        equal = bool((control.d_mean_abs_phi_pct == 0).all() and (control.d_l2_pct == 0).all())
-        largest = control.d_mean_abs_phi_pct.abs().max()
+    for _, row in joint.iterrows():
+        reach = math.hypot((row.high - row.low) / 2, 0 if math.isnan(seeds) else seeds)
+        at = f"*.table1.{paper.grid_id(row.lambda2, row.sigma_sq)}.d_mean_abs_phi_pct"
+        ours[at] = _within(row.d_mean_abs_phi_pct, reach)
+    changes = grid[grid.kind == "control"][["d_mean_abs_phi_pct", "d_l2_pct"]]
+    if len(changes):
+        equal = (changes == 0).all(axis=None)
+        moved = f"mean |φ| moves by up to {percent(changes.d_mean_abs_phi_pct.abs().max())}"
         ours["*.lambda0_control"] = Measured(
-            words="φ and L2 are those of the solo arm, to the last digit"
-            if equal
-            else f"mean |φ| moves by up to {percent(largest)}",
-            answer=AGREES if equal else INCONCLUSIVE,
+            words="φ and L2 are those of the solo arm, to the last digit" if equal else moved,
+            answer=paper.AGREES if equal else paper.INCONCLUSIVE,
         )
     ours["*.selected"] = _best_setting(joint)
     heavy = joint[joint.lambda2 == 1.0]
@@ -387,7 +301,7 @@ def _grid(run: Run, grid: pd.DataFrame, seeds: float) -> dict[str, Measured]:
         ours["*.lambda1_failure"] = Measured(
             words="mean |φ| " + ", ".join(map(percent, heavy.d_mean_abs_phi_pct))
             + "; L2 " + ", ".join(map(percent, heavy.d_l2_pct)),
-            answer=AGREES if up else DISAGREES if down else INCONCLUSIVE,
+            answer=paper.AGREES if up else paper.DISAGREES if down else paper.INCONCLUSIVE,
         )  # fmt: skip
     return ours
 
@@ -397,9 +311,9 @@ def _best_setting(joint: pd.DataFrame) -> Measured:
     if len(joint) < 2:
         return Measured(why_not="this profile trains one setting, so it selects nothing")
     best, second = (row for _, row in joint.nsmallest(2, "d_mean_abs_phi_pct").iterrows())
-    paper = (best.lambda2, best.sigma_sq) == (0.3, 1.0)
-    clear = best.high < second.low
+    as_printed, clear = (best.lambda2, best.sigma_sq) == (0.3, 1.0), best.high < second.low
+    answer = paper.AGREES if as_printed else paper.DISAGREES
     return Measured(
         words=f"λ₂ {best.lambda2:g}, σ² {best.sigma_sq:g}" + ("" if clear else " (not clearly)"),
-        answer=(AGREES if paper else DISAGREES) if clear else INCONCLUSIVE,
+        answer=answer if clear else paper.INCONCLUSIVE,
     )

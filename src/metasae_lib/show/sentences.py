@@ -11,7 +11,7 @@ from IPython.display import Markdown
 
 from metasae_lib.show.published import grid_id, load_published
 from metasae_lib.show.scorecard import collapsed, scorecard_sentence
-from metasae_lib.show.tables import paired_changes, seed_spread
+from metasae_lib.show.tables import flattening, paired_changes, seed_spread
 from metasae_lib.show.text import between, enumerated, number, percent
 from metasae_lib.study.run import Run
 
@@ -21,18 +21,19 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 def scale_of_run(run: Run) -> str:
     """One sentence that holds the run's size against the paper's."""
-    published = load_published()
-    tokens = run.profile.training.train_tokens / published["gpt2-large.setup.train_tokens"]
-    scan = run.profile.text.roles["scan"] / published["gpt2-large.setup.cooccurrence_tokens"]
-    features = run.profile.dictionary.n_features / published["gpt2-large.setup.n_features"]
-    shares = ", ".join(
-        f"{number(100 * share, 2)}% of its {what}"
-        for share, what in ((features, "features"), (tokens, "training tokens"), (scan, "scan"))
-    )
-    small = min(features, tokens, scan) < 0.5
-    return ("This is a **small run**" if small else "This run has the paper's scale") + (
-        f": beside the paper's GPT-2 large it has {shares}."
-    )
+    profile, published = run.profile, load_published()
+    shares = {
+        what: ours / published[f"gpt2-large.setup.{key}"]
+        for what, ours, key in (
+            ("features", profile.dictionary.n_features, "n_features"),
+            ("training tokens", profile.training.train_tokens, "train_tokens"),
+            ("scan", profile.text.roles["scan"], "cooccurrence_tokens"),
+        )
+    }
+    small = min(shares.values()) < 0.5
+    has = ", ".join(f"{number(100 * share, 2)}% of its {what}" for what, share in shares.items())
+    scale = "This is a **small run**" if small else "This run has the paper's scale"
+    return f"{scale}: beside the paper's GPT-2 large it has {has}."
 
 
 def spread_sentence(choices: pd.DataFrame) -> str:
@@ -43,6 +44,18 @@ def spread_sentence(choices: pd.DataFrame) -> str:
         f"{percent(low)} and {percent(high)}"
         + (": **the sign depends on the choice**." if low < 0 < high else ", always of one sign.")
     )
+
+
+def flattening_sentence(history: pd.DataFrame) -> str:
+    """Whether the loss had stopped moving at the end of training. `history`: see `flattening`."""
+    change = flattening(history)
+    flat = change.abs().max() < 1
+    return (
+        "**Has the loss flattened?** Over the last tenth of training, the mean L2 of the arms "
+        f"changed by {percent(change.min())} to {percent(change.max())} against the tenth before. "
+        + ("That is flat enough to compare arms." if flat else
+           "It still moves, so differences between arms may yet change with more tokens.")
+    )  # fmt: skip
 
 
 def fidelity_sentences(run: Run, arms: pd.DataFrame) -> Markdown:
@@ -57,30 +70,24 @@ def fidelity_sentences(run: Run, arms: pd.DataFrame) -> Markdown:
         changes, spread = paired_changes(run, arms, column), seed_spread(arms, column)
         if changes.empty:
             continue
-        sentence = (
+        beyond = changes.abs().min() > spread and changes.min() * changes.max() > 0
+        seeds = (
+            f" Solo seeds differ among themselves by up to {spread:.1f}%, so this is "
+            f"{'' if beyond else '**not** clearly '}more than what seeds do."
+        )
+        lines.append(
             f"{name} of the joint arm (λ₂ {lambda2:g}, σ² {sigma_sq:g}) differs from the solo arm "
             f"of its seed by {enumerated(map(percent, changes))}; the paper has {percent(paper)}."
+            + ("" if math.isnan(spread) else seeds)
         )
-        if not math.isnan(spread):
-            beyond = changes.abs().min() > spread and changes.min() * changes.max() > 0
-            sentence += (
-                f" Solo seeds differ among themselves by up to {spread:.1f}%, so this is "
-                + (
-                    "more than what seeds do."
-                    if beyond
-                    else "**not** clearly more than what seeds do."
-                )
-            )
-        lines.append(sentence)
-    dead = arms.groupby("kind", sort=False).dead.agg(["min", "max"])
+    dead = arms.groupby("kind", sort=False).dead.agg(["min", "max"]).astype(int)
     shares = [
-        f"{kind} {row['min']:,}" + (f" to {row['max']:,}" if row["max"] > row["min"] else "")
-        for kind, row in dead.astype(int).iterrows()
+        f"{kind} {low:,}" + (f" to {high:,}" if high > low else "")
+        for kind, low, high in dead.itertuples()
     ]
     lines.append(
         f"Dead features (never selected on the calibration text), of "
-        f"{run.profile.dictionary.n_features:,}: "
-        f"{', '.join(shares)}."
+        f"{run.profile.dictionary.n_features:,}: {', '.join(shares)}."
     )
     return Markdown("\n".join(f"- {line}" for line in lines))
 
@@ -97,11 +104,8 @@ def ablation_sentence(frame: pd.DataFrame) -> str:
             "configurations."
         )
     wide = wide.dropna()
-    l0, l2 = wide["l0"], wide["l2"]
-    pairs = [
-        f"{number(there)} against {number(here)}"
-        for there, here in zip(l0["JumpReLU"], l0["BatchTopK"], strict=True)
-    ]
+    l0, l2, shown = wide["l0"], wide["l2"], wide["l0"].map(number)
+    pairs = shown["JumpReLU"] + " against " + shown["BatchTopK"]
     alike = (l0["JumpReLU"] / l0["BatchTopK"] - 1).abs() <= _ALIKE
     text = (
         "JumpReLU meets its L0 by a term of the loss, not exactly: its L0 is "
@@ -127,12 +131,10 @@ def reading(low: float, high: float, published: float) -> str:
             else f"but not the size that the paper prints, {percent(published)}"
         )
         return f"so the direction of the paper's claim is seen here, {size}"
-    open_too = low <= published
-    return "so this run cannot tell a reduction from none" + (
-        f", and does not exclude the paper's {percent(published)} either"
-        if open_too
-        else f", and excludes the paper's {percent(published)}"
+    other = (
+        "does not exclude the paper's {} either" if low <= published else "excludes the paper's {}"
     )
+    return f"so this run cannot tell a reduction from none, and {other.format(percent(published))}"
 
 
 def conclusion(run: Run) -> list[str]:
@@ -193,3 +195,31 @@ def in_short(run: Run, card: pd.DataFrame) -> dict[str, Any]:
         )
     sentences.append(scorecard_sentence(card))
     return {"sentences": sentences, "verdicts": card.group.value_counts().to_dict()}
+
+
+def ground_truth_sentences(scores: pd.DataFrame) -> list[str]:
+    """Whether joint training recovers more atoms, and whether mean |φ| tells, as sentences.
+
+    Columns of `scores`: lambda2 (0: solo), recovered, mean_abs_phi; a row a dictionary.
+    """
+    means = scores.groupby("lambda2")[["recovered", "mean_abs_phi"]].mean()
+    solo, joint = means.loc[0.0], means.drop(0.0)
+    best, most = joint.index[int(joint.recovered.argmax())], joint.recovered.max()
+    gain = most - solo.recovered
+    scatter = scores[scores.lambda2 == 0].recovered.std()
+    clear = "more" if gain > 2 * scatter else "fewer"
+    verdict = clear if abs(gain) > 2 * scatter else "no clear difference"
+    rank = scores.mean_abs_phi.corr(scores.recovered, method="spearman")
+    misled = joint[(joint.mean_abs_phi < solo.mean_abs_phi) & (joint.recovered < solo.recovered)]
+    return [
+        f"At its best setting here (λ₂ = {best:g}) joint training recovers "
+        f"{most:.0%} of the atoms, solo training {solo.recovered:.0%}. Held "
+        f"against twice the scatter of the solo seeds ({200 * scatter:.0f} percentage points), "
+        f"that is {verdict}.",
+        f"At λ₂ = {joint.index[-1]:g}, the largest here, it recovers "
+        f"{joint.recovered.iloc[-1]:.0%}.",
+        "A setting with lower mean |φ| than solo *and* fewer atoms recovered: "
+        + (", ".join(misled.index.map("λ₂ = {:g}".format)) or "none") + ".",
+        f"Over all dictionaries, mean |φ| and recovery have a rank correlation of {rank:+.2f}: −1 "
+        "would be the paper's reading, the lower mean |φ| the more atomic, and 0 no relation.",
+    ]  # fmt: skip

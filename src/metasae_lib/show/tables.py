@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from IPython.display import Markdown
 
+from metasae_lib.measure.counting import Counts
+from metasae_lib.measure.phi import PhiSummary, noise_floor, null_mean_abs
 from metasae_lib.measure.statistics import Effect, feature_difference, seed_difference
 from metasae_lib.show.published import grid_id, load_published
-from metasae_lib.show.scorecard import CHANGES
 from metasae_lib.show.text import between, cell, plain, table
 from metasae_lib.study.arms import ArmSpec
 from metasae_lib.study.errors import MeasureError
 from metasae_lib.study.profile import Profile, repository_folders
 from metasae_lib.study.run import Run
-
-if TYPE_CHECKING:
-    from metasae_lib.measure.counting import Counts
-    from metasae_lib.measure.phi import PhiSummary
+from metasae_lib.train.training import Arm
 
 
 def open_run(profile: str, overrides: Mapping[str, Any], runs_dir: str) -> Run:
@@ -32,9 +32,12 @@ def open_run(profile: str, overrides: Mapping[str, Any], runs_dir: str) -> Run:
     A relative `runs_dir` counts from the notebooks' folder, wherever the kernel was started: in
     JupyterLab that is the working directory, with papermill alone it often is not.
     """
-    folders = repository_folders("notebooks")
-    base = folders[0] if folders else Path.cwd()
-    return Run.open(Profile.load(profile, overrides or None), (base / runs_dir).resolve())
+    runs = (_notebooks() / runs_dir).resolve()
+    return Run.open(Profile.load(profile, overrides or None), runs)
+
+
+def _notebooks() -> Path:
+    return next(iter(repository_folders("notebooks")), Path.cwd())
 
 
 def flattening(history: pd.DataFrame) -> pd.Series:
@@ -46,6 +49,32 @@ def flattening(history: pd.DataFrame) -> pd.Series:
     last = history[history.step > 0.9 * end].groupby("arm").l2.mean()
     before = history[(history.step > 0.8 * end) & (history.step <= 0.9 * end)]
     return 100 * (last / before.groupby("arm").l2.mean() - 1)
+
+
+def last_steps(history: pd.DataFrame) -> Markdown:
+    """The last row of each arm's training record. Columns of `history`: arm, those of its spec and
+    of `Arm.history`."""
+    names = {"lambda2": "λ₂", "sigma_sq": "σ²", "l2": "L2", "penalty": "mean p"}
+    columns = ["arm", *list(names)[:2], "seed", "step", "l2", "l0", "dead", "penalty", "meta_l2"]
+    last = history.groupby("arm", sort=False).tail(1)[columns].rename(columns=names)
+    caption = "The arms at the end of training (one batch, training mode)"
+    return table(last, caption, "tab-arms", "wide")
+
+
+def controls(arms: Mapping[str, Arm]) -> pd.DataFrame:
+    """Weights of every control against those of the solo arm of its seed, where there is one.
+
+    Columns: control, solo, largest_difference (over all weights), bit_for_bit.
+    """
+    rows = []
+    for name, arm in arms.items():
+        solo = f"solo-seed{arm.spec.seed}"
+        if arm.spec.kind == "control" and solo in arms:
+            a, b = arm.sae, arms[solo].sae
+            gaps = (getattr(a, w) - getattr(b, w) for w in ("W_enc", "W_dec", "b_dec"))
+            largest = max(gap.abs().max().item() for gap in gaps)
+            rows.append((name, solo, largest, torch.equal(a.W_dec, b.W_dec)))
+    return pd.DataFrame(rows, columns=["control", "solo", "largest_difference", "bit_for_bit"])
 
 
 def time_spent(run: Run) -> pd.DataFrame:
@@ -66,6 +95,12 @@ def compared_arms(run: Run) -> tuple[str, str]:
     return solo.name, joint.name
 
 
+_PHI_COLUMNS = (
+    "mean_abs", "low", "high", "null_mean_abs", "noise_floor", "l0", "alive", "n_pairs",
+    "n_undefined", "mean", "median", "share_negative", "maximum", "std_abs", "sum_sq",
+)  # fmt: skip
+
+
 def phi_table(
     arms: pd.DataFrame,
     counts: Mapping[str, Counts],
@@ -77,29 +112,12 @@ def phi_table(
     `arms`: columns arm, kind, seed, lambda2, sigma_sq. `replicates`: bootstrapped mean |φ| of each
     arm (`statistics.bootstrap_mean_abs`); low and high are mean |φ| ± 1.96 of their deviation.
     """
-    rows = []
-    for arm in arms.arm:
-        one, reach = phi[arm], 1.96 * replicates[arm].std(ddof=1)
-        rows.append(
-            {
-                "mean_abs": one.mean_abs,
-                "low": one.mean_abs - reach,
-                "high": one.mean_abs + reach,
-                "null_mean_abs": one.null_mean_abs,
-                "noise_floor": one.noise_floor,
-                "l0": one.l0,
-                "alive": int(counts[arm].alive.sum()),
-                "n_pairs": one.n_pairs,
-                "n_undefined": one.n_undefined,
-                "mean": one.mean,
-                "median": one.median,
-                "share_negative": one.share_negative,
-                "maximum": one.maximum,
-                "std_abs": one.std_abs,
-                "sum_sq": one.sum_sq,
-            }
-        )
-    return pd.concat([arms.reset_index(drop=True), pd.DataFrame(rows)], axis=1)
+    rows = [[getattr(phi[arm], c, None) for c in _PHI_COLUMNS] for arm in arms.arm]
+    found = pd.DataFrame(rows, columns=_PHI_COLUMNS)
+    reach = np.array([1.96 * replicates[arm].std(ddof=1) for arm in arms.arm])
+    found["low"], found["high"] = found.mean_abs - reach, found.mean_abs + reach
+    found["alive"] = [int(counts[arm].alive.sum()) for arm in arms.arm]
+    return pd.concat([arms.reset_index(drop=True), found], axis=1)
 
 
 def grid_changes(
@@ -112,29 +130,21 @@ def grid_changes(
     """
     both = phi.merge(fidelity[["arm", "l2", "ce_overhead_pct"]], on="arm").set_index("arm")
     first = run.profile.training.seeds[0]
-    rows = []
+    about, rows = ["kind", "seed", "lambda2", "sigma_sq", "ce_overhead_pct"], []
     for arm, row in both.iterrows():
         base = f"solo-seed{first if row.kind == 'solo' else row.seed}"
         if base not in both.index or base == arm:
             continue
-        effect = feature_difference(
-            row.mean_abs - both.mean_abs[base], replicates[base], replicates[str(arm)]
-        )
-        if row.kind == "control" and effect.difference == 0:
+        solo = both.loc[base]
+        gap = row.mean_abs - solo.mean_abs
+        effect = feature_difference(gap, replicates[base], replicates[str(arm)])
+        if row.kind == "control" and gap == 0:
             effect = Effect(0.0, 0.0, 0.0)  # the same dictionary: its features are not other ones
-        scale = 100 / both.mean_abs[base]
-        rows.append(
-            {
-                **row[["kind", "seed", "lambda2", "sigma_sq", "ce_overhead_pct"]],
-                "arm": arm,
-                "d_mean_abs_phi_pct": scale * effect.difference,
-                "low": scale * effect.low,
-                "high": scale * effect.high,
-                "d_l2_pct": 100 * (row.l2 / both.l2[base] - 1),
-                "selected": (row.lambda2, row.sigma_sq) == run.profile.selected,
-            }
-        )
-    return pd.DataFrame(rows)
+        change = 100 / solo.mean_abs * np.array([effect.difference, effect.low, effect.high])
+        selected = (row.lambda2, row.sigma_sq) == run.profile.selected
+        rows.append((*row[about], arm, *change, 100 * (row.l2 / solo.l2 - 1), selected))
+    changes = ["d_mean_abs_phi_pct", "low", "high", "d_l2_pct", "selected"]
+    return pd.DataFrame(rows, columns=[*about, "arm", *changes])
 
 
 def effects(run: Run, phi: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
@@ -163,24 +173,27 @@ def effects(run: Run, phi: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["comparison", "change_pct", "low", "high"])
 
 
-def phi_rows(phi: pd.DataFrame) -> pd.DataFrame:
+def phi_rows(phi: pd.DataFrame) -> Markdown:
     """The columns of `phi_table` that a reader needs first; mean |φ|, its null (the same rates,
     independent) and the noise floor in thousandths."""
-    columns = ["mean_abs", "low", "high", "null_mean_abs", "noise_floor"]
-    mean_abs, low, high, null, floor = (1e3 * phi[column] for column in columns)
-    return pd.DataFrame(
+    shown = pd.DataFrame(
         {
             "arm": phi.arm,
-            "10³ mean |φ|": mean_abs,
-            "95%": [between(a, b) for a, b in zip(low, high, strict=True)],
-            "null": null,
-            "floor": floor,
+            "10³ mean |φ|": 1e3 * phi.mean_abs,
+            "95%": [between(*ends) for ends in zip(1e3 * phi.low, 1e3 * phi.high, strict=True)],
+            "null": 1e3 * phi.null_mean_abs,
+            "floor": 1e3 * phi.noise_floor,
             "φ < 0": [f"{100 * v:.1f}%" for v in phi.share_negative],
             "largest": phi.maximum,
             "L0": phi.l0,
             "living": phi.alive,
         }
     )
+    caption = (
+        "φ over all pairs of living features, every arm; mean |φ| with its interval over features, "
+        "its null (independent features of the same rates) and the noise floor in thousandths"
+    )
+    return table(shown, caption, "tab-phi", "wide")
 
 
 def by_rarer(by_rate: pd.DataFrame) -> pd.DataFrame:
@@ -193,13 +206,12 @@ def by_rarer(by_rate: pd.DataFrame) -> pd.DataFrame:
 
 def paper_grid() -> pd.DataFrame:
     """The paper's Table 1 as points: lambda2, sigma_sq, d_l2_pct, d_mean_abs_phi_pct."""
-    published = load_published()
-    points = [(lambda2, sigma_sq) for lambda2 in (0.1, 0.3, 1.0) for sigma_sq in (0.3, 1.0, 3.0)]
+    published, columns = load_published(), ["d_l2_pct", "d_mean_abs_phi_pct"]
     rows = [
-        (*point, *(published[f"gpt2-large.table1.{grid_id(*point)}.{key}"] for key in CHANGES))
-        for point in points
+        (*point, *(published[f"gpt2-large.table1.{grid_id(*point)}.{key}"] for key in columns))
+        for point in product((0.1, 0.3, 1.0), (0.3, 1.0, 3.0))
     ]
-    return pd.DataFrame(rows, columns=["lambda2", "sigma_sq", *CHANGES])
+    return pd.DataFrame(rows, columns=["lambda2", "sigma_sq", *columns])
 
 
 def paired_changes(run: Run, frame: pd.DataFrame, column: str) -> pd.Series:
@@ -207,12 +219,15 @@ def paired_changes(run: Run, frame: pd.DataFrame, column: str) -> pd.Series:
 
     Columns of `frame`: kind, seed, lambda2, sigma_sq and the named one.
     """
+    by_seed = frame.set_index("seed")
+    joint = by_seed[(by_seed.kind == "joint") & _selected(run, by_seed)][column]
+    return (100 * (joint / by_seed[by_seed.kind == "solo"][column] - 1)).dropna()
+
+
+def _selected(run: Run, frame: pd.DataFrame) -> pd.Series:
+    """Which rows have the selected λ₂ and σ²."""
     lambda2, sigma_sq = run.profile.selected
-    solo = frame[frame.kind == "solo"].set_index("seed")[column]
-    joint = frame[
-        (frame.kind == "joint") & (frame.lambda2 == lambda2) & (frame.sigma_sq == sigma_sq)
-    ].set_index("seed")[column]
-    return (100 * (joint / solo - 1)).dropna()
+    return (frame.lambda2 == lambda2) & (frame.sigma_sq == sigma_sq)
 
 
 def seed_spread(frame: pd.DataFrame, column: str) -> float:
@@ -229,10 +244,8 @@ def both_modes(run: Run, arms: pd.DataFrame) -> Markdown:
         "ce_overhead_batch_pct": "CE %, training",
     }  # fmt: skip
     rows = min(run.profile.model.batch_rows, run.profile.evaluation.ce_rows)
-    caption = (
-        f"Held-out text at fixed thresholds, and in training mode (its CE: the first {rows} rows)"
-    )
-    return table(arms[list(names)].rename(columns=names), caption, "tab-modes", "wide")
+    at = f"Held-out text at fixed thresholds, and in training mode (its CE: the first {rows} rows)"
+    return table(arms[list(names)].rename(columns=names), at, "tab-modes", "wide")
 
 
 def ablation(run: Run, arms: pd.DataFrame) -> pd.DataFrame:
@@ -241,43 +254,34 @@ def ablation(run: Run, arms: pd.DataFrame) -> pd.DataFrame:
     arms: columns arm, kind, seed, lambda2, sigma_sq, k, l2, l0_threshold, ce_overhead_pct. Columns
     of the result: arm, architecture, penalty, k, l0, l2, ce_overhead_pct.
     """
-    first = run.profile.training.seeds[0]
-    plain = arms.lambda2.isna()
-    selected = (arms.lambda2 == run.profile.selected[0]) & (
-        arms.sigma_sq == run.profile.selected[1]
-    )
     found = arms[
         arms.kind.isin(["solo", "joint", "batchtopk", "jumprelu"])
-        & (arms.seed == first)
-        & (plain | selected)
+        & (arms.seed == run.profile.training.seeds[0])
+        & (arms.lambda2.isna() | _selected(run, arms))
     ]
-    return pd.DataFrame(
-        {
-            "arm": found.arm,
-            "architecture": np.where(found.kind == "jumprelu", "JumpReLU", "BatchTopK"),
-            "penalty": np.where(found.lambda2.isna(), "solo", "joint"),
-            "k": found.k.fillna(run.profile.dictionary.k).astype(int),
-            "l0": found.l0_threshold,
-            "l2": found.l2,
-            "ce_overhead_pct": found.ce_overhead_pct,
-        }
-    ).reset_index(drop=True)
+    found = found.rename(columns={"l0_threshold": "l0"}).assign(
+        architecture=np.where(found.kind == "jumprelu", "JumpReLU", "BatchTopK"),
+        penalty=np.where(found.lambda2.isna(), "solo", "joint"),
+        k=found.k.fillna(run.profile.dictionary.k).astype(int),
+    )
+    columns = ["arm", "architecture", "penalty", "k", "l0", "l2", "ce_overhead_pct"]
+    return found[columns].reset_index(drop=True)
 
 
 def competitors(run: Run, arms: pd.DataFrame) -> Markdown:
     """L2 and CE of the arms that are neither solo, joint, control nor part of the ablation."""
-    known = ["solo", "joint", "control", "batchtopk", "jumprelu"]
-    others = arms[~arms.kind.isin(known)]
+    others = arms[~arms.kind.isin(["solo", "joint", "control", "batchtopk", "jumprelu"])]
     if others.empty:
         return Markdown(
             "**This run trains none of them**: add `ortsae`, `matched-fidelity`, `as-released` or "
             "`critic` to `training.arms`."
         )
     shown = pd.concat([arms[arms.arm.isin(compared_arms(run))], others])
-    shown = shown[["arm", "k", "l2", "l0_threshold", "ce_overhead_pct", "dead"]]
     shown = shown.assign(k=shown.k.fillna(run.profile.dictionary.k).astype(int))
-    names = {"l2": "L2", "l0_threshold": "L0", "ce_overhead_pct": "CE overhead (%)"}
-    return table(shown.rename(columns=names), "Other ways to train, held-out text", "tab-others")
+    names = {"arm": "arm", "k": "k", "l2": "L2", "l0_threshold": "L0",
+             "ce_overhead_pct": "CE overhead (%)", "dead": "dead"}  # fmt: skip
+    shown = shown[list(names)].rename(columns=names)
+    return table(shown, "Other ways to train, held-out text", "tab-others")
 
 
 def explained(run: Run, frame: pd.DataFrame) -> Markdown:
@@ -287,12 +291,31 @@ def explained(run: Run, frame: pd.DataFrame) -> Markdown:
         return Markdown(
             "**Not measured in this run**: set `training.meta_posthoc: [bussmann, saebench]`."
         )
-    wide = frame.pivot_table(
-        index="arm", columns="setting", values="variance_explained", sort=False
+    wide = frame.pivot_table("variance_explained", "arm", "setting", sort=False).reset_index()
+    return table(wide, "Share of the decoder's variance that a meta SAE explains", "tab-meta")
+
+
+def compared_scores(compared: pd.DataFrame) -> Markdown:
+    """`interpret.compare_all` for reading: three digits, and intervals in brackets."""
+    shown = compared[["judge", "pairs", "score", "n", "solo", "joint", "t", "d"]].copy()
+    for column, low, high in (("delta", "low", "high"), ("higher", "higher_low", "higher_high")):
+        ends = compared[[column, low, high]].map("{:.3f}".format).replace("-", "−", regex=True)
+        shown[column] = ends[column] + " (" + ends[low] + " to " + ends[high] + ")"
+    caption = (
+        "Joint minus solo: t, effect size d, paired difference (delta) with its bootstrap interval,"
+        " and the share of pairs in which joint is higher with its interval (ties left out)"
     )
-    return table(
-        wide.reset_index(), "Share of the decoder's variance that a meta SAE explains", "tab-meta"
-    )
+    return table(shown, caption, "tab-compared", "wide")
+
+
+def noise_floors(scans: Mapping[str, int], rate: float) -> pd.DataFrame:
+    """mean |φ| of independent features by tokens scanned: its limit, and at one firing rate."""
+    rows = [
+        (n, scan, noise_floor(n), null_mean_abs(round(rate * n), round(rate * n), n))
+        for scan, n in scans.items()
+    ]
+    floors = ["noise floor √(2/(πN))", "independent at the paper's mean rate"]
+    return pd.DataFrame(rows, columns=["tokens", "scan", *floors])
 
 
 def provenance(run: Run) -> Markdown:
@@ -300,23 +323,20 @@ def provenance(run: Run) -> Markdown:
     facts = run.provenance()
     rows = {
         "profile": f"{facts['profile']} (hash {facts['profile_hash']})",
-        "overrides": plain(facts["overrides"]) or "none",
-        "seeds": plain(facts["seeds"]),
-        "token ids (hash)": plain(facts["token_hashes"] or "no tokens were needed so far"),
-        "commit": plain(facts["commit"]),
-        "hardware": plain(facts["hardware"]),
-        "libraries": plain(facts["libraries"]),
+        "overrides": facts["overrides"] or "none",
+        "seeds": facts["seeds"],
+        "token ids (hash)": facts["token_hashes"] or "no tokens were needed so far",
+        **{key: facts[key] for key in ("commit", "hardware", "libraries")},
         "made": facts["date"],
         "time spent on this run's artefacts": f"{facts['run_seconds']:,.0f} s",
     }
-    body = "\n".join(f"| {key} | {cell(value)} |" for key, value in rows.items())
+    body = "\n".join(f"| {key} | {cell(plain(value))} |" for key, value in rows.items())
     return Markdown(f"## Provenance\n\n| what | value |\n| --- | --- |\n{body}\n")
 
 
 def downloads(run: Run, *names: str) -> Markdown:
     """Links to the tables behind the page's figures; ArtefactError for one that is not there."""
-    folders = repository_folders("notebooks")
-    tables = os.path.relpath(run.folder / "tables", folders[0] if folders else Path.cwd())
+    tables = os.path.relpath(run.folder / "tables", _notebooks())
     lines = [
         f"- [{name}.csv]({tables}/{name}.csv): {', '.join(run.load_table(name).columns)}"
         for name in names

@@ -66,6 +66,11 @@ def section(title: str, text: str) -> Markdown:
     return Markdown(f"### {title}\n\n{text}")
 
 
+def bullets(title: str, sentences: Iterable[str]) -> Markdown:
+    """A section of a page whose text is a list."""
+    return Markdown(f"## {title}\n\n" + "\n".join(f"- {sentence}" for sentence in sentences))
+
+
 def enumerated(items: Iterable[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     *first, last = items

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,90 +47,36 @@ class ArmSpec:
         return self.sigma_sq is not None and self.kind != "matched-fidelity"
 
 
-def _order(profile: Profile, seed: int) -> int:
-    by_seed = profile.training.order == "by_seed" and seed != profile.training.seeds[0]
-    return seed if by_seed else 0
+def arms_by_kind(profile: Profile) -> dict[str, list[ArmSpec]]:
+    """The arms of every kind that `training.arms` may name. A further kind is one more entry.
 
-
-def _solo(profile: Profile) -> list[ArmSpec]:
-    return [ArmSpec("solo", seed, order=_order(profile, seed)) for seed in profile.training.seeds]
-
-
-def _joint(profile: Profile) -> list[ArmSpec]:
-    first, *others = profile.training.seeds
-    grid = [
-        ArmSpec("joint", first, lambda2, sigma_sq)
-        for lambda2 in profile.training.lambda2
-        for sigma_sq in profile.training.sigma_sq
-    ]
-    return grid + [
-        ArmSpec("joint", seed, *profile.selected, order=_order(profile, seed)) for seed in others
-    ]
-
-
-def _control(profile: Profile) -> list[ArmSpec]:
-    return [
-        ArmSpec("control", profile.training.seeds[0], 0.0, sigma_sq)
-        for sigma_sq in profile.training.sigma_sq
-    ]
-
-
-def _solo_and_joint(profile: Profile, kind: str, **fields: Any) -> list[ArmSpec]:
-    """The first seed without and with the penalty of the selected configuration."""
-    seed = profile.training.seeds[0]
-    return [ArmSpec(kind, seed, **fields), ArmSpec(kind, seed, *profile.selected, **fields)]
-
-
-def _jumprelu(profile: Profile) -> list[ArmSpec]:
-    return _solo_and_joint(profile, "jumprelu")
-
-
-def _ablation(profile: Profile) -> list[ArmSpec]:
-    """With solo and joint, eight configurations: architecture × penalty × (k, k/2).
-
-    The paper names the number of its configurations (§4), not what they are.
+    `ablation`: with solo and joint, eight configurations: architecture × penalty × (k, k/2). The
+    paper names the number of its configurations (§4), not what they are. `critic`: the selected
+    configuration with either choice of the released code for its meta SAE.
     """
+    training = profile.training
+    first, *others = training.seeds
+    orders = {seed: seed if training.order == "by_seed" else 0 for seed in others}
     half = max(1, profile.dictionary.k // 2)
-    return [
-        *_jumprelu(profile),
-        *_solo_and_joint(profile, "jumprelu", k=half),
-        *_solo_and_joint(profile, "batchtopk", k=half),
-    ]
+    meta_k = max(1, profile.dictionary.meta_k // 2)  # 8 in the text, 4 in the released code
 
+    def pair(kind: str, **fields: Any) -> list[ArmSpec]:
+        """The first seed without and with the penalty of the selected configuration."""
+        return [ArmSpec(kind, first, **fields), ArmSpec(kind, first, *profile.selected, **fields)]
 
-def _ortsae(profile: Profile) -> list[ArmSpec]:
-    return [ArmSpec("ortsae", profile.training.seeds[0])]
-
-
-def _matched_fidelity(profile: Profile) -> list[ArmSpec]:
-    return [ArmSpec("matched-fidelity", profile.training.seeds[0], *profile.selected)]
-
-
-def _as_released(profile: Profile) -> list[ArmSpec]:
-    solo, joint = _solo_and_joint(profile, "as-released")
-    return [solo, replace(joint, meta_k=_released_meta_k(profile), phases=(100, 10))]
-
-
-def _critic(profile: Profile) -> list[ArmSpec]:
-    """The selected configuration with either choice of the released code for its meta SAE."""
-    joint = ArmSpec("critic", profile.training.seeds[0], *profile.selected)
-    return [replace(joint, meta_k=_released_meta_k(profile)), replace(joint, phases=(100, 10))]
-
-
-def _released_meta_k(profile: Profile) -> int:
-    """Half of the text's (8 in the text, 4 in the released code)."""
-    return max(1, profile.dictionary.meta_k // 2)
-
-
-# A further kind of arm is one more function here. An arm that two of them ask for is one arm.
-ARM_KINDS: dict[str, Callable[[Profile], list[ArmSpec]]] = {
-    "solo": _solo,
-    "joint": _joint,
-    "control": _control,
-    "jumprelu": _jumprelu,
-    "ablation": _ablation,
-    "ortsae": _ortsae,
-    "matched-fidelity": _matched_fidelity,
-    "as-released": _as_released,
-    "critic": _critic,
-}
+    solo, joint = pair("as-released")
+    critic = ArmSpec("critic", first, *profile.selected)
+    return {
+        "solo": [ArmSpec("solo", seed, order=orders.get(seed, 0)) for seed in training.seeds],
+        "joint": [
+            *(ArmSpec("joint", first, a, b) for a in training.lambda2 for b in training.sigma_sq),
+            *(ArmSpec("joint", seed, *profile.selected, order=orders[seed]) for seed in others),
+        ],
+        "control": [ArmSpec("control", first, 0.0, sigma_sq) for sigma_sq in training.sigma_sq],
+        "jumprelu": pair("jumprelu"),
+        "ablation": pair("jumprelu") + pair("jumprelu", k=half) + pair("batchtopk", k=half),
+        "ortsae": [ArmSpec("ortsae", first)],
+        "matched-fidelity": [ArmSpec("matched-fidelity", first, *profile.selected)],
+        "as-released": [solo, replace(joint, meta_k=meta_k, phases=(100, 10))],
+        "critic": [replace(critic, meta_k=meta_k), replace(critic, phases=(100, 10))],
+    }

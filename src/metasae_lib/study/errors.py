@@ -37,3 +37,8 @@ class MeasureError(MetaSAEError):
 
 class PublishedError(MetaSAEError):
     """A published value that is missing or malformed."""
+
+
+def first_line(error: Exception, otherwise: str = "") -> str:
+    """The first line of an error's words; `otherwise`, or its type, if it has none."""
+    return (str(error).strip().splitlines() or [otherwise or type(error).__name__])[0][:200]

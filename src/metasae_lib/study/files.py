@@ -5,18 +5,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from metasae_lib.study.errors import ArtefactError
 
-HASH_LIMIT = 64 * 2**20  # larger files are checked by size alone
+_HASH_LIMIT = 64 * 2**20  # larger files are checked by size alone
 
 
 @contextmanager
@@ -56,21 +55,14 @@ def cache_folder() -> Path:
 
 def to_json(value: object) -> str:
     """Strict, canonical JSON. NaN and infinities become null; numpy numbers become plain ones."""
-    return json.dumps(_plain_values(value), sort_keys=True, allow_nan=False, ensure_ascii=False)
 
+    def plain(other: Any) -> Any:
+        if hasattr(other, "tolist"):  # numpy scalars and arrays
+            return other.tolist()
+        raise TypeError(f"{type(other).__name__} has no place in JSON")
 
-def _plain_values(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_values(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy scalars and arrays
-        return _plain_values(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    raise TypeError(f"{type(value).__name__} has no place in JSON")
+    strict = json.loads(json.dumps(value, default=plain), parse_constant=lambda _: None)
+    return json.dumps(strict, sort_keys=True, ensure_ascii=False)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -81,7 +73,7 @@ def write_json(path: Path, value: object) -> None:
 
 def file_record(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
-    return {"size": size} | ({"sha256": sha256_of(path)} if size <= HASH_LIMIT else {})
+    return {"size": size} | ({"sha256": sha256_of(path)} if size <= _HASH_LIMIT else {})
 
 
 def sha256_of(path: Path) -> str:

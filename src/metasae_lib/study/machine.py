@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
@@ -18,20 +17,23 @@ _LIBRARIES = (
 )  # fmt: skip
 
 
+def _printed(*command: str) -> str | None:
+    """What a program prints; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
 @cache
 def commit() -> str:
     """Commit of the sources, "+changes" on a dirty tree, "unknown" outside of git."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
+    git = ("git", "-C", str(Path(__file__).parent))
+    head, changes = _printed(*git, "rev-parse", "HEAD"), _printed(*git, "status", "--porcelain")
+    if head is None or changes is None:
         return "unknown"
+    return head + ("+changes" if changes else "")
 
 
 @cache
@@ -42,19 +44,13 @@ def hardware() -> dict[str, Any]:
         named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
         processor = named.group(1) if named else processor
     usable = getattr(os, "sched_getaffinity", None)
-    gpus: list[str] = []
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        gpus = listed.stdout.strip().splitlines() if listed.returncode == 0 else []
+    gpus = _printed("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or ""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": processor,
         "cores": len(usable(0)) if usable else os.cpu_count(),
         "memory_gib": round(memory / 2**30, 1),
-        "gpus": gpus,
+        "gpus": gpus.splitlines(),
         "system": platform.platform(),
     }
 
@@ -71,5 +67,11 @@ def libraries() -> dict[str, str]:
     return versions
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def made_with() -> dict[str, Any]:
+    """What is recorded beside every result: commit, hardware, libraries, and the date."""
+    return {
+        "commit": commit(),
+        "hardware": hardware(),
+        "libraries": libraries(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

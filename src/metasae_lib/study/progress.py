@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,15 +15,10 @@ def progress(iterable_or_total: Iterable[Any] | int, desc: str) -> tqdm[Any]:
     Notebooks, logs and pipes get nothing: a redrawn bar floods an executed page. A workflow that
     runs notebooks names a file in $METASAE_PROGRESS, and reads the state of the bar from there.
     """
-    total, iterable = (
-        (iterable_or_total, None)
-        if isinstance(iterable_or_total, int)
-        else (None, iterable_or_total)
-    )
+    options: dict[str, Any] = {"desc": desc, "leave": False, "disable": None}  # off a terminal
+    options["total" if isinstance(iterable_or_total, int) else "iterable"] = iterable_or_total
     if path := os.environ.get("METASAE_PROGRESS"):
         # Held by the bar for as long as it lives; line-buffered, so that readers see every state.
         file = open(path, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
-        return tqdm(
-            iterable, desc=desc, total=total, file=file, mininterval=5, ncols=100, leave=False
-        )
-    return tqdm(iterable, desc=desc, total=total, disable=not sys.stderr.isatty(), leave=False)
+        options |= {"file": file, "mininterval": 5, "ncols": 100, "disable": False}
+    return tqdm(**options)

@@ -20,19 +20,14 @@ from typing import Any, TypeVar
 import pandas as pd
 import yaml
 
+from metasae_lib.study import files
 from metasae_lib.study.errors import ArtefactError
-from metasae_lib.study.files import (
-    atomic_write,
-    file_record,
-    make_folder,
-    sha256_of,
-    to_json,
-    write_json,
-)
-from metasae_lib.study.machine import commit, hardware, libraries, now
+from metasae_lib.study.files import sha256_of, to_json
+from metasae_lib.study.machine import made_with
 from metasae_lib.study.profile import Profile, repository_folders
 
 K = TypeVar("K", bound=Hashable)
+_SAVED = {"table": "tables/{}.csv", "value": "values/{}.json"}
 
 
 class Artefact:
@@ -45,26 +40,28 @@ class Artefact:
         self, artefacts: Path, stage: str, inputs: Mapping[str, Any], version: int
     ) -> None:
         self.stage, self.version, self.inputs = stage, version, json.loads(to_json(inputs))
-        made_from = to_json({"stage": stage, "version": version, "inputs": self.inputs})
-        self.key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+        made_from = {"stage": stage, "version": version, "inputs": self.inputs}
+        self.key = _sha256(made_from)[:16]
         self.folder = artefacts / f"{stage}-{self.key}"
         self._started = time.monotonic()
         self._checked = False
-        make_folder(self.folder)
+        files.make_folder(self.folder)
 
     @property
     def complete(self) -> bool:
         """True if finished and unharmed; False if never finished; `ArtefactError` if harmed."""
-        if not self._checked:
-            path = self.folder / "artefact.json"
-            if not path.exists():
-                return False
-            info = self._read()
-            if info.get("key") != self.key or not isinstance(info.get("files"), dict):
-                raise self._harmed("artefact.json", "belongs to something else")
-            for name, recorded in info["files"].items():
-                self._check(name, recorded)
-            self._checked = True
+        if self._checked or not (self.folder / "artefact.json").exists():
+            return self._checked
+        for name, recorded in self._read()["files"].items():
+            path = self.folder / name
+            if not path.is_file():
+                raise self._harmed(name, "is missing")
+            size = path.stat().st_size
+            if size != recorded["size"]:
+                raise self._harmed(name, f"has {size:,} bytes instead of {recorded['size']:,}")
+            if "sha256" in recorded and sha256_of(path) != recorded["sha256"]:
+                raise self._harmed(name, "was changed after it was made")
+        self._checked = True
         return True
 
     @property
@@ -83,24 +80,19 @@ class Artefact:
         """
         for left_over in self.folder.rglob(".*.tmp*"):
             left_over.unlink()
-        files = {
-            path.relative_to(self.folder).as_posix(): file_record(path)
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and path.name != "artefact.json"
-        }
         info = {
             "stage": self.stage,
             "key": self.key,
             "version": self.version,
             "inputs": self.inputs,
-            "files": files,
+            "files": {
+                path.relative_to(self.folder).as_posix(): files.file_record(path)
+                for path in self.folder.rglob("*")
+                if path.is_file() and path.name != "artefact.json"
+            },
             "seconds": round((time.monotonic() - self._started) / shared_by, 3),
-            "date": now(),
-            "commit": commit(),
-            "hardware": hardware(),
-            "libraries": libraries(),
         }
-        write_json(self.folder / "artefact.json", info | dict(extra or {}))
+        files.write_json(self.folder / "artefact.json", info | made_with() | dict(extra or {}))
         self._checked = True
 
     @contextmanager
@@ -112,7 +104,7 @@ class Artefact:
         with self.folder.with_name(f"{self.folder.name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self._started, self._checked = time.monotonic(), False
-            make_folder(self.folder)
+            files.make_folder(self.folder)
             yield
 
     def _read(self) -> dict[str, Any]:
@@ -120,19 +112,10 @@ class Artefact:
             info = json.loads((self.folder / "artefact.json").read_text())
         except (OSError, ValueError):
             raise self._harmed("artefact.json", "cannot be read") from None
-        if not isinstance(info, dict):
+        known = isinstance(info, dict) and isinstance(info.get("files"), dict)
+        if not known or info.get("key") != self.key:
             raise self._harmed("artefact.json", "belongs to something else")
-        return info
-
-    def _check(self, name: str, recorded: Mapping[str, Any]) -> None:
-        path = self.folder / name
-        if not path.is_file():
-            raise self._harmed(name, "is missing")
-        size = path.stat().st_size
-        if size != recorded["size"]:
-            raise self._harmed(name, f"has {size:,} bytes instead of {recorded['size']:,}")
-        if "sha256" in recorded and sha256_of(path) != recorded["sha256"]:
-            raise self._harmed(name, "was changed after it was made")
+        return dict(info)
 
     def _harmed(self, name: str, what: str) -> ArtefactError:
         return ArtefactError(
@@ -170,13 +153,13 @@ class Run:
         """
         run = cls(profile, runs_dir)
         for folder in ("tables", "values", "notebooks", "logs", "artefacts"):
-            make_folder(run.folder / folder)
+            files.make_folder(run.folder / folder)
         resolved = yaml.safe_dump(profile.model_dump(), sort_keys=False, allow_unicode=True)
         path = run.folder / "profile.yml"
         if not path.exists() or path.read_text(encoding="utf-8") != resolved:
             for marker in (run.folder / "artefacts").iterdir():
                 marker.unlink(missing_ok=True)
-            with atomic_write(path) as temporary:
+            with files.atomic_write(path) as temporary:
                 temporary.write_text(resolved, encoding="utf-8")
         return run
 
@@ -186,7 +169,7 @@ class Run:
         # Empty files remember what the run stands on, for its provenance.
         marker = self.folder / "artefacts" / artefact.folder.name
         if not marker.exists():
-            with atomic_write(marker) as temporary:
+            with files.atomic_write(marker) as temporary:
                 temporary.touch()
         return artefact
 
@@ -211,8 +194,8 @@ class Run:
 
     def save_table(self, name: str, frame: pd.DataFrame, about: str) -> Path:
         """Write `tables/<name>.csv` (without the index) and its provenance beside it."""
-        path = self.folder / "tables" / f"{_plain(name)}.csv"
-        with atomic_write(path) as temporary:
+        path = self._path("table", name)
+        with files.atomic_write(path) as temporary:
             frame.to_csv(temporary, index=False)
         about_table = {
             "table": name,
@@ -221,91 +204,90 @@ class Run:
             "columns": [str(column) for column in frame.columns],
             "sha256": sha256_of(path),
         }
-        write_json(path.with_suffix(".json"), about_table | self.provenance())
+        files.write_json(path.with_suffix(".json"), about_table | self.provenance())
         return path
 
     def load_table(self, name: str) -> pd.DataFrame:
         """Read a table. `ArtefactError` if it is missing, harmed, or of an older profile."""
-        path = self.folder / "tables" / f"{_plain(name)}.csv"
-        if not self.has_table(name):
-            raise ArtefactError(
-                f"run {self.name} has no table '{name}' for this profile: {_who_saves(name)}"
-            )
-        if sha256_of(path) != self._read(path.with_suffix(".json"))["sha256"]:
+        path, record = self._saved("table", name)
+        if sha256_of(path) != record["sha256"]:
             raise ArtefactError(f"{path} was changed after it was made: {_who_saves(name)}")
         # Only an empty cell is missing: "null" and "None" are words.
         return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
     def has_table(self, name: str) -> bool:
         """True if the table exists and was made with the profile as it is now."""
-        path = self.folder / "tables" / f"{_plain(name)}.csv"
-        return path.exists() and self._is_current(path.with_suffix(".json"))
+        return self._is_current(self._path("table", name))
 
     def save_json(self, name: str, value: object) -> Path:
         """Write a small value to `values/<name>.json`, with its provenance. NaN becomes null."""
-        path = self.folder / "values" / f"{_plain(name)}.json"
-        write_json(path, {"value": value} | self.provenance())
+        path = self._path("value", name)
+        files.write_json(path, {"value": value} | self.provenance())
         return path
 
     def load_json(self, name: str) -> Any:
         """Read back what `save_json` wrote; `ArtefactError` as for tables."""
-        path = self.folder / "values" / f"{_plain(name)}.json"
-        if not self._is_current(path):
-            raise ArtefactError(
-                f"run {self.name} has no value '{name}' for this profile: {_who_saves(name)}"
-            )
-        return self._read(path)["value"]
+        return self._saved("value", name)[1]["value"]
 
     def provenance(self) -> dict[str, Any]:
         """Where a result comes from. `run_seconds`: time spent making the run's artefacts."""
-        used = [self._read(path) for path in self._artefacts()]
+        used = self._used()
         tokens = [info["hashes"] for info in used if info["stage"] == "tokens" and "hashes" in info]
-        return {
+        return made_with() | {
             "profile": self.profile.name,
             "profile_hash": self.profile.hash,
             "run": self.name,
             "overrides": self.profile.overrides,
-            "seeds": {
-                "text": self.profile.text.seed,
-                "training": self.profile.training.seeds,
-            },
+            "seeds": {"text": self.profile.text.seed, "training": self.profile.training.seeds},
             "token_hashes": tokens[-1] if tokens else None,
-            "commit": commit(),
-            "hardware": hardware(),
-            "libraries": libraries(),
-            "date": now(),
             "run_seconds": round(sum(info["seconds"] for info in used), 1),
         }
 
     def write_manifest(self) -> Path:
         """Write `manifest.json`: hashes of tables and values, the same for the same results."""
-        tables = {
-            path.stem: sha256_of(path)
-            for path in sorted((self.folder / "tables").glob("*.csv"))
-            if self.has_table(path.stem)
-        }
-        values = {
-            path.stem: hashlib.sha256(to_json(self.load_json(path.stem)).encode()).hexdigest()
-            for path in sorted((self.folder / "values").glob("*.json"))
-            if self._is_current(path)
+        tables, values = (
+            list(filter(self._is_current, self.folder.glob(pattern.format("[!.]*"))))
+            for pattern in _SAVED.values()
+        )
+        hashes = {
+            "profile_hash": self.profile.hash,
+            "tables": {table.stem: sha256_of(table) for table in tables},
+            "values": {value.stem: _sha256(self._read(value)["value"]) for value in values},
         }
         path = self.folder / "manifest.json"
-        write_json(path, {"profile_hash": self.profile.hash, "tables": tables, "values": values})
+        files.write_json(path, hashes)
         return path
 
     def stages(self) -> list[tuple[str, float]]:
         """(stage, seconds spent making it) of every finished artefact of the run."""
-        made = [self._read(path) for path in self._artefacts()]
-        return [(info["stage"], info["seconds"]) for info in made]
+        return [(info["stage"], info["seconds"]) for info in self._used()]
 
-    def _artefacts(self) -> list[Path]:
-        """`artefact.json` of every finished artefact that the run has asked for."""
+    def _used(self) -> list[dict[str, Any]]:
+        """What is recorded of every finished artefact that the run has asked for."""
         names = sorted(marker.name for marker in (self.folder / "artefacts").glob("[!.]*"))
         paths = [self.runs_dir / "artefacts" / name / "artefact.json" for name in names]
-        return [path for path in paths if path.exists()]
+        return [self._read(path) for path in paths if path.exists()]
+
+    def _path(self, kind: str, name: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ArtefactError(
+                f"'{name}' cannot name a file: use letters, digits, '.', '_' and '-'"
+            )
+        return self.folder / _SAVED[kind].format(name)
+
+    def _saved(self, kind: str, name: str) -> tuple[Path, dict[str, Any]]:
+        path = self._path(kind, name)
+        if not self._is_current(path):
+            raise ArtefactError(
+                f"run {self.name} has no {kind} '{name}' for this profile: {_who_saves(name)}"
+            )
+        return path, self._read(path.with_suffix(".json"))
 
     def _is_current(self, path: Path) -> bool:
-        return path.exists() and self._read(path).get("profile_hash") == self.profile.hash
+        """Whether a table or a value is there, and of the profile as it is now."""
+        record = path.with_suffix(".json")
+        made = path.exists() and record.exists()
+        return made and self._read(record).get("profile_hash") == self.profile.hash
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:
@@ -318,11 +300,8 @@ class Run:
         return content
 
 
-def _plain(name: str) -> str:
-    """A name that becomes a file: no separators, nothing that leaves the folder."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ArtefactError(f"'{name}' cannot name a file: use letters, digits, '.', '_' and '-'")
-    return name
+def _sha256(value: object) -> str:
+    return hashlib.sha256(to_json(value).encode()).hexdigest()
 
 
 def _who_saves(name: str) -> str:

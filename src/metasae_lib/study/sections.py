@@ -18,12 +18,10 @@ ROLE_SHARES: dict[Role, float] = {
 
 def _number(value: object) -> object:
     """YAML 1.1 reads 3e-4 as text (it wants 3.0e-4): take what Python reads as a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]

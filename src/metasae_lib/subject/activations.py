@@ -7,9 +7,12 @@ computed once and kept on disk; without, each is computed when asked for. The va
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +27,7 @@ from metasae_lib.subject.corpus import load_tokens
 from metasae_lib.subject.model import Subject, compute_device, fingerprint, load_subject
 
 _VERSION = 1
-_WHOLE = slice(None)
+_CHUNK = "{:05d}.npy"
 
 
 class Residuals:
@@ -48,12 +51,12 @@ class Residuals:
             "model": fingerprint(profile),
         }
         self.n_tokens = tokens.n_tokens(role)
-        self._profile = profile
-        self._rows = tokens.rows(role)
+        self._run, self._profile = run, profile
+        rows, size = tokens.rows(role), profile.activations.chunk_rows
+        self._chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         self._given = subject
-        self._artefact: Artefact | None = None
-        if profile.activations.cache:
-            self._artefact = run.artefact("residuals", self.inputs, _VERSION)
+        if profile.activations.cache:  # a part of the run from here on, whoever has made it
+            run.artefact("residuals", self.inputs, _VERSION)
 
     @property
     def d(self) -> int:
@@ -62,30 +65,23 @@ class Residuals:
         return self._subject.d_model if shape is None else shape.d_model
 
     @property
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self._profile.model.dtype)
-        return dtype
-
-    @property
     def n_chunks(self) -> int:
         """Chunks in one pass; the last may be shorter."""
-        return -(-len(self._rows) // self._profile.activations.chunk_rows)
+        return len(self._chunks)
 
     def chunk_tokens(self, index: int) -> int:
         """Tokens of chunk `index`."""
-        return len(self._chunk_rows(index)) * self._profile.text.kept_per_row
+        return len(self._chunks[index]) * self._profile.text.kept_per_row
 
     def chunk(self, index: int) -> Tensor:
         """Residuals (tokens, d) of chunk `index` in the model's dtype, on the run's device."""
         if not 0 <= index < self.n_chunks:
             raise IndexError(f"chunk {index} of {self.n_chunks}")
-        if self._artefact is None:
+        if not self._profile.activations.cache:
             return self._computed_together(index)
-        self._fill_cache(self._artefact)
-        return self._read(self._artefact, index).to(self.device)
-
-    def __len__(self) -> int:
-        return self.n_chunks
+        values = torch.from_numpy(np.load(self._folder / _CHUNK.format(index)))
+        values = values.view(torch.bfloat16) if values.dtype == torch.int16 else values
+        return values.to(self.device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self.chunk(index) for index in range(self.n_chunks))
@@ -94,25 +90,26 @@ class Residuals:
     def _subject(self) -> Subject:
         return self._given or load_subject(self._profile)
 
-    def _chunk_rows(self, index: int) -> np.ndarray:
-        size = self._profile.activations.chunk_rows
-        rows: np.ndarray = self._rows[index * size : (index + 1) * size]
-        return rows
+    @cached_property
+    def _folder(self) -> Path:
+        """Where the chunks are kept, filled on first use."""
+        made = self._run.made("residuals", {self.role: self.inputs}, _VERSION, self._fill_cache)
+        return made[self.role].folder
 
     def _computed_together(self, index: int) -> Tensor:
         """A chunk of which each process of a launcher computes a part, in whole model batches."""
-        rows, batch = len(self._chunk_rows(index)), self._profile.model.batch_rows
-        share = -(-rows // (batch * distributed.world_size())) * batch
-        parts = [slice(i * share, (i + 1) * share) for i in range(distributed.world_size())]
+        rows, processes = self._chunks[index], distributed.world_size()
+        batch, kept = self._profile.model.batch_rows, self._profile.text.kept_per_row
+        share = -(-len(rows) // (batch * processes)) * batch
+        parts = [slice(i * share, (i + 1) * share) for i in range(processes)]
         mine = self._compute(index, parts[distributed.rank()])
-        kept = self._profile.text.kept_per_row
-        return distributed.joined(mine, [len(range(rows)[part]) * kept for part in parts])
+        return distributed.joined(mine, [len(rows[part]) * kept for part in parts])
 
-    def _compute(self, index: int, part: slice = _WHOLE) -> Tensor:
-        rows = self._chunk_rows(index)[part]
-        batch = self._profile.model.batch_rows
+    def _compute(self, index: int, part: slice = slice(None)) -> Tensor:
+        rows = self._chunks[index][part]
+        batch, dtype = self._profile.model.batch_rows, getattr(torch, self._profile.model.dtype)
         first = int(self._profile.text.skip_first)
-        parts = [torch.empty(0, self.d, dtype=self._dtype, device=self.device)]
+        parts = [torch.empty(0, self.d, dtype=dtype, device=self.device)]
         with progress(rows.size, f"residuals {self.role} {index + 1}/{self.n_chunks}") as bar:
             for start in range(0, len(rows), batch):
                 ids = rows[start : start + batch]
@@ -120,37 +117,24 @@ class Residuals:
                 bar.update(ids.size)
         return torch.cat(parts)
 
-    def _fill_cache(self, artefact: Artefact) -> None:
+    def _fill_cache(self, missing: dict[Role, Artefact]) -> None:
         """Compute what is missing. Chunks that a killed run left behind are whole, and kept.
 
         A chunk of the wrong size in an unfinished cache is computed again; in a finished one it is
         an `ArtefactError` that names the file.
         """
-        if artefact.complete:
-            return
-        with artefact.lock():
-            if artefact.complete:
-                return
-            for index in range(self.n_chunks):
-                path = artefact.folder / f"{index:05d}.npy"
-                if not self._is_whole(artefact, index):
-                    values = self._compute(index).cpu()
-                    # numpy has no bfloat16: its bits are kept as int16.
-                    bits = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
-                    with atomic_write(path) as temporary:
-                        np.save(temporary, bits.numpy())
-            artefact.finish({"n_tokens": self.n_tokens})
-
-    def _is_whole(self, artefact: Artefact, index: int) -> bool:
-        try:
-            values = np.load(artefact.folder / f"{index:05d}.npy", mmap_mode="r")
-        except (OSError, ValueError):  # missing, or cut off
-            return False
-        return len(values) == self.chunk_tokens(index)
-
-    def _read(self, artefact: Artefact, index: int) -> Tensor:
-        values = torch.from_numpy(np.load(artefact.folder / f"{index:05d}.npy"))
-        return values.view(torch.bfloat16) if values.dtype == torch.int16 else values
+        artefact = missing[self.role]
+        for index in range(self.n_chunks):
+            path = artefact.folder / _CHUNK.format(index)
+            with suppress(OSError, ValueError):  # missing, or cut off
+                if len(np.load(path, mmap_mode="r")) == self.chunk_tokens(index):
+                    continue
+            values = self._compute(index).cpu()
+            # numpy has no bfloat16: its bits are kept as int16.
+            bits = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+            with atomic_write(path) as temporary:
+                np.save(temporary, bits.numpy())
+        artefact.finish({"n_tokens": self.n_tokens})
 
 
 class BatchStream:
@@ -165,7 +149,7 @@ class BatchStream:
         self.residuals = Residuals(run, "train", subject)
         self.batch_tokens = run.profile.training.batch_tokens
         sizes = [self.residuals.chunk_tokens(i) for i in range(self.residuals.n_chunks)]
-        self._ends = list(accumulate(sizes))
+        self._starts = [0, *accumulate(sizes)]
         # The last chunk taken from, and the order of its tokens. A batch uses its chunks one after
         # the other, so that the one it ends in is the one that the next batch starts in.
         self._chunk: tuple[int, Tensor] | None = None
@@ -180,12 +164,12 @@ class BatchStream:
         end = position + self.batch_tokens
         parts = []
         while position < end:
-            turn, offset = divmod(position, self._ends[-1])
-            index = next(i for i, stop in enumerate(self._ends) if offset < stop)
-            start = self._ends[index - 1] if index else 0
-            taken = min(end - position, self._ends[index] - offset)
+            turn, offset = divmod(position, self._starts[-1])
+            index = bisect(self._starts, offset) - 1
+            taken = min(end - position, self._starts[index + 1] - offset)
+            offset -= self._starts[index]
             shuffled = self._shuffled(order, turn, index)
-            parts.append(self._values(index)[shuffled[offset - start : offset - start + taken]])
+            parts.append(self._values(index)[shuffled[offset : offset + taken]])
             position += taken
         return torch.cat(parts).float()
 

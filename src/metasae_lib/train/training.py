@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 import psutil
 import torch
-from torch import Tensor
 
 from metasae_lib.study import distributed
 from metasae_lib.study.arms import ArmSpec
@@ -24,8 +23,7 @@ from metasae_lib.study.run import Artefact, Run, locked
 from metasae_lib.subject.activations import BatchStream, Residuals
 from metasae_lib.subject.model import compute_device
 from metasae_lib.train.dictionary import BatchTopK, Dictionary, normalise
-from metasae_lib.train.learner import Losses, Workspace
-from metasae_lib.train.memory import MEMORY_SHARE, arm_bytes, step_bytes, too_large
+from metasae_lib.train.learner import Losses, workspace
 from metasae_lib.train.trainer import (
     HISTORY_EVERY,
     Trainer,
@@ -35,6 +33,7 @@ from metasae_lib.train.trainer import (
 )
 
 VERSION = 2  # of the stage: raise it when the same inputs give other weights
+MEMORY_SHARE = 0.7  # of the free memory that training may plan with
 
 
 @dataclass(frozen=True)
@@ -57,33 +56,23 @@ class _Place:
     result: Artefact
 
 
-def _inputs(profile: Profile, spec: ArmSpec, residuals: dict[str, Any]) -> dict[str, Any]:
-    """What decides an arm's weights, but for the number of steps."""
-    training = profile.training.model_dump()
-    names = [
+def _place(run: Run, spec: ArmSpec, residuals: dict[str, Any]) -> _Place:
+    training, sizes = run.profile.training.model_dump(), run.profile.dictionary.model_dump()
+    names = {
         "batch_tokens", "learning_rate", "betas", "dtype", "k_aux", "aux_weight", "dead_after"
-    ]  # fmt: skip
+    }  # fmt: skip
     if spec.has_meta:
-        names += ["meta_learning_rate", "n_primary_steps", "n_meta_steps"]
-    names += [name for name in training if name.startswith(f"{spec.kind}_")]
-    sizes = profile.dictionary.model_dump()
-    return {
+        names |= {"meta_learning_rate", "n_primary_steps", "n_meta_steps"}
+    names |= {name for name in training if name.startswith(f"{spec.kind}_")}
+    # What decides an arm's weights, but for the number of steps.
+    inputs = {
         "arm": asdict(spec),
         "residuals": residuals,
-        "dictionary": {
-            name: size for name, size in sizes.items() if spec.has_meta or "meta" not in name
-        },
+        "dictionary": {k: sizes[k] for k in sizes if spec.has_meta or "meta" not in k},
         "training": {name: training[name] for name in names},
     }
-
-
-def _place(run: Run, spec: ArmSpec, residuals: dict[str, Any]) -> _Place:
-    inputs = _inputs(run.profile, spec, residuals)
-    return _Place(
-        spec,
-        run.artefact("arm-state", inputs, VERSION),
-        run.artefact("arm", {**inputs, "steps": run.profile.steps}, VERSION),
-    )
+    result = run.artefact("arm", {**inputs, "steps": run.profile.steps}, VERSION)
+    return _Place(spec, run.artefact("arm-state", inputs, VERSION), result)
 
 
 def _places(run: Run) -> list[_Place]:
@@ -164,7 +153,7 @@ def _load(place: _Place) -> Arm:
     )
 
 
-def _train_missing(run: Run, places: Sequence[_Place], watch: Watch | None) -> None:
+def _train_missing(run: Run, places: list[_Place], watch: Watch | None) -> None:
     missing = [place for place in places if not place.result.complete]
     distributed.barrier()  # all have looked before the first is finished
     if not missing:
@@ -178,45 +167,38 @@ def _train_missing(run: Run, places: Sequence[_Place], watch: Watch | None) -> N
 
 
 def _train_group(
-    run: Run,
-    places: Sequence[_Place],
-    stream: BatchStream,
-    device: torch.device,
-    watch: Watch | None = None,
+    run: Run, places: list[_Place], stream: BatchStream, device: torch.device, watch: Watch | None
 ) -> None:
     """Train arms side by side: each batch is read once and given to all that are at its step."""
-    profile, steps = run.profile, run.profile.steps
-    workspace = Workspace()
-    trainers = []
+    steps, training = run.profile.steps, run.profile.training
+    matrices, trainers = workspace(), []
     for place in places:
-        trainer = Trainer(place.spec, profile, stream.residuals.d, device, workspace)
-        path = latest_checkpoint(place.state.folder, steps)
-        if path is not None:
+        trainer = Trainer(place.spec, run.profile, stream.residuals.d, device, matrices)
+        if path := latest_checkpoint(place.state.folder, steps):
             restore_checkpoint(trainer, path, place.state.key)
-        trainers.append(trainer)
+        trainers.append((place, trainer))
     # Processes that share residuals walk through the text together.
-    first = distributed.least(min((trainer.step_count for trainer in trainers), default=steps))
+    first = distributed.least(min((trainer.step_count for _, trainer in trainers), default=steps))
     arms = places[0].spec.name if len(places) == 1 else f"{len(places)} arms"
-    with progress(steps * profile.training.batch_tokens, f"training {arms}") as bar:
-        bar.update(first * profile.training.batch_tokens)
+    with progress(steps * training.batch_tokens, f"training {arms}") as bar:
+        bar.update(first * training.batch_tokens)
         for step in range(first, steps):
-            active = [trainer for trainer in trainers if trainer.step_count == step]
-            batches: dict[int, Tensor] = {}
-            for order in {trainer.spec.order for trainer in active} or {0}:
-                raw = stream.batch(step, order).to(device, torch.float32)
-                batches[order] = normalise(raw)[0]
-            losses = [trainer.step(batches[trainer.spec.order]) for trainer in active]
-            bar.update(profile.training.batch_tokens)
+            active = [(place, trainer) for place, trainer in trainers if trainer.step_count == step]
+            batches = {
+                order: normalise(stream.batch(step, order).to(device, torch.float32))[0]
+                for order in {place.spec.order for place, _ in active} or {0}
+            }
+            losses = [trainer.step(batches[place.spec.order]) for place, trainer in active]
+            bar.update(training.batch_tokens)
             if (step + 1) % HISTORY_EVERY == 0 and active:
                 bar.set_postfix_str(_state_line(losses))
                 if watch is not None:
-                    for trainer in active:
-                        watch(trainer.spec.name, trainer.last_row())
-            if (step + 1) % profile.training.checkpoint_every == 0 and step + 1 < steps:
-                for place, trainer in zip(places, trainers, strict=True):
-                    if trainer in active:
-                        save_checkpoint(trainer, place.state.folder, place.state.key, False)
-    for place, trainer in zip(places, trainers, strict=True):
+                    for place, trainer in active:
+                        watch(place.spec.name, trainer.last_row())
+            if (step + 1) % training.checkpoint_every == 0 and step + 1 < steps:
+                for place, trainer in active:
+                    save_checkpoint(trainer, place.state.folder, place.state.key, False)
+    for place, trainer in trainers:
         save_checkpoint(trainer, place.state.folder, place.state.key, True)
         _save_result(run.profile, place, trainer)
 
@@ -251,7 +233,7 @@ def final_l2(history: pd.DataFrame) -> float:
     return float(history["l2"].tail(max(1, len(history) // 10)).mean())
 
 
-def _match_fidelity(run: Run, place: _Place, places: Sequence[_Place], watch: Watch | None) -> None:
+def _match_fidelity(run: Run, place: _Place, places: list[_Place], watch: Watch | None) -> None:
     """Find the k at which a plain dictionary is as bad a reconstruction as a joint arm.
 
     A search by secants over log k and log L2, each point a dictionary trained in full, until the
@@ -266,10 +248,10 @@ def _match_fidelity(run: Run, place: _Place, places: Sequence[_Place], watch: Wa
     found = {full: final_l2(_load(tried[full]).history)}
     exponent = -0.5  # of L2 in k, until two points tell
     while True:
-        nearest = min(found, key=lambda k: abs(found[k] - target))
-        if len(found) > 1:
-            one, two = sorted(found, key=lambda k: abs(found[k] - target))[:2]
-            exponent = math.log(found[one] / found[two]) / math.log(one / two)
+        nearest, *others = sorted(found, key=lambda k: abs(found[k] - target))
+        if others:
+            ratio = found[nearest] / found[others[0]]
+            exponent = math.log(ratio) / math.log(nearest / others[0])
         if exponent == 0:
             break
         wanted = nearest * (target / found[nearest]) ** (1 / exponent)
@@ -287,14 +269,14 @@ def _match_fidelity(run: Run, place: _Place, places: Sequence[_Place], watch: Wa
         shutil.copytree(source / "sae", folder / "sae", dirs_exist_ok=True)
         shutil.copy(source / "history.csv", folder)
         with atomic_write(folder / "search.csv") as path:
-            rows = [{"k": k, "l2": l2, "target": target} for k, l2 in found.items()]
-            pd.DataFrame(rows).to_csv(path, index=False)
+            table = pd.DataFrame({"k": list(found), "l2": list(found.values()), "target": target})
+            table.to_csv(path, index=False)
         place.result.finish()
     distributed.barrier()
 
 
 def _groups(
-    profile: Profile, places: Sequence[_Place], d_in: int, device: torch.device
+    profile: Profile, places: list[_Place], d_in: int, device: torch.device
 ) -> Iterator[list[_Place]]:
     """Arms that fit in memory together, in order, dealt out to the processes of a launcher.
 
@@ -312,7 +294,7 @@ def _groups(
     for place in places:
         size = arm_bytes(profile, d_in, place.spec)
         if size > budget:
-            raise TrainingError(too_large(profile, d_in, place.spec, free))
+            raise TrainingError(_too_large(profile, d_in, place.spec, free))
         if held[len(group) % len(held)] + size > budget:
             yield group
             group, held = [], [0] * len(held)
@@ -320,3 +302,44 @@ def _groups(
         group.append(place)
     if group:
         yield group
+
+
+def arm_bytes(profile: Profile, d_in: int, spec: ArmSpec) -> int:
+    """Memory that one arm holds between steps: weights, two moments each, the products' copy."""
+    sizes = profile.dictionary
+    features = sizes.n_features + (sizes.n_meta_features if spec.has_meta else 0)
+    return features * d_in * (6 * 4 + 2)
+
+
+def step_bytes(profile: Profile, d_in: int) -> int:
+    """Memory that a step needs besides, shared by all arms of a group.
+
+    The pre-activations, as much again for the dead features' part of them and its gradient, and
+    what has the size of a batch or (for a meta dictionary) of the decoder.
+    """
+    sizes, training = profile.dictionary, profile.training
+    width = 2 if training.dtype == "bfloat16" else 4
+    inputs = max(training.batch_tokens, sizes.n_features)
+    features = training.batch_tokens * sizes.n_features + sizes.n_features * sizes.n_meta_features
+    return 4 * width * features + 8 * 4 * inputs * d_in
+
+
+def _too_large(profile: Profile, d_in: int, spec: ArmSpec, free: int) -> str:
+    """Why an arm cannot be trained here, and the largest sizes that could be."""
+
+    def need(smaller: Profile) -> float:
+        return (arm_bytes(smaller, d_in, spec) + step_bytes(smaller, d_in)) / MEMORY_SHARE
+
+    fitting = []
+    for section, key in (("training", "batch_tokens"), ("dictionary", "n_features")):
+        sizes = getattr(profile, section)
+        size = getattr(sizes, key)
+        for half in (size >> i for i in range(1, size.bit_length())):
+            smaller = sizes.model_copy(update={key: half})
+            if need(profile.model_copy(update={section: smaller})) <= free:
+                fitting.append(f"{section}.{key} {half:,}")
+                break
+    return (
+        f"arm {spec.name} needs {need(profile) / 2**30:.1f} GiB of free memory and "
+        f"{free / 2**30:.1f} are there: "
+    ) + (" or ".join(fitting) + " would fit" if fitting else "use a larger machine")

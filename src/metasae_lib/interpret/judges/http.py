@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import http.client
+import itertools
 import json
 import os
-import random
+import re
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import islice
-from urllib.parse import urlsplit
+from contextlib import closing
+from urllib.parse import SplitResult, urlsplit
 
-from metasae_lib.interpret.judges.questions import JudgeError, Question, Task
+import httpx2  # what openai speaks HTTP with
+import openai
+
+from metasae_lib.interpret.judges.questions import JudgeError, Question
 
 KEY_VARIABLE = "METASAE_JUDGE_KEY"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _BODY_LIMIT = 2**20
 
 
@@ -42,159 +45,151 @@ class HttpJudge:
         tries: int = 6,
         patience: float = 600,
         budget: int = 1_000_000,
-        pause: float = 0.5,
     ) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
             raise JudgeError(f"'{url}' is not an http address of a judge, without name or password")
         if min(parallel, tries, budget) < 1 or min(timeout, patience) <= 0:
             raise JudgeError("parallel, tries, budget, timeout and patience must be above 0")
-        self._parts, self._model = parts, model
-        self._parallel, self._timeout, self._tries = parallel, timeout, tries
-        self._patience, self._pause = patience, pause
-        self._left = budget
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._last_good = 0.0
+        _authorization(parts)
+        self.url, self.model, self.parallel = parts, model, parallel
+        self.budget, self.requests = budget, itertools.count(1)
+        self._timeout, self._tries, self._patience = timeout, tries, patience
         # The address is left out: the same model elsewhere gives the same answers.
         self.identity = {"judge": "http", "model": model, "temperature": 0, "version": 1}
-        if os.environ.get(KEY_VARIABLE) and not self._may_send_key:
-            raise JudgeError(
-                f"{KEY_VARIABLE} is set, but {parts.hostname} is another machine without TLS: "
-                f"use https, or unset it"
-            )
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
         """Answers in the order in which they come. Raises JudgeError as the class says."""
-        self._stop.clear()
-        self._last_good = time.monotonic()
-        waiting = iter(enumerate(questions))
-        pool = ThreadPoolExecutor(self._parallel, thread_name_prefix="judge")
+        waiting, last_good = iter(enumerate(questions)), time.monotonic()
+        pool = ThreadPoolExecutor(self.parallel, thread_name_prefix="judge")
         running: dict[Future[str | None], int] = {}
+        client = openai.OpenAI(
+            base_url=self.url.geturl(),
+            api_key="the line has it",
+            timeout=self._timeout,
+            max_retries=self._tries - 1,
+            http_client=httpx2.Client(transport=_Line(self), trust_env=False),
+        )
         try:
             while True:
-                for index, question in islice(waiting, 2 * self._parallel - len(running)):
-                    running[pool.submit(self._answer, question)] = index
+                for index, question in itertools.islice(waiting, 2 * self.parallel - len(running)):
+                    running[pool.submit(self._answer, client, question)] = index
                 if not running:
                     return
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                done, _ = wait(running, self._patience, FIRST_COMPLETED)
                 for future in done:
-                    yield running.pop(future), future.result()
+                    if (answer := future.result()) is not None:
+                        last_good = time.monotonic()
+                    yield running.pop(future), answer
+                if time.monotonic() - last_good > self._patience:
+                    raise JudgeError(
+                        f"the judge at {self.url.hostname}:{self.url.port or ''} gave no answer "
+                        f"for {self._patience:.0f} s: start it and run again, what it said is kept"
+                    )
         finally:
-            self._stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            client.close()
 
-    def _answer(self, question: Question) -> str | None:
-        body = {
-            "model": self._model,
-            "messages": question.messages,
-            "max_tokens": question.max_tokens,
-            "temperature": 0,
-            "seed": 0,
-        }
-        tries, pauses = 0, 0
-        while tries < self._tries and not self._stop.is_set():
-            self._spend()
-            try:
-                answer = self._request(json.dumps(body).encode(), question.task)
-            except ConnectionRefusedError:
-                pauses += 1  # a server that starts again: waiting costs nothing
-            except _Rejected:
-                return None
-            except _Refused as error:
-                self._stop.set()
-                raise JudgeError(str(error)) from None
-            except (OSError, http.client.HTTPException, _Broken):
-                tries, pauses = tries + 1, pauses + 1
-            else:
-                self._last_good = time.monotonic()
-                return answer
-            if time.monotonic() - self._last_good > self._patience:
-                self._stop.set()
-                raise JudgeError(
-                    f"the judge at {self._parts.hostname}:{self._parts.port or ''} gave no answer "
-                    f"for {self._patience:.0f} s: start it and run again, what it said is kept"
-                )
-            # Half of the pause is drawn, so that requests that failed together come back apart.
-            pause = min(self._pause * 2 ** min(pauses - 1, 10), 30) * (0.5 + random.random() / 2)
-            self._stop.wait(pause)
-        return None
+    def _answer(self, client: openai.OpenAI, question: Question) -> str | None:
+        try:
+            choice = client.chat.completions.create(
+                model=self.model,
+                messages=question.messages,  # type: ignore[arg-type]
+                max_tokens=question.max_tokens,
+                temperature=0,
+                seed=0,
+            ).choices[0]
+        except openai.APIError:
+            return None  # the tries are spent, or this one question cannot be answered
+        text = choice.message.content or ""
+        cut_off = choice.finish_reason == "length" and "." not in text
+        # No whole sentence is an answer, but not an explanation.
+        return "" if question.task == "explain" and cut_off else text
 
-    def _spend(self) -> None:
-        with self._lock:
-            if self._left <= 0:
-                self._stop.set()
+
+class _Line(httpx2.HTTPTransport):
+    """The way of one asking to the server, under the client, which repeats what fails here.
+
+    Each request is counted, waits while no connection can be had, and brings a whole answer or an
+    error. It has headers of its own, not those that the OPENAI_... variables name; so the key is
+    in no request that an error of the client holds.
+    """
+
+    def __init__(self, judge: HttpJudge) -> None:
+        limits = httpx2.Limits(max_connections=judge.parallel)
+        super().__init__(ssl.create_default_context(), trust_env=False, limits=limits)
+        self._judge, self._closed = judge, threading.Event()
+        self._headers = {"Content-Type": "application/json"} | _authorization(judge.url)
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        sent = httpx2.Request("POST", request.url, headers=self._headers, content=request.content)
+        sent.extensions = request.extensions
+        pause = 0.5
+        while True:
+            if next(self._judge.requests) > self._judge.budget:
                 raise JudgeError(
                     "the budget of requests is spent: raise it and run again, what was said is kept"
                 )
-            self._left -= 1
+            try:
+                return self._whole(sent)
+            except httpx2.ConnectError:
+                # A server that starts again is waited for: that costs no try.
+                if self._closed.wait(pause):
+                    raise
+                pause = min(2 * pause, 30)
 
-    def _request(self, body: bytes, task: Task) -> str:
-        """One request. OSError, HTTPException or _Broken if it gave no whole answer."""
-        deadline = time.monotonic() + self._timeout
-        secure = self._parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        assert self._parts.hostname is not None
-        connection = kind(self._parts.hostname, self._parts.port, timeout=self._timeout)
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        key = os.environ.get(KEY_VARIABLE)
-        if key and self._may_send_key:
-            headers["Authorization"] = f"Bearer {key}"
-        try:
-            path = f"{self._parts.path.rstrip('/')}/chat/completions"
-            connection.request("POST", path, body, headers)
-            sock = connection.sock  # getresponse may let go of it, and its timeout is still needed
-            response = connection.getresponse()
-            received = b""
-            while True:
-                left = deadline - time.monotonic()
-                if left <= 0 or len(received) > _BODY_LIMIT:
-                    raise _Broken
-                if sock.fileno() >= 0:
-                    sock.settimeout(left)  # also a server that sends a byte now and then is late
-                part = response.read1(65536)
-                if not part:
-                    break
-                received += part
-        finally:
-            connection.close()
-        if response.status in (400, 413, 422):
-            raise _Rejected
-        if response.status in (401, 403, 404):
-            raise _Refused(
-                f"the judge answered {response.status} {response.reason}: check its address, the "
-                f"model's name ({self._model}) and {KEY_VARIABLE}"
+    def _whole(self, sent: httpx2.Request) -> httpx2.Response:
+        """The response with its body, which is an answer if the status is 200, within its time.
+
+        A timeout of the client is for each read: who sends a byte now and then is never late.
+        """
+        deadline, body = time.monotonic() + sent.extensions["timeout"]["read"], b""
+        with closing(super().handle_request(sent)) as response:
+            for part in response.iter_raw():
+                body += part
+                if time.monotonic() > deadline or len(body) > _BODY_LIMIT:
+                    raise httpx2.ReadTimeout("the body is late, or too long")
+        status, headers = response.status_code, response.headers
+        if status == 200 and not _is_answer(body):
+            raise httpx2.RemoteProtocolError("the body is no answer")
+        # The client repeats 408, 409, 429 and 5xx. 400, 413 and 422 are about one question.
+        if status not in (200, 400, 408, 409, 413, 422, 429) and status < 500:
+            raise JudgeError(
+                f"the judge answered {status} {response.reason_phrase}: check its address, the "
+                f"model's name ({self._judge.model}) and {KEY_VARIABLE}"
             )
-        if response.status != 200:
-            raise _Broken
-        return _content(received, task)
+        asked_for = headers.get("Retry-After", "")
+        if asked_for.isdecimal():  # the client would give up on a pause of more than two minutes
+            headers["Retry-After"] = str(min(int(asked_for), 120))
+        return httpx2.Response(
+            status, headers=headers, content=body, extensions=response.extensions
+        )
 
-    @property
-    def _may_send_key(self) -> bool:
-        return self._parts.scheme == "https" or self._parts.hostname in _LOOPBACK
-
-
-class _Broken(Exception):
-    """A response that holds no whole answer."""
-
-
-class _Rejected(Exception):
-    """A response that says that this one question cannot be answered, such as a prompt too long."""
+    def close(self) -> None:
+        self._closed.set()
+        super().close()
 
 
-class _Refused(Exception):
-    """A response that would be the same for every question."""
+def _authorization(parts: SplitResult) -> dict[str, str]:
+    """The header with the key, if there is one; JudgeError where it must not or cannot be sent."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key:
+        return {}
+    if not re.fullmatch(r"[!-~]+", key):
+        raise JudgeError(f"{KEY_VARIABLE} holds what no key can hold: set it again, or unset it")
+    if parts.scheme != "https" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise JudgeError(
+            f"{KEY_VARIABLE} is set, but {parts.hostname} is another machine without TLS: "
+            f"use https, or unset it"
+        )
+    return {"Authorization": f"Bearer {key}"}
 
 
-def _content(received: bytes, task: Task) -> str:
-    """The text of a chat completion; _Broken if the body is none, or an explanation was cut off."""
+def _is_answer(body: bytes) -> bool:
+    """Whether the body of a response is a chat completion that has come to an end."""
     try:
-        choice = json.loads(received)["choices"][0]
+        choice = json.loads(body)["choices"][0]
         content, reason = choice["message"]["content"], choice.get("finish_reason")
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise _Broken from None
-    if not isinstance(content, str) or reason not in ("stop", "length"):
-        raise _Broken
-    if task == "explain" and reason == "length" and "." not in content:
-        return ""  # no whole sentence: an answer, but not an explanation
-    return content
+        return False
+    return isinstance(content, str) and reason in ("stop", "length")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from metasae_lib.interpret.judges.questions import Question, Task, one_line
 from metasae_lib.subject import embedded
@@ -50,7 +53,6 @@ class InProcessJudge:
     @cached_property
     def model(self) -> Any:
         """The language model, loaded on first use, on a GPU where there is one."""
-        import torch
         from transformers import AutoModelForCausalLM
 
         with embedded.quiet_loading():
@@ -76,21 +78,16 @@ class InProcessJudge:
         return {pair: round(scores[pair] - scores["", pair[1]], 3) for pair in pairs}
 
     def _log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
-        """log p(text | explanation) in nats; what prompts and texts begin with in common is read
-        once."""
-        groups: dict[str, list[tuple[list[int], str]]] = {}
-        for explanation, text in pairs:
-            groups.setdefault(explanation, []).append((self._ids(f" {one_line(text)}"), text))
+        """log p(text | explanation) in nats of sorted pairs; what prompts and texts begin with in
+        common is read once."""
         rows: list[_Tree] = []
-        for explanation, texts in groups.items():
+        for explanation, group in itertools.groupby(pairs, itemgetter(0)):
             prompt = self._ids(f"Words to look for: {explanation or 'any text'}.\nText:")
-            tree = _Tree(explanation, prompt)
-            for ids, text in sorted(texts):
-                if len(tree) + len(ids) > _ROW_TOKENS and tree.paths:
-                    rows.append(tree)
-                    tree = _Tree(explanation, prompt)
-                tree.add(text, ids)
-            rows.append(tree)
+            rows.append(_Tree(explanation, prompt))
+            for ids, text in sorted((self._ids(f" {one_line(text)}"), text) for _, text in group):
+                if len(rows[-1]) + len(ids) > _ROW_TOKENS and rows[-1].paths:
+                    rows.append(_Tree(explanation, prompt))
+                rows[-1].add(text, ids)
         rows.sort(key=len)
         scores: dict[tuple[str, str], float] = {}
         while rows:
@@ -100,18 +97,11 @@ class InProcessJudge:
         return scores
 
     def _score(self, rows: Sequence[_Tree]) -> dict[tuple[str, str], float]:
-        import torch
-
-        length = max(map(len, rows))
         device = self.model.device
-        ids = torch.zeros(len(rows), length, dtype=torch.int64)
-        positions = torch.zeros_like(ids)
+        ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
         # A token sees itself and what its own path holds; padding sees itself.
-        sees = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
-        for r, row in enumerate(rows):
-            ids[r, : len(row)] = torch.tensor(row.ids)
-            positions[r, : len(row)] = torch.tensor(row.depths)
-            seen = sees[r].numpy()
+        sees = torch.eye(ids.shape[1], dtype=torch.bool).repeat(len(rows), 1, 1)
+        for row, seen in zip(rows, sees.numpy(), strict=True):
             for token, parent in enumerate(row.parents[1:], 1):
                 seen[token] |= seen[parent]
         mask = torch.zeros(sees.shape, dtype=self.model.dtype)
@@ -122,10 +112,13 @@ class InProcessJudge:
         with torch.no_grad():
             hidden = self.model.model(
                 input_ids=ids.to(device), attention_mask=mask[:, None].to(device),
-                position_ids=positions.to(device), use_cache=False,
+                position_ids=(sees.sum(2) - 1).to(device), use_cache=False,
             ).last_hidden_state[[r for r, _ in read], before]  # fmt: skip
-            parts = zip(hidden.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True)
-            logp = torch.cat([self._log_p(h, t) for h, t in parts]).cpu().double().numpy()
+            logps = []
+            for h, t in zip(hidden.split(_AT_ONCE), targets.split(_AT_ONCE), strict=True):
+                logits = self.model.lm_head(h).float()
+                logps.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1))
+            logp = torch.cat(logps).cpu().double().numpy()
         scores, start = {}, 0
         for row in rows:
             for text, path in row.paths:
@@ -133,24 +126,20 @@ class InProcessJudge:
             start += len(row) - row.prompt
         return scores
 
-    def _log_p(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model.lm_head(hidden).float()
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-
     def _generate(self, chats: Sequence[list[dict[str, str]]]) -> list[str]:
         """Greedy answers to chats, in the model's own form."""
-        import torch
-
         tokenizer = self.tokenizer
         tokenizer.padding_side = "left"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         texts = []
         for start in range(0, len(chats), _GENERATED_AT_ONCE):
-            written = [
-                tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-                for chat in chats[start : start + _GENERATED_AT_ONCE]
-            ]
-            given = tokenizer(written, return_tensors="pt", padding=True, add_special_tokens=False)
+            given = tokenizer.apply_chat_template(
+                list(chats[start : start + _GENERATED_AT_ONCE]),
+                add_generation_prompt=True,
+                padding=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
             with torch.no_grad():
                 out = self.model.generate(
                     **given.to(self.model.device), do_sample=False, max_new_tokens=24,
@@ -168,20 +157,19 @@ class InProcessJudge:
 _BLOCK_QUESTIONS = 2048
 _GENERATED_AT_ONCE = 32
 _ROW_TOKENS = 320  # every token of a row is compared with every other
-_LOGITS_AT_ONCE = 128
+_AT_ONCE = 128  # tokens whose logits are held
 
 
 class _Tree:
     """One row of ids: a prompt, and texts that continue it, what they begin with in common once.
 
-    parents, depths: of each token, the token before it in its text, and how many stand before.
+    parents: of each token, the token before it in its text.
     paths: of each text, its tokens as places after the prompt.
     """
 
     def __init__(self, explanation: str, prompt: Sequence[int]) -> None:
         self.explanation, self.prompt = explanation, len(prompt)
         self.ids, self.parents = list(prompt), list(range(-1, len(prompt) - 1))
-        self.depths = list(range(len(prompt)))
         self.paths: list[tuple[str, list[int]]] = []
         self._after: dict[tuple[int, int], int] = {}
 
@@ -196,7 +184,6 @@ class _Tree:
             if place == len(self):
                 self.ids.append(token)
                 self.parents.append(parent)
-                self.depths.append(self.depths[parent] + 1)
             path.append(place - self.prompt)
             parent = place
         self.paths.append((text, path))

@@ -42,18 +42,15 @@ class LexicalJudge:
 
     def _explain(self, question: Question) -> str:
         peaks = Counter(_word(example.pieces[example.peak]) for example in question.examples)
-        others = Counter(
-            _word(piece) for example in question.examples for k, piece in enumerate(example.pieces)
-            if k != example.peak
-        )  # fmt: skip
-        others += Counter(_word(piece) for example in question.against for piece in example.pieces)
+        texts = (*question.examples, *question.against)
+        others = Counter(_word(piece) for text in texts for piece in text.pieces) - peaks
         odds = {
             word: math.log((count + 0.5) / (len(question.examples) + 1))
             - math.log((others[word] + 0.5) / (others.total() + 1))
             for word, count in peaks.items()
         }
-        weights = {word: round(odds[word], 2) for word in sorted(odds, key=lambda w: (-odds[w], w))}
-        weights = {word: weight for word, weight in weights.items() if word and weight > 0}
+        heaviest = sorted(odds, key=lambda word: (-odds[word], word))
+        weights = {w: weight for w in heaviest if w and (weight := round(odds[w], 2)) > 0}
         fires = [_lexical_score(weights, example) for example in question.examples]
         silent = [_lexical_score(weights, example) for example in question.against]
         cuts = sorted({*fires, *silent})[:-1] or [0.0]

@@ -12,10 +12,9 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,6 +25,19 @@ from metasae_lib.study.progress import progress
 Task = Literal["explain", "fuzzing", "strength", "detection"]
 Value = str | int | float | bool
 _EXPLANATION_LIMIT = 400  # characters of an explanation that is one sentence
+_ASKED = {  # what stands before and after the texts of a question
+    "fuzzing": (
+        "Both texts showed this pattern. In one of them the words that showed it were replaced by "
+        "random ones.\n",
+        "Which text is real, A or B? Answer with one letter.",
+    ),
+    "strength": (
+        "",
+        "How strongly does the text show the pattern, from 0 (not at all) to 10 (as strongly as "
+        "can be)? Answer with one number.",
+    ),
+    "detection": ("", "Does the text show the pattern? Answer yes or no."),
+}
 
 
 class JudgeError(MetaSAEError):
@@ -56,27 +68,14 @@ class Question:
                 "Here are pieces of text. In each, the words between « and » share something.\n"
                 f"{texts}\nIn one short sentence: what do the marked words have in common?"
             )
+        labels = ("A", "B") if self.task == "fuzzing" else ("Text",)
         texts = "\n".join(
-            f"{label}{one_line(example.text)}"
-            for label, example in zip(self._labels, self.examples, strict=True)
+            f"{label}: {one_line(example.text)}"
+            for label, example in zip(labels, self.examples, strict=True)
         )
+        before, after = _ASKED[self.task]
         about = f"A pattern in text: {self.explanation or 'unknown'}\n"
-        if self.task == "fuzzing":
-            return (
-                f"{about}Both texts showed this pattern. In one of them the words that showed it "
-                f"were replaced by random ones.\n{texts}\n"
-                "Which text is real, A or B? Answer with one letter."
-            )
-        if self.task == "strength":
-            return (
-                f"{about}{texts}\nHow strongly does the text show the pattern, from 0 (not at all) "
-                "to 10 (as strongly as can be)? Answer with one number."
-            )
-        return f"{about}{texts}\nDoes the text show the pattern? Answer yes or no."
-
-    @property
-    def _labels(self) -> tuple[str, ...]:
-        return ("A: ", "B: ") if self.task == "fuzzing" else ("Text: ",)
+        return f"{about}{before}{texts}\n{after}"
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -94,13 +93,9 @@ def marked(example: Example) -> str:
     text, inside = "", False
     for piece, act in zip(example.pieces, example.acts, strict=True):
         strong = example.strength > 0 and act >= example.strength / 2
-        if strong and not inside:
-            space = len(piece) - len(piece.lstrip())
-            text += piece[:space] + "«" + piece[space:]
-        elif inside and not strong:
-            text += "»" + piece
-        else:
-            text += piece
+        space = len(piece) - len(piece.lstrip()) if strong else 0
+        mark = "" if strong == inside else "«" if strong else "»"
+        text += piece[:space] + mark + piece[space:]
         inside = strong
     return one_line(text + "»" * inside)
 
@@ -116,9 +111,7 @@ def parse(question: Question, answer: str | None) -> Value | None:
     Apart from an explanation, the whole answer must be the choice, so that "A strange text" is
     no vote for A.
     """
-    if answer is None:
-        return None
-    text = answer.strip()
+    text = (answer or "").strip()
     if question.task == "explain":
         line = text.splitlines()[0].strip() if text else ""
         return line if 0 < len(line) <= _EXPLANATION_LIMIT else None
@@ -130,9 +123,8 @@ def parse(question: Question, answer: str | None) -> Value | None:
         return {"a": 0, "b": 1}.get(word)
     if question.task == "detection":
         return {"yes": True, "no": False}.get(word)
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", word) and 0 <= float(word) <= 10:
-        return float(word)
-    return None
+    number = float(word) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", word) else -1
+    return number if 0 <= number <= 10 else None
 
 
 class Judge(Protocol):
@@ -153,21 +145,23 @@ class AskOnce:
     """
 
     def __init__(self, judge: Judge, path: str | os.PathLike[str]) -> None:
-        self.judge = judge
-        self._path = Path(path)
-        self._name = json.dumps(judge.identity, sort_keys=True)
-        with closing(self._open()) as table, table:
-            table.execute("PRAGMA journal_mode = WAL")
-            table.execute(
-                "CREATE TABLE IF NOT EXISTS answers"
-                " (key TEXT PRIMARY KEY, task TEXT, prompt TEXT, answer TEXT)"
-            )
+        self.judge, self._path = judge, Path(path)
+        self._open().close()
 
     def answers(self, questions: Sequence[Question]) -> list[str | None]:
         """The raw answer to every question, in their order; equal prompts are asked once."""
-        keys = [self._key(question) for question in questions]
+        name = json.dumps(self.judge.identity, sort_keys=True)
+        keys = [
+            hashlib.sha256(f"{name}\n{question.task}\n{question.prompt}".encode()).hexdigest()
+            for question in questions
+        ]
         with closing(self._open()) as table:
-            known = self._known(table, keys)
+            known: dict[str, str] = dict(
+                table.execute(
+                    "SELECT key, answer FROM answers WHERE key IN (SELECT value FROM json_each(?))",
+                    [json.dumps(keys)],
+                )
+            )
             new = {k: q for k, q in zip(keys, questions, strict=True) if k not in known}
             order, asked = list(new), list(new.values())
             with progress(len(asked), "questions to the judge") as bar:
@@ -180,30 +174,15 @@ class AskOnce:
                             table.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row)
         return [known.get(key) for key in keys]
 
-    def __len__(self) -> int:
-        """Answers kept."""
-        with closing(self._open()) as table:
-            return int(table.execute("SELECT count(*) FROM answers").fetchone()[0])
-
-    def _known(self, table: sqlite3.Connection, keys: Iterable[str]) -> dict[str, str]:
-        known: dict[str, str] = {}
-        remaining = iter(dict.fromkeys(keys))
-        while block := list(islice(remaining, 500)):
-            marks = ",".join("?" * len(block))
-            known |= table.execute(
-                f"SELECT key, answer FROM answers WHERE key IN ({marks})", block
-            ).fetchall()
-        return known
-
-    def _key(self, question: Question) -> str:
-        return hashlib.sha256(
-            f"{self._name}\n{question.task}\n{question.prompt}".encode()
-        ).hexdigest()
-
     def _open(self) -> sqlite3.Connection:
         try:
             table = sqlite3.connect(self._path, timeout=60)
             table.execute("PRAGMA synchronous = NORMAL")
+            table.execute("PRAGMA journal_mode = WAL")
+            table.execute(
+                "CREATE TABLE IF NOT EXISTS answers"
+                " (key TEXT PRIMARY KEY, task TEXT, prompt TEXT, answer TEXT)"
+            )
             return table
         except sqlite3.DatabaseError as error:
             raise JudgeError(

@@ -24,13 +24,15 @@ from metasae_lib.show.figures.cooccurrence import (
 from metasae_lib.show.figures.interpretation import (
     fuzzing_difference,
     judge_controls,
+    scorecard_overview,
     scores_together,
     sense_information,
     split_counts,
 )
-from metasae_lib.show.figures.style import KINDS, escape, style
+from metasae_lib.show.figures.style import KINDS
 from metasae_lib.show.figures.training import (
     ablation,
+    escape,
     fidelity,
     penalty_profile,
     phi_against_recovery,
@@ -40,4 +42,3 @@ from metasae_lib.show.figures.training import (
     time_spent,
     training_curve,
 )
-from metasae_lib.show.figures.verdicts import scorecard_overview

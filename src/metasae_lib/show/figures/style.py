@@ -1,23 +1,19 @@
-"""The look that all figures share.
-
-Figures are made without pyplot, so none stays open. All share one style: Okabe and Ito's colours
-(told apart by every kind of colour vision), a shape beside every colour, white ground, text of at
-least 9 points.
-"""
+"""The look that all figures share, and what several of them draw alike."""
 
 from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Concatenate, ParamSpec
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Concatenate, ParamSpec, cast
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
+from numpy.typing import NDArray
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -36,26 +32,21 @@ KINDS = {
     "null": (PINK, "v"),
 }
 _OTHERS = [(GREY, "h"), ("#A0522D", "p")]
+_SERIES = [(BLUE, "o"), (GREEN, "s"), (PINK, "^"), (ORANGE, "D"), (SKY, "v"), (RED, "P")]
+DASHES = (0, (4, 3))
 ROW = 0.24  # inches that a labelled row needs
-SERIES = [(BLUE, "o"), (GREEN, "s"), (PINK, "^"), (ORANGE, "D"), (SKY, "v"), (RED, "P")]
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """The look of every figure of the book."""
-    with sns.axes_style("ticks"), sns.plotting_context("notebook"), mpl.rc_context():
-        mpl.rcParams.update(
-            {
-                "font.size": 10, "axes.labelsize": 10.5, "axes.titlesize": 10.5,
-                "xtick.labelsize": 9.5, "ytick.labelsize": 9.5, "legend.fontsize": 9.5,
-                "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                "grid.color": "#E4E4E4", "grid.linewidth": 0.6, "axes.axisbelow": True,
-                "legend.frameon": False, "lines.linewidth": 1.6, "lines.markersize": 6,
-                "figure.facecolor": "white", "axes.facecolor": "white", "figure.dpi": 144,
-                "mathtext.default": "regular", "axes.unicode_minus": True,
-            }
-        )  # fmt: skip
-        yield
+# Over seaborn's "ticks" and "notebook".
+_STYLE: Any = {
+    "font.size": 10, "axes.labelsize": 10.5, "axes.titlesize": 10.5,
+    "xtick.labelsize": 9.5, "ytick.labelsize": 9.5, "legend.fontsize": 9.5,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": "#E4E4E4", "grid.linewidth": 0.6, "axes.axisbelow": True,
+    "legend.frameon": False, "lines.linewidth": 1.6, "lines.markersize": 6,
+    "figure.facecolor": "white", "axes.facecolor": "white", "figure.dpi": 144,
+    "mathtext.default": "regular", "axes.unicode_minus": True,
+}  # fmt: skip
 
 
 class Drawing(Figure):
@@ -68,19 +59,23 @@ class Drawing(Figure):
 
 
 P = ParamSpec("P")
+_Parts = Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]
 
 
 def styled(
-    width: float = 7.0, height: float = 3.8
-) -> Callable[[Callable[Concatenate[Figure, P], None]], Callable[P, Figure]]:
-    """Turn `draw(figure, ...) -> None` into `function(...) -> Figure` in the common style."""
+    width: float = 7.0, height: float = 3.8, **panels: Any
+) -> Callable[[Callable[Concatenate[Any, P], None]], Callable[P, Figure]]:
+    """Turn `draw(ax, ...) -> None` into `function(...) -> Figure` in the common style.
 
-    def decorate(draw: Callable[Concatenate[Figure, P], None]) -> Callable[P, Figure]:
+    panels: options of `Figure.subplots`; with several panels, `draw` is given their array.
+    """
+
+    def decorate(draw: Callable[Concatenate[Any, P], None]) -> Callable[P, Figure]:
         @functools.wraps(draw)
         def function(*args: P.args, **kwargs: P.kwargs) -> Figure:
-            with style():
+            with sns.axes_style("ticks"), sns.plotting_context("notebook"), mpl.rc_context(_STYLE):
                 figure = Drawing(figsize=(width, height), layout="constrained")
-                draw(figure, *args, **kwargs)
+                draw(figure.subplots(**panels), *args, **kwargs)
                 return figure
 
         return function
@@ -88,48 +83,65 @@ def styled(
     return decorate
 
 
-def look_of(kind: str) -> tuple[str, str]:
-    """Colour and marker of a kind of arm, known or not."""
-    if kind in KINDS:
-        return KINDS[kind]
-    return _OTHERS[sum(map(ord, kind)) % len(_OTHERS)]
+def by_kind(frame: pd.DataFrame, **options: Any) -> _Parts:
+    """Kinds of arm in a frame, solo, joint, control first, then the rest as they come.
+
+    Yields the kind, its rows, and options of `plot`: how its points look, changed by `options`.
+    """
+    order = {kind: place for place, kind in enumerate(KINDS)}
+    for kind in sorted(dict.fromkeys(frame["kind"]), key=lambda k: order.get(k, len(KINDS))):
+        colour, marker = KINDS.get(kind, _OTHERS[sum(map(ord, kind)) % len(_OTHERS)])
+        look = {"color": colour, "marker": marker, "linestyle": "none", "label": kind}
+        yield kind, frame[frame.kind == kind], look | options
 
 
-def kinds_in(frame: pd.DataFrame) -> list[str]:
-    """Kinds of arm in a frame: solo, joint, control first, then the rest as they come."""
-    found = list(dict.fromkeys(frame["kind"]))
-    return sorted(found, key=lambda k: list(KINDS).index(k) if k in KINDS else len(KINDS))
+def by_arm(frame: pd.DataFrame, **options: Any) -> _Parts:
+    """The same for each arm: its kind, its rows, and how its line looks."""
+    for kind, same, look in by_kind(frame):
+        # The control lies exactly on its solo arm: dashes let both be seen.
+        line = {"linestyle": DASHES if kind == "control" else "-"}
+        for _, part in same.groupby("arm"):
+            yield kind, part, look | line | options
 
 
-def add_legend(ax: Axes, **options: Any) -> None:
+def series(
+    frame: pd.DataFrame, column: str, sort: bool = True
+) -> Iterator[tuple[Any, pd.DataFrame, str, str]]:
+    """The groups of a column: value, rows, colour and marker."""
+    groups = zip(frame.groupby(column, sort=sort), _SERIES, strict=False)
+    return ((value, part, *look) for (value, part), look in groups)
+
+
+def reach(frame: pd.DataFrame, column: str) -> NDArray[np.float64]:
+    """(2, n) distances of a column to the ends `low` and `high` of its interval, for `errorbar`."""
+    return np.abs(frame[["low", "high"]].to_numpy().T - frame[column].to_numpy())
+
+
+def label_rows(
+    ax: Axes, names: Sequence[str], height: float, around: float, row: float = ROW
+) -> NDArray[np.int64]:
+    """A row a name, downwards, in a figure that has room for them. Returns where they stand.
+
+    In inches: height of the figure at least, what it needs around the rows, and for each row.
+    """
+    cast(Figure, ax.figure).set_figheight(max(height, around + row * len(names)))
+    places = -np.arange(len(names))
+    ax.set_yticks(places, names)
+    return places
+
+
+def add_legend(ax: Axes, where: Axes | FigureBase | None = None, **options: Any) -> None:
+    """A legend of what `ax` shows, each label once."""
     handles, labels = ax.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    ax.legend(unique.values(), unique.keys(), **options)
+    (where or ax).legend(unique.values(), unique.keys(), **options)
 
 
-def legend_below(figure: Figure, ax: Axes, columns: int) -> None:
-    """A legend that no number of arms lets cover the data."""
-    handles, labels = ax.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=columns)
+def legend_below(ax: Axes, columns: int) -> None:
+    """A legend below all panels: no number of arms lets it cover the data."""
+    add_legend(ax, ax.figure, loc="outside lower center", ncols=columns)
 
 
 def zero_line(ax: Axes, axis: str = "y") -> None:
     draw = ax.axhline if axis == "y" else ax.axvline
     draw(0, color=BLACK, linewidth=0.8)
-
-
-@styled(7.0, 3.6)
-def escape(figure: Figure, frame: pd.DataFrame) -> None:
-    """Angle of a row to its fixed reconstruction while it follows the push.
-
-    Columns: step, angle (degrees), sigma_sq, lambda2; one panel per λ₂.
-    """
-    panels = frame.groupby("lambda2")
-    axes = figure.subplots(1, panels.ngroups, sharey=True, squeeze=False)[0]
-    for ax, (lambda2, panel) in zip(axes, panels, strict=True):
-        for (sigma_sq, part), (colour, _) in zip(panel.groupby("sigma_sq"), SERIES, strict=False):
-            ax.plot(part.step, part.angle, color=colour, label=f"σ² = {sigma_sq:g}")
-        ax.set(xlabel="gradient step", title=f"λ₂ = {lambda2:g}")
-    axes[0].set_ylabel("angle between row and Ŵ (degrees)")
-    axes[0].legend()

@@ -1,35 +1,11 @@
-"""What the kernels share: how loops are compiled, the lists of a batch, what an update takes.
-
-numba's cache stays off: what it loads is optimised once more than what it has just compiled, and
-differs in the last bits, so that a resumed training would not equal one that was never killed.
-"""
+"""What both forms of the kernels take and give."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from numba import get_num_threads, set_num_threads
 from torch import Tensor
-
-# Reassociation lets a dot product use vector lanes, contraction gives fused multiply-add. Both are
-# fixed when the loop is compiled. The rest of "fastmath" stays off: NaN must remain NaN. Python's
-# check for a division by zero would keep a loop from using vector lanes.
-# numba's cache stays off: what it loads is optimised once more than what it has just compiled, and
-# differs in the last bits, so that a resumed training would not equal one that was never killed.
-_FLOAT = {"reassoc", "contract", "nsz"}
-LOOP: dict[str, Any] = {
-    "nogil": True,
-    "fastmath": _FLOAT,
-    "error_model": "numpy",
-}
-PARALLEL: dict[str, Any] = {**LOOP, "parallel": True}
-ROWS = 32  # rows a thread takes at a time; also the fixed blocks of the encoder's b_dec gradient
-_SERIAL = 1_000_000  # loops of fewer operations run on one thread: waking others costs more
-TINY = 1e-30  # moments below this are zero: denormal numbers are slow
 
 
 class Codes(NamedTuple):
@@ -47,6 +23,28 @@ class DenseCodes(NamedTuple):
     """The selected activations as a dense matrix (the plain form of :class:`Codes`)."""
 
     acts: Tensor  # (b, n), zero where not selected
+
+
+class Rows(NamedTuple):
+    """What a step updates feature by feature: weights and Adam's moments, each (n, d) float32."""
+
+    W_enc_T: Tensor
+    W_dec: Tensor
+    m_enc: Tensor
+    v_enc: Tensor
+    m_dec: Tensor
+    v_dec: Tensor
+
+
+class Batch(NamedTuple):
+    """A batch, what was selected of it, and what the dictionary leaves."""
+
+    codes: Any  # Codes or DenseCodes
+    dots: Any  # product of each activation's error and decoder row, see `residual`
+    z: Tensor  # (b, d) float32: the inputs
+    error: Tensor  # (b, d) float32: z less its reconstruction
+    b_dec: Tensor  # (d,) float32, before the step
+    scale: float  # the derivative of the L2 loss is scale * error
 
 
 class Extra(NamedTuple):
@@ -82,18 +80,9 @@ class Adam(NamedTuple):
         )
 
 
-@contextmanager
-def threads_for(operations: int) -> Iterator[None]:
-    """One thread for a small loop, as many as before otherwise."""
-    before = get_num_threads()
-    set_num_threads(1 if operations < _SERIAL else before)
-    try:
-        yield
-    finally:
-        set_num_threads(before)
-
-
-def bit_patterns(values: Tensor) -> np.ndarray:
-    """Positive floats are ordered as their bits are when read as integers."""
-    as_int = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[values.dtype]
-    return values.view(as_int).numpy()
+def adam_step(w: Tensor, m: Tensor, v: Tensor, g: Tensor, adam: Adam) -> None:
+    """``torch.optim.Adam`` on one tensor, in place."""
+    rate, root = adam.rates()
+    m.lerp_(g, 1 - adam.beta1)
+    v.mul_(adam.beta2).addcmul_(g, g, value=1 - adam.beta2)
+    w.addcdiv_(m, (v.sqrt() * root).add_(adam.eps), value=-rate)

