@@ -130,13 +130,11 @@ def test_a_figure_has_its_cell_to_itself() -> None:
         pages.make_page(new_notebook(cells=[both]), "tiny", [])
 
 
-def test_default_parameters_go_and_injected_ones_fold() -> None:
+def test_default_parameters_go_and_injected_ones_are_shown() -> None:
     default, injected = _ran('profile = "a"'), _ran('profile = "b"')
     default.metadata["tags"], injected.metadata["tags"] = ["parameters"], ["injected-parameters"]
     page = pages.make_page(new_notebook(cells=[default, injected]), "tiny", [])
-    assert [(c.source, c.metadata["tags"]) for c in page.cells] == [
-        ('profile = "b"', ["hide-input"])
-    ]
+    assert [(c.source, c.metadata["tags"]) for c in page.cells] == [('profile = "b"', [])]
 
 
 def test_markdown_outputs_become_text_in_their_place() -> None:

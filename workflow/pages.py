@@ -1,7 +1,7 @@
 """From an executed notebook to a page of the book.
 
 One step between papermill and Sphinx, pure but for `add_downloads`: a page is refused unless every
-cell ran; what is set by default is hidden and what was set is folded; labels carry the profile's
+cell ran; the parameters are those of the run, the defaults are left out; labels carry the profile's
 name, so that two profiles can show the same figure; Markdown that a cell printed becomes text of
 the page, so that its headings, numbered tables and references count.
 """
@@ -186,7 +186,7 @@ def _split(cell: NotebookNode) -> list[NotebookNode]:
         raise PageError(f"the cell of figure {figure['name']} shows text as well: split it.")
     metadata = {k: v for k, v in cell.metadata.items() if k in ("mystnb", "tags")}
     if "injected-parameters" in metadata.get("tags", []):
-        metadata["tags"] = ["hide-input"]
+        metadata["tags"] = []  # what a reader changes first: in full view
     pieces = [new_code_cell(cell.source, metadata=metadata, execution_count=cell.execution_count)]
     for output in cell.outputs:
         text = output.get("data", {}).get("text/markdown")
