@@ -18,8 +18,9 @@ import torch
 
 from metasae_lib import Profile, Run
 from metasae_lib.measure.counting import CooccurrenceCounter
+from metasae_lib.measure.passes import pre_activations, product_dtype
 from metasae_lib.measure.patterns import above
-from metasae_lib.measure.thresholds import Calibrator, pre_activations, product_dtype
+from metasae_lib.measure.thresholds import Calibrator
 from metasae_lib.subject.corpus import load_tokens
 from metasae_lib.subject.model import load_subject
 from metasae_lib.train.dictionary import BatchTopK, normalise

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metasae_lib import Run
-from metasae_lib.measure import counting, scan, thresholds
+from metasae_lib.measure import counting, passes, scan, thresholds
 from metasae_lib.measure import cross as crossing
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts, CrossCounts
 from metasae_lib.measure.cross import check_comparable, top_matches
@@ -476,7 +476,7 @@ def two_arms(run: Run) -> dict[str, Any]:
 
 def firing_by_hand(run: Run, sae: BatchTopK) -> np.ndarray:
     chunks = torch.cat([FakeResiduals(run, "scan").chunk(i) for i in range(5)])
-    pre = thresholds.pre_activations(sae, normalise(chunks)[0], torch.bfloat16)
+    pre = passes.pre_activations(sae, normalise(chunks)[0], torch.bfloat16)
     return (pre > sae.threshold).numpy()
 
 
@@ -511,7 +511,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import test_cooccurrence as test
 from metasae_lib import Profile, Run
-from metasae_lib.measure import scan, thresholds
+from metasae_lib.measure import scan, passes, thresholds
 scan.Residuals = thresholds.Residuals = test.FakeResiduals
 scan._CHECKPOINT_SECONDS = -1
 test.FakeResiduals.stop = 3
@@ -551,7 +551,7 @@ def test_counts_under_other_thresholds_equal_brute_force(run: Run, arms: dict[st
     arm = arms["solo-seed0"]
     made = run.artefact("counts", {"arm": arm.folder.name, **inputs}, scan.VERSION)
     chunks = torch.cat([FakeResiduals(run, "scan").chunk(i) for i in range(5)])
-    pre = thresholds.pre_activations(arm.sae, normalise(chunks)[0], torch.bfloat16)
+    pre = passes.pre_activations(arm.sae, normalise(chunks)[0], torch.bfloat16)
     for name, theta in (
         ("base", calibration.thresholds["rate"]),
         ("scale-0.9", calibration.thresholds["rate"] * np.float32(0.9)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metasae_lib import Run
-from metasae_lib.measure import fidelity, scan, thresholds
+from metasae_lib.measure import fidelity, passes, scan, thresholds
 from metasae_lib.measure.counting import CooccurrenceCounter
 from metasae_lib.measure.phi import summarise
 from metasae_lib.study.arms import ArmSpec
@@ -59,7 +59,7 @@ def arms(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def mean_abs(arm: Any, x: torch.Tensor) -> float:
-    pre = thresholds.pre_activations(arm.sae, normalise(x)[0], torch.bfloat16)
+    pre = passes.pre_activations(arm.sae, normalise(x)[0], torch.bfloat16)
     counter = CooccurrenceCounter(40)
     counter.update(pre > arm.sae.threshold)
     return summarise(counter.counts()).mean_abs

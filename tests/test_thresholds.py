@@ -7,14 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metasae_lib.measure.thresholds import (
-    RULES,
-    Calibrator,
-    OwnThresholds,
-    calibrate,
-    pre_activations,
-    training_batches,
-)
+from metasae_lib.measure.passes import pre_activations, training_batches
+from metasae_lib.measure.thresholds import RULES, Calibrator, OwnThresholds, calibrate
 from metasae_lib.study.errors import MeasureError
 from metasae_lib.train.dictionary import BatchTopK, normalise
 

@@ -11,13 +11,17 @@ from metasae_lib.interpret.comparison import (
     pairs_needed,  # pairs that would show a difference
     published_values,  # under the paper's ids
 )
-from metasae_lib.interpret.contexts import collect_contexts  # where a feature fires, and not
+from metasae_lib.interpret.contexts import (
+    Contexts,  # one arm's stretches of text
+    collect_contexts,  # where a feature fires, and not
+)
 from metasae_lib.interpret.controls import (
     control_summary,  # its controls as means with intervals
     examine,  # what a judge makes of right and wrong explanations
     first_line,  # the same in words
     verdict_table,  # whether it can be believed
 )
+from metasae_lib.interpret.examples import Example  # a window of tokens with its activations
 from metasae_lib.interpret.judges.lexical import LexicalJudge  # the floor for every other judge
 from metasae_lib.interpret.scores import (
     detection_score,  # does it fire here? 0 to 1

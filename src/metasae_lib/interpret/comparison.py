@@ -11,9 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from metasae_lib.interpret.contexts import Contexts
 from metasae_lib.interpret.material import Sampling
 from metasae_lib.interpret.scores import SCORES
-from metasae_lib.measure.matching import hungarian
+from metasae_lib.measure import hungarian
 from metasae_lib.measure.statistics import needed, paired_t, share_higher
-from metasae_lib.train.training import Arm
+from metasae_lib.train import Arm
 
 
 def matched_pairs(solo: Arm, joint: Arm) -> pd.DataFrame:

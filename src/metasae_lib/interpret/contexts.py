@@ -24,18 +24,14 @@ import pandas as pd
 from torch import Tensor
 
 from metasae_lib.interpret.examples import QUANTILES, WINDOW, Array, Example, Layout, Pieces
+from metasae_lib.measure import calibrate_arms
+from metasae_lib.measure.passes import by_arm, pre_activations, product_dtype
 from metasae_lib.measure.patterns import above
 from metasae_lib.measure.scan import scan_inputs
-from metasae_lib.measure.thresholds import by_arm, calibrate_arms, pre_activations, product_dtype
-from metasae_lib.study.errors import MeasureError
-from metasae_lib.study.files import atomic_write
-from metasae_lib.study.progress import progress
-from metasae_lib.study.run import Artefact, Run
+from metasae_lib.study import Artefact, MeasureError, Run, atomic_write, progress
 from metasae_lib.study.sections import Negatives
-from metasae_lib.subject.activations import Residuals
-from metasae_lib.subject.corpus import load_tokens
-from metasae_lib.train.dictionary import normalise
-from metasae_lib.train.training import Arm
+from metasae_lib.subject import Residuals, load_tokens
+from metasae_lib.train import Arm, normalise
 
 KEEP = 100  # firing segments kept for a feature
 _VERSION = 1

@@ -17,8 +17,7 @@ from metasae_lib.interpret.judges.questions import Judge
 from metasae_lib.interpret.material import Material, materials, planted
 from metasae_lib.interpret.scores import CHANCE, SCORES, Answers, answers_for, score
 from metasae_lib.measure.statistics import paired_difference, wilson
-from metasae_lib.study.errors import MeasureError
-from metasae_lib.study.run import Run
+from metasae_lib.study import MeasureError, Run
 
 
 def shuffled(explanations: Sequence[str | None], seed: int = 0) -> list[str | None]:

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from metasae_lib.interpret.contexts import Contexts
 from metasae_lib.interpret.examples import Example, Pieces
 from metasae_lib.interpret.judges.questions import Question
-from metasae_lib.study.errors import MeasureError
+from metasae_lib.study import MeasureError
 from metasae_lib.study.sections import Negatives
 
 # Words of one meaning, found by themselves in any English text: features with a known explanation.

@@ -24,9 +24,7 @@ from metasae_lib.interpret.judges.in_process import InProcessJudge
 from metasae_lib.interpret.judges.lexical import LexicalJudge
 from metasae_lib.interpret.judges.questions import AskOnce, Judge, Question, Value, parse
 from metasae_lib.interpret.material import Material, Sampling, materials
-from metasae_lib.study.errors import MeasureError
-from metasae_lib.study.profile import Profile
-from metasae_lib.study.run import Run
+from metasae_lib.study import MeasureError, Profile, Run
 
 Answers = Callable[[Sequence[Question]], Sequence[str | None]]
 SCORES = ("fuzzing", "spearman", "detection")

@@ -19,16 +19,11 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from metasae_lib.interpret.contexts import Contexts
-from metasae_lib.measure.counting import Counts, CrossCounts
-from metasae_lib.measure.cross import top_matches
-from metasae_lib.measure.phi import phi
-from metasae_lib.measure.thresholds import pre_activations, product_dtype
-from metasae_lib.study.errors import MeasureError
-from metasae_lib.study.run import Run
-from metasae_lib.study.sections import Role
-from metasae_lib.subject.activations import Residuals
-from metasae_lib.train.dictionary import normalise
-from metasae_lib.train.training import Arm
+from metasae_lib.measure import Counts, CrossCounts, phi, top_matches
+from metasae_lib.measure.passes import pre_activations, product_dtype
+from metasae_lib.study import MeasureError, Role, Run
+from metasae_lib.subject import Residuals
+from metasae_lib.train import Arm, normalise
 
 PURE = 0.8  # share of one sense from which a feature belongs to it
 WEAKEST = 0.173  # the smallest |φ| that the paper counts as a part of a split (Table 5)

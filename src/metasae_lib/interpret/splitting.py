@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from metasae_lib.interpret.senses import quoted
-from metasae_lib.measure.counting import Counts, CrossCounts
-from metasae_lib.measure.cross import top_matches
-from metasae_lib.measure.phi import phi
-from metasae_lib.study.errors import MeasureError
-from metasae_lib.train.training import Arm
+from metasae_lib.measure import Counts, CrossCounts, phi, top_matches
+from metasae_lib.study import MeasureError
+from metasae_lib.train import Arm
 
 _LOOK = 8  # partners looked at for each feature, strongest first
 SIGNIFICANCE = 0.05

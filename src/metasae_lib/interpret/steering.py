@@ -8,8 +8,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from metasae_lib.subject.model import Subject
-from metasae_lib.train.dictionary import Dictionary, normalise, scale_of
+from metasae_lib.subject import Subject
+from metasae_lib.train import Dictionary, normalise
+from metasae_lib.train.dictionary import scale_of
 
 
 def scaled(

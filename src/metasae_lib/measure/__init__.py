@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from metasae_lib.measure.counting import CooccurrenceCounter  # exact counts of pairs
+from metasae_lib.measure.counting import (
+    CooccurrenceCounter,  # exact counts of pairs
+    Counts,  # counts within one dictionary
+    CrossCounts,  # counts between two
+)
 from metasae_lib.measure.cross import (
     cross_scan,  # counts between dictionaries
     partners,  # who fires with whom, across dictionaries
@@ -14,6 +18,7 @@ from metasae_lib.measure.fidelity import (
 )
 from metasae_lib.measure.matching import hungarian  # features matched by decoder cosine
 from metasae_lib.measure.phi import (
+    PhiSummary,  # φ over all pairs, without its matrix
     abs_phi_blocks,  # |φ| by blocks of rows
     enough_tokens,  # whether a scan is long enough, in words
     noise_floor,  # mean |φ| of independent features

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metasae_lib.measure.patterns import Array, Pattern, above, add_pairs, index_type
-from metasae_lib.study.errors import MeasureError
+from metasae_lib.study import MeasureError
 
 INT32_MAX = 2**31 - 1  # no count exceeds the number of tokens, so int32 holds all up to here
 FLOAT32_EXACT = 2**24  # integers up to here are exact in float32

@@ -11,20 +11,14 @@ import pandas as pd
 from torch import Tensor
 
 from metasae_lib.measure.counting import CooccurrenceCounter, CrossCounts
+from metasae_lib.measure.passes import pre_activations, product_dtype, scan_chunks
 from metasae_lib.measure.patterns import above
 from metasae_lib.measure.phi import phi
 from metasae_lib.measure.scan import VERSION, scan_inputs
-from metasae_lib.measure.thresholds import (
-    calibrate_arms,
-    pre_activations,
-    product_dtype,
-    scan_chunks,
-)
-from metasae_lib.study.errors import MeasureError
-from metasae_lib.study.files import atomic_write
-from metasae_lib.study.run import Artefact, Run
-from metasae_lib.subject.activations import Residuals
-from metasae_lib.train.training import Arm
+from metasae_lib.measure.thresholds import calibrate_arms
+from metasae_lib.study import Artefact, MeasureError, Run, atomic_write
+from metasae_lib.subject import Residuals
+from metasae_lib.train import Arm
 
 
 def check_comparable(arm_a: Arm, arm_b: Arm) -> None:

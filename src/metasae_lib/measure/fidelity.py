@@ -24,26 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metasae_lib.measure.passes import by_arm, pre_activations, product_dtype, training_groups
 from metasae_lib.measure.patterns import above
 from metasae_lib.measure.scan import scan_inputs
-from metasae_lib.measure.thresholds import (
-    by_arm,
-    calibrate_arms,
-    pre_activations,
-    product_dtype,
-    training_groups,
-)
-from metasae_lib.study.errors import MeasureError
-from metasae_lib.study.progress import progress
-from metasae_lib.study.run import Artefact, Run
-from metasae_lib.study.sections import Role
-from metasae_lib.subject.activations import Residuals
-from metasae_lib.subject.corpus import load_tokens
-from metasae_lib.subject.model import Subject, load_subject
-from metasae_lib.train.dictionary import Dictionary, JumpReLU, denormalise, normalise
+from metasae_lib.measure.thresholds import calibrate_arms
+from metasae_lib.study import Artefact, MeasureError, Role, Run, progress
+from metasae_lib.subject import Residuals, Subject, load_subject, load_tokens
+from metasae_lib.train import Arm, Dictionary, JumpReLU, denormalise, normalise
 from metasae_lib.train.kernels.compiled import batch_topk
 from metasae_lib.train.kernels.plain import batch_topk as batch_topk_plain
-from metasae_lib.train.training import Arm
 
 VERSION = 2  # of the stage
 TOKENS = 100_000  # L2, FVU, L0 and norms are taken on the first chunks of the scan role up to here

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from metasae_lib.study.errors import MeasureError
+from metasae_lib.study import MeasureError
 
 
 def hungarian(W_a: Any, W_b: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metasae_lib.measure.counting import Counts
 from metasae_lib.measure.patterns import Array
-from metasae_lib.study.errors import MeasureError
+from metasae_lib.study import MeasureError
 
 N11 = TypeVar("N11", Tensor, Array)
 

@@ -11,20 +11,12 @@ import torch
 from torch import Tensor
 
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts
+from metasae_lib.measure.passes import by_arm, pre_activations, product_dtype, scan_chunks
 from metasae_lib.measure.patterns import Array, Pattern, above
-from metasae_lib.measure.thresholds import (
-    Calibration,
-    by_arm,
-    calibrate_arms,
-    calibration_inputs,
-    pre_activations,
-    product_dtype,
-    scan_chunks,
-)
-from metasae_lib.study.files import atomic_write
-from metasae_lib.study.run import Artefact, Run
-from metasae_lib.subject.activations import Residuals
-from metasae_lib.train.training import Arm
+from metasae_lib.measure.thresholds import Calibration, calibrate_arms, calibration_inputs
+from metasae_lib.study import Artefact, Run, atomic_write
+from metasae_lib.subject import Residuals
+from metasae_lib.train import Arm
 
 VERSION = 2  # of the stages
 _CHECKPOINT_SECONDS = 120

@@ -16,17 +16,12 @@ from numpy.typing import NDArray
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts
 from metasae_lib.measure.cross import firing
 from metasae_lib.measure.fidelity import first_position
+from metasae_lib.measure.passes import pre_activations, product_dtype
 from metasae_lib.measure.phi import summarise
 from metasae_lib.measure.scan import SCALES, counts_artefact, load_counts, scan_arms, scan_inputs
-from metasae_lib.measure.thresholds import pre_activations, product_dtype
-from metasae_lib.study.files import atomic_write
-from metasae_lib.study.progress import progress
-from metasae_lib.study.run import Artefact, Run
-from metasae_lib.subject.activations import Residuals
-from metasae_lib.subject.corpus import load_tokens
-from metasae_lib.subject.model import Subject, load_subject
-from metasae_lib.train.dictionary import normalise
-from metasae_lib.train.training import Arm
+from metasae_lib.study import Artefact, Run, atomic_write, progress
+from metasae_lib.subject import Residuals, Subject, load_subject, load_tokens
+from metasae_lib.train import Arm, normalise
 
 VERSION = 1  # of the stage
 _MIN_FIRINGS = 100  # firings that another choice of pairs asks of both features

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
-from metasae_lib.study.errors import MeasureError
+from metasae_lib.study import MeasureError
 
 Floats = NDArray[np.float64]
 

@@ -18,10 +18,8 @@ from torch import Tensor
 from metasae_lib.measure.counting import CooccurrenceCounter
 from metasae_lib.measure.matching import hungarian
 from metasae_lib.measure.phi import phi
-from metasae_lib.study.arms import ArmSpec
-from metasae_lib.study.errors import MeasureError
-from metasae_lib.study.profile import Profile
-from metasae_lib.train.dictionary import Dictionary, normalise
+from metasae_lib.study import ArmSpec, MeasureError, Profile
+from metasae_lib.train import Dictionary, normalise
 from metasae_lib.train.trainer import Trainer
 
 KINDS = ("independent", "correlated", "hierarchical", "senses")

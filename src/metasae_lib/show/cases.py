@@ -13,18 +13,14 @@ from IPython.display import Markdown
 from numpy.typing import NDArray
 from scipy import sparse
 
-from metasae_lib.interpret import senses, splitting
-from metasae_lib.interpret.contexts import Contexts
-from metasae_lib.interpret.scores import in_words
-from metasae_lib.measure.counting import Counts, CrossCounts
-from metasae_lib.measure.cross import top_matches
+from metasae_lib.interpret import Contexts, in_words, senses, splitting
+from metasae_lib.measure import Counts, CrossCounts, top_matches
 from metasae_lib.show.published import load_published
 from metasae_lib.show.tables import compared_arms
 from metasae_lib.show.text import table
-from metasae_lib.study.run import Run
-from metasae_lib.study.sections import Role
-from metasae_lib.subject.corpus import Tokens
-from metasae_lib.train.training import Arm
+from metasae_lib.study import Role, Run
+from metasae_lib.subject import Tokens
+from metasae_lib.train import Arm
 
 _HELD_OUT: tuple[Role, ...] = ("scan", "contexts")
 _RARE = 15  # places of each sense below which a word tells nothing

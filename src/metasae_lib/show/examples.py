@@ -6,9 +6,7 @@ import html
 
 import pandas as pd
 
-from metasae_lib.interpret.contexts import Contexts
-from metasae_lib.interpret.examples import Example
-from metasae_lib.interpret.scores import in_words
+from metasae_lib.interpret import Contexts, Example, in_words
 
 
 def highlighted(example: Example) -> str:

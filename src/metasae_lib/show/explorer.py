@@ -25,18 +25,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from metasae_lib.interpret.contexts import Contexts
-from metasae_lib.interpret.examples import Example
-from metasae_lib.measure.counting import CrossCounts
-from metasae_lib.measure.cross import cross_scan, top_matches
-from metasae_lib.measure.matching import hungarian
-from metasae_lib.measure.phi import phi
-from metasae_lib.measure.scan import scan_arms
-from metasae_lib.study.errors import MeasureError
-from metasae_lib.study.files import atomic_write
-from metasae_lib.study.profile import repository_folders
-from metasae_lib.study.run import Run
-from metasae_lib.train.training import Arm
+from metasae_lib.interpret import Contexts, Example
+from metasae_lib.measure import CrossCounts, cross_scan, hungarian, phi, scan_arms, top_matches
+from metasae_lib.study import MeasureError, Run, atomic_write, repository_folders
+from metasae_lib.train import Arm
 
 MAX_FILE_BYTES = 3 * 2**20
 _PART = 4096  # features in a part of the index

@@ -18,8 +18,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from metasae_lib.study.errors import PublishedError
-from metasae_lib.study.profile import repository_folders
+from metasae_lib.study import PublishedError, repository_folders
 
 AGREES = "agrees"
 SAME_DIRECTION = "same direction, different size"

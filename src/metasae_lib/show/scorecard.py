@@ -13,9 +13,7 @@ from IPython.display import Markdown
 from metasae_lib.show import published as paper
 from metasae_lib.show.published import COMPARED, RESULTS, Measured
 from metasae_lib.show.text import between, enumerated, number, percent, table
-from metasae_lib.study.arms import ArmSpec
-from metasae_lib.study.errors import PublishedError
-from metasae_lib.study.run import Run
+from metasae_lib.study import ArmSpec, PublishedError, Run
 
 _LATER = "{} is not part of this run"
 #: What the notebooks to come may save, one row a published value: id, value, low, high, words; and

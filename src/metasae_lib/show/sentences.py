@@ -13,7 +13,7 @@ from metasae_lib.show.published import grid_id, load_published
 from metasae_lib.show.scorecard import collapsed, scorecard_sentence
 from metasae_lib.show.tables import flattening, paired_changes, seed_spread
 from metasae_lib.show.text import between, enumerated, number, percent
-from metasae_lib.study.run import Run
+from metasae_lib.study import Run
 
 # Notebooks show no progress bars, and tqdm would warn in each of them that it cannot draw its own.
 warnings.filterwarnings("ignore", message="IProgress not found")

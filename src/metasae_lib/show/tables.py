@@ -14,16 +14,12 @@ import pandas as pd
 import torch
 from IPython.display import Markdown
 
-from metasae_lib.measure.counting import Counts
-from metasae_lib.measure.phi import PhiSummary, noise_floor, null_mean_abs
+from metasae_lib.measure import Counts, PhiSummary, noise_floor, null_mean_abs
 from metasae_lib.measure.statistics import Effect, feature_difference, seed_difference
 from metasae_lib.show.published import grid_id, load_published
 from metasae_lib.show.text import between, cell, plain, table
-from metasae_lib.study.arms import ArmSpec
-from metasae_lib.study.errors import MeasureError
-from metasae_lib.study.profile import Profile, repository_folders
-from metasae_lib.study.run import Run
-from metasae_lib.train.training import Arm
+from metasae_lib.study import ArmSpec, MeasureError, Profile, Run, repository_folders
+from metasae_lib.train import Arm
 
 
 def open_run(profile: str, overrides: Mapping[str, Any], runs_dir: str) -> Run:

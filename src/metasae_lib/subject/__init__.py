@@ -7,7 +7,11 @@ from metasae_lib.subject.activations import (
     Residuals,  # residuals of a role's tokens, chunk by chunk
 )
 from metasae_lib.subject.corpus import (
+    Tokens,  # token rows by role, with their hashes and sources
     load_tokenizer,  # the language model's tokenizer
     load_tokens,  # token rows of every role of a run
 )
-from metasae_lib.subject.model import load_subject  # the language model, to its layer and beyond
+from metasae_lib.subject.model import (
+    Subject,  # the model: residuals, losses, logits
+    load_subject,  # the language model, to its layer and beyond
+)

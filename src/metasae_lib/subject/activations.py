@@ -18,11 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metasae_lib.study import distributed
-from metasae_lib.study.files import atomic_write
-from metasae_lib.study.progress import progress
-from metasae_lib.study.run import Artefact, Run
-from metasae_lib.study.sections import Role
+from metasae_lib.study import Artefact, Role, Run, atomic_write, distributed, progress
 from metasae_lib.subject.corpus import load_tokens
 from metasae_lib.subject.model import Subject, compute_device, fingerprint, load_subject
 

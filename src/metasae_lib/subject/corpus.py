@@ -28,13 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metasae_lib.study.errors import CorpusError, first_line
-from metasae_lib.study.files import atomic_write, sha256_of
+from metasae_lib.study import Artefact, CorpusError, Profile, Role, Run, atomic_write, progress
+from metasae_lib.study.errors import first_line
+from metasae_lib.study.files import sha256_of
 from metasae_lib.study.known import EMBEDDED_TOKENS, WHEELS
-from metasae_lib.study.profile import Profile, within_shares
-from metasae_lib.study.progress import progress
-from metasae_lib.study.run import Artefact, Run
-from metasae_lib.study.sections import ROLE_SHARES, ROLES, Role
+from metasae_lib.study.profile import within_shares
+from metasae_lib.study.sections import ROLE_SHARES, ROLES
 from metasae_lib.subject import embedded
 from metasae_lib.subject.embedded import Document
 

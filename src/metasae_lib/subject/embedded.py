@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from metasae_lib.study.errors import CorpusError, SubjectError
-from metasae_lib.study.files import atomic_write, cache_folder, sha256_of, write_json
+from metasae_lib.study import CorpusError, SubjectError, atomic_write
+from metasae_lib.study.files import cache_folder, sha256_of, write_json
 from metasae_lib.study.known import MODELS, WHEELS, GGUFModel
 
 

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metasae_lib.study.errors import MetaSAEError, SubjectError, first_line
+from metasae_lib.study import MetaSAEError, Profile, SubjectError
+from metasae_lib.study.errors import first_line
 from metasae_lib.study.known import EMBEDDED_TOKENS
-from metasae_lib.study.profile import Profile
 from metasae_lib.subject import corpus, embedded
 
 # Logits of one block in float32; cross-entropy holds about three such blocks at once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from metasae_lib.train.dictionary import (
     BatchTopK,  # keeps the k·b largest of a batch
+    Dictionary,  # what both kinds share: weights, products, files
     JumpReLU,  # keeps what exceeds a trained threshold
     denormalise,  # the way back
     normalise,  # per-token normalisation

@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from metasae_lib.study.errors import DictionaryError
-from metasae_lib.study.files import atomic_write
+from metasae_lib.study import DictionaryError, atomic_write
 from metasae_lib.train.kernels.plain import top_mask
 
 EPS = 1e-5

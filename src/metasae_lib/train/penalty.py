@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metasae_lib.study.errors import DictionaryError
+from metasae_lib.study import DictionaryError
 
 
 def decomposability(squared_error: Tensor, sigma_sq: float) -> Tensor:

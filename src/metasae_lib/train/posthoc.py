@@ -17,9 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from metasae_lib.study.profile import Profile
-from metasae_lib.study.progress import progress
-from metasae_lib.study.run import Run
+from metasae_lib.study import Profile, Run, progress
 from metasae_lib.train.dictionary import BatchTopK, denormalise, normalise
 from metasae_lib.train.learner import Learner, Settings, one_thread_if_small
 from metasae_lib.train.training import Arm

@@ -15,10 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from metasae_lib.study.arms import ArmSpec
-from metasae_lib.study.errors import TrainingError
-from metasae_lib.study.files import atomic_write
-from metasae_lib.study.profile import Profile
+from metasae_lib.study import ArmSpec, Profile, TrainingError, atomic_write
 from metasae_lib.train.dictionary import EPS, BatchTopK, JumpReLU
 from metasae_lib.train.kernels.common import Pull
 from metasae_lib.train.learner import (

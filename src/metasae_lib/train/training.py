@@ -13,14 +13,18 @@ import pandas as pd
 import psutil
 import torch
 
-from metasae_lib.study import distributed
-from metasae_lib.study.arms import ArmSpec
-from metasae_lib.study.errors import TrainingError
-from metasae_lib.study.files import atomic_write
-from metasae_lib.study.profile import Profile
-from metasae_lib.study.progress import progress
-from metasae_lib.study.run import Artefact, Run, locked
-from metasae_lib.subject.activations import BatchStream, Residuals
+from metasae_lib.study import (
+    ArmSpec,
+    Artefact,
+    Profile,
+    Run,
+    TrainingError,
+    atomic_write,
+    distributed,
+    progress,
+)
+from metasae_lib.study.run import locked
+from metasae_lib.subject import BatchStream, Residuals
 from metasae_lib.subject.model import compute_device
 from metasae_lib.train.dictionary import BatchTopK, Dictionary, normalise
 from metasae_lib.train.learner import Losses, workspace

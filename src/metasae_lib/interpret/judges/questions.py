@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from metasae_lib.interpret.examples import Example
-from metasae_lib.study.errors import MetaSAEError
-from metasae_lib.study.progress import progress
+from metasae_lib.study import MetaSAEError, progress
 
 Task = Literal["explain", "fuzzing", "strength", "detection"]
 Value = str | int | float | bool

@@ -1,0 +1,95 @@
+"""Passes over a role: normalised tokens part by part, and an arm's pre-activations of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metasae_lib.study import Run, progress
+from metasae_lib.subject import Residuals
+from metasae_lib.train import Arm, Dictionary, normalise
+
+GROUP = 8192  # tokens whose pre-activations are made at once
+
+
+def by_arm(arms: Mapping[str, Arm], inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an artefact of each arm depends on, for `Run.made`: the arm's own, and `inputs`."""
+    return {name: {"arm": arm.folder.name, **inputs} for name, arm in arms.items()}
+
+
+def pre_activations(sae: Dictionary, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """(z - b_dec) W_enc with the matrix product in `dtype`, as in training; float32.
+
+    z: (b, d) normalised. Returns (b, n). Calibration, scan and fidelity all take this one, so
+    that a threshold is compared with numbers that were rounded as those it was made from.
+    """
+    return ((z - sae.b_dec).to(dtype) @ sae.W_enc.to(dtype)).float()
+
+
+def product_dtype(run: Run) -> torch.dtype:
+    """The type of the profile's matrix products."""
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[run.profile.training.dtype]
+
+
+def training_batches(chunk: Tensor, batch_tokens: int, seed: int) -> Iterator[Tensor]:
+    """Normalised batches of about `batch_tokens` out of a chunk (t, d) of raw residuals.
+
+    Tokens are shuffled within the chunk, as in training: the neighbours in a text fire alike, and
+    the cut-offs of unshuffled batches would vary more than those that the dictionary was made for.
+    """
+    order = torch.randperm(len(chunk), generator=torch.Generator().manual_seed(seed))
+    for rows in order.tensor_split(max(1, round(len(chunk) / batch_tokens))):
+        yield normalise(chunk[rows.to(chunk.device)].float())[0]
+
+
+def training_groups(
+    run: Run, residuals: Residuals, n_tokens: int, what: str
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """`training_batches` of the first chunks of a role, until `n_tokens` tokens are there.
+
+    Batches (b, d) are joined into groups of about GROUP tokens, for one large product each. Yields
+    the group (t, d) and the sizes of its batches. what: beside the progress bar.
+    """
+    taken = 0
+    with progress(n_tokens, what) as bar:
+        for i in range(residuals.n_chunks):
+            if taken >= n_tokens:
+                return
+            batches = training_batches(residuals.chunk(i), run.profile.training.batch_tokens, i)
+            for group in _grouped(batches):
+                z = torch.cat(group)
+                yield z, list(map(len, group))
+                taken += len(z)
+                bar.update(len(z))
+
+
+def _grouped(batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    group: list[Tensor] = []
+    for z in batches:
+        group.append(z)
+        if sum(map(len, group)) >= GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def scan_chunks(
+    residuals: Residuals, what: str, first: int = 0
+) -> Iterator[tuple[int, Iterator[Tensor]]]:
+    """The chunks of a role from one on: number, and normalised tokens (t, d) part by part.
+
+    what: beside the progress bar.
+    """
+    with progress(residuals.n_tokens, what) as bar:
+
+        def parts(chunk: Tensor) -> Iterator[Tensor]:
+            for x in chunk.split(GROUP):
+                yield normalise(x.float())[0]
+                bar.update(len(x))
+
+        for i in range(first, residuals.n_chunks):
+            yield i, parts(residuals.chunk(i))
