@@ -10,12 +10,20 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from metasae_lib.interpret import scores as scoring
 from metasae_lib.interpret.contexts import Contexts
 from metasae_lib.interpret.judges.lexical import LexicalJudge
 from metasae_lib.interpret.judges.questions import Judge
 from metasae_lib.interpret.material import Material, materials, planted
-from metasae_lib.interpret.scores import CHANCE, SCORES, Answers, answers_for, score
+from metasae_lib.interpret.scores import (
+    CHANCE,
+    SCORES,
+    Answers,
+    answers_for,
+    explain,
+    explanations_of,
+    sampling_of,
+    score,
+)
 from metasae_lib.measure.statistics import paired_difference, wilson
 from metasae_lib.study import MeasureError, Run
 
@@ -65,15 +73,15 @@ def examine(run: Run, contexts: Contexts, judge: Judge, features: int = 30) -> p
 
     The lexical judge cannot read sentences, so it explains the planted features itself.
     """
-    sampling, answers = scoring.sampling_of(run.profile), answers_for(run, judge)
+    sampling, answers = sampling_of(run.profile), answers_for(run, judge)
     known = planted(contexts, sampling, copies=3)
     if isinstance(judge, LexicalJudge):
-        own_words = scoring.explain([material for material, _ in known], answers)
+        own_words = explain([material for material, _ in known], answers)
         known = [(m, text or "") for (m, _), text in zip(known, own_words, strict=True)]
     usable = contexts.usable(sampling.examples, sampling.examples)
     sample = np.random.default_rng(sampling.seed).permutation(usable)[:features]
     made = materials(contexts, sample, sampling)
-    texts = scoring.explanations_of(run.profile, judge, made, answers)
+    texts = explanations_of(run.profile, judge, made, answers)
     own = [(m, text) for m, text in zip(made, texts, strict=True) if text is not None]
     return control_table(known, own, answers, answers_for(run, judge, asking=1))
 

@@ -84,6 +84,7 @@ class CooccurrenceCounter:
         self._n1 = [np.zeros(n, np.int64) for n in self._sizes]
         self._n11 = torch.zeros(n_a, self._sizes[-1], dtype=torch.int32, device=self.device)
         self._waiting: list[list[Pattern]] = []
+        self._entries = 0  # of what waits
 
     def update(self, fired_a: Any, fired_b: Any = None) -> None:
         """Add tokens. fired_a: (t, n_a), fired_b: (t, n_b) or None as at construction.
@@ -159,7 +160,7 @@ class CooccurrenceCounter:
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Go on from a `state`."""
-        self._waiting = []
+        self._waiting, self._entries = [], 0
         self._n11 = torch.from_numpy(np.array(state["n11"])).to(self.device)
         self._n1 = [
             np.array(state[key]) for key, _ in zip(("n1_a", "n1_b"), self._n1, strict=False)
@@ -175,13 +176,14 @@ class CooccurrenceCounter:
             self._add_product([_dense(*each) for each in zip(patterns, self._sizes, strict=True)])
             return
         self._waiting.append(patterns)
-        if sum(len(each.indices) for given in self._waiting for each in given) >= FLUSH_ENTRIES:
+        self._entries += sum(len(each.indices) for each in patterns)
+        if self._entries >= FLUSH_ENTRIES:
             self._flush()
 
     def _flush(self) -> None:
         if self._waiting:
             add_pairs(self._n11.numpy(), *map(_joined, zip(*self._waiting, strict=True)))
-            self._waiting = []
+            self._waiting, self._entries = [], 0
 
     def _add_product(self, fired: list[Tensor]) -> None:
         """Add Aᵀ B for dense bool (t, n_a) and (t, n_b); without the second, Aᵀ A from the

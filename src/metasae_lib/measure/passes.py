@@ -31,7 +31,8 @@ def pre_activations(sae: Dictionary, z: Tensor, dtype: torch.dtype) -> Tensor:
 
 def product_dtype(run: Run) -> torch.dtype:
     """The type of the profile's matrix products."""
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[run.profile.training.dtype]
+    dtype: torch.dtype = getattr(torch, run.profile.training.dtype)
+    return dtype
 
 
 def training_batches(chunk: Tensor, batch_tokens: int, seed: int) -> Iterator[Tensor]:

@@ -52,25 +52,25 @@ def sensitivity(
     counts = scan_arms(run, arms)
     residuals = Residuals(run, "scan")
     inputs = scan_inputs(run, residuals)
+
+    def make(missing: dict[str, Artefact]) -> None:
+        model = subject or load_subject(run.profile)
+        rows = _first_position(run, arms, counts, model)
+        if run.profile.text.bos == "every_row":
+            rows += _without_bos(run, arms, model, bos_rows)
+        for name in arms:
+            rows += _other_thresholds(name, counts_artefact(run, arms[name], inputs))
+            rows += _other_pairs(name, counts[name])
+        table = pd.DataFrame(rows)
+        table["kind"] = table.arm.map({name: arm.spec.kind for name, arm in arms.items()})
+        with atomic_write(missing["all"].folder / "sensitivity.csv") as path:
+            table.to_csv(path, index=False)
+        missing["all"].finish()
+
     folders = {name: arm.folder.name for name, arm in arms.items()}
-    artefact = run.artefact(
-        "sensitivity", {"arms": folders, "bos_rows": bos_rows, **inputs}, VERSION
-    )
-    with artefact.lock():
-        if not artefact.complete:
-            subject = subject or load_subject(run.profile)
-            rows = _first_position(run, arms, counts, subject)
-            if run.profile.text.bos == "every_row":
-                rows += _without_bos(run, arms, subject, bos_rows)
-            for name in arms:
-                rows += _other_thresholds(name, counts_artefact(run, arms[name], inputs))
-                rows += _other_pairs(name, counts[name])
-            frame = pd.DataFrame(rows)
-            frame["kind"] = frame.arm.map({name: arm.spec.kind for name, arm in arms.items()})
-            with atomic_write(artefact.folder / "sensitivity.csv") as path:
-                frame.to_csv(path, index=False)
-            artefact.finish()
-        frame = pd.read_csv(artefact.folder / "sensitivity.csv")
+    asked = {"all": {"arms": folders, "bos_rows": bos_rows, **inputs}}
+    made = run.made("sensitivity", asked, VERSION, make)["all"]
+    frame = pd.read_csv(made.folder / "sensitivity.csv")
     base = frame[frame.variant == "base"].set_index(["arm", "group"]).mean_abs
     reference = base.loc[pd.MultiIndex.from_frame(frame[["arm", "group"]])].to_numpy()
     frame["change_pct"] = 100 * (frame.mean_abs / reference - 1)

@@ -50,7 +50,7 @@ def bootstrap_mean_abs(
         Σ_{i<j} w_i w_j |φ_ij| / Σ_{i<j} w_i w_j,
 
     a pair of a feature with its own copy left out. blocks: the (n, n) matrix of |φ| by blocks of
-    rows with a zero diagonal (`cooccurrence.abs_phi_blocks`), float32: each mean is right to about
+    rows with a zero diagonal (`phi.abs_phi_blocks`), float32: each mean is right to about
     1e-6 of itself. Cost: n² n_resamples multiply-adds.
     """
     weights = np.empty((0, n_resamples), np.float32)

