@@ -176,7 +176,7 @@ def test_an_unreachable_dataset(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     profile = small_profile(model, text, **{"text.source": "hf:nobody/nothing:sample"})
-    with pytest.raises(CorpusError, match="the dataset nobody/nothing could not be read"):
+    with pytest.raises(CorpusError, match="dataset nobody/nothing could not be reached"):
         tokens(profile, tmp_path)
 
 

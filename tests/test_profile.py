@@ -160,7 +160,7 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
         ({"model.layer": 30}, ["model.layer is 30", "30 layers", "1 to 29"]),
         ({"model.layer": 0}, ["model.layer", "at least 1"]),
         ({"model.source": "embedded:smollm"}, ["model.source", "embedded:smollm2-135m"]),
-        ({"model.source": "gpt2"}, ["model.source", "hub:<owner/name>"]),
+        ({"model.source": "gpt2"}, ["model.source", "hub:<owner/name>[@<revision>]"]),
         ({"model.source": "folder:/no/such"}, ["model.source", "/no/such", "config.json"]),
         ({"model.dtype": "bf16"}, ["model.dtype", "'bfloat16' or 'float32'", "'bf16'"]),
         ({"device": "gpu"}, ["device", "'auto', 'cpu' or 'cuda'", "'gpu'"]),

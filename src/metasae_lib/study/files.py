@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from metasae_lib.study.errors import ArtefactError
 
+_REMEMBER_FROM = 2**24  # bytes; smaller files are read faster than looked up
+_CLOCK_TICK = 10**9  # nanoseconds within which two changes may have one time
 _HASH_LIMIT = 64 * 2**20  # larger files are checked by size alone
 
 
@@ -77,8 +80,31 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtefactError(f"{path} could not be read: {error.strerror}") from None
+
+
+def content_hash(path: Path) -> str:
+    """`sha256_of`, whole also for large files, which are read again only after a change.
+
+    What was read is remembered in the cache folder, under what the system keeps of each file and
+    no writer can set back.
+    """
+    state = path.stat()
+    recent = time.time_ns() - state.st_ctime_ns < _CLOCK_TICK
+    if state.st_size < _REMEMBER_FROM or recent:
+        return sha256_of(path)
+    known = f"{path.resolve()} {state.st_dev} {state.st_ino} {state.st_size} {state.st_ctime_ns}"
+    folder = cache_folder() / "hashes"
+    memory = folder / hashlib.sha256(known.encode("utf-8", "surrogateescape")).hexdigest()
+    if not memory.exists():
+        make_folder(folder)
+        with atomic_write(memory) as temporary:
+            temporary.write_text(sha256_of(path), encoding="ascii")
+    return memory.read_text(encoding="ascii")
 
 
 def make_folder(folder: Path) -> None:

@@ -69,7 +69,7 @@ def model_shape(source: str) -> ModelShape | None:
     For a local folder, `config.json` is read and a block is taken as 12·d² parameters.
     """
     if not source.startswith("folder:"):
-        return SHAPES.get(source)
+        return SHAPES.get(source.partition("@")[0])
     path = Path(source.removeprefix("folder:")).expanduser() / "config.json"
     try:
         config = json.loads(path.read_text())

@@ -362,8 +362,8 @@ def _sentence(detail: Any) -> str:
         "too_long": f"must have at most {context.get('max_length')} items",
     }
     forms = {
-        "model.source": "must be embedded:<name>, hub:<owner/name> or folder:<path>",
-        "text.source": "must be embedded, hf:<dataset>[:<config>] or files:<path or pattern>",
+        "model.source": "must be embedded:<name>, hub:<owner/name>[@<revision>] or folder:<path>",
+        "text.source": "must be embedded, hf:<dataset>[@<revision>][:<config>] or files:<path or pattern>",
         "name": "must be letters, digits, '.', '_' and '-'",
     }
     rule = rules.get(detail["type"]) or forms.get(key) or f"is wrong ({detail['msg']})"

@@ -30,12 +30,13 @@ import numpy as np
 
 from metasae_lib.study import Artefact, CorpusError, Profile, Role, Run, atomic_write, progress
 from metasae_lib.study.errors import first_line
-from metasae_lib.study.files import sha256_of
+from metasae_lib.study.files import content_hash
 from metasae_lib.study.known import EMBEDDED_TOKENS, WHEELS
 from metasae_lib.study.profile import within_shares
 from metasae_lib.study.sections import ROLE_SHARES, ROLES
 from metasae_lib.subject import embedded
 from metasae_lib.subject.embedded import Document
+from metasae_lib.subject.origin import folder_hashes, hub_commit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +91,11 @@ def load_tokens(run: Run) -> Tokens:
     if profile.text.source == "embedded":
         inputs["wheels"] = [WHEELS[package].sha256 for package in EMBEDDED_TOKENS]
     elif profile.text.source.startswith("files:"):
-        inputs["files"] = [_file_hash(path) for path in _files(profile.text.source)]
+        inputs["files"] = [content_hash(path) for path in _files(profile.text.source)]
+    else:
+        name, _ = _dataset_name(profile.text.source)
+        local = os.path.isdir(name)
+        inputs["dataset"] = folder_hashes(Path(name)) if local else hub_commit("dataset", name)
     made = run.made("tokens", {"": inputs}, _VERSION, lambda new: _make(profile, new[""]))
     return Tokens(made[""], profile)
 
@@ -277,12 +282,17 @@ def _kept_fractions(
 
 
 def _dataset(source: str, column: str) -> Iterator[Document]:
-    """A Hugging Face dataset, streamed in its own order: `hf:<name or folder>[:<config>]`."""
+    """A Hugging Face dataset, streamed in its own order."""
     import datasets
 
-    name, _, config = source.removeprefix("hf:").partition(":")
+    name, config = _dataset_name(source)
+    commit = None if os.path.isdir(name) else hub_commit("dataset", name)
+    if commit:
+        name = name.partition("@")[0]
     try:
-        stream = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        stream = datasets.load_dataset(
+            name, config, split="train", streaming=True, revision=commit
+        )
         for number, example in enumerate(stream):
             if number == 0 and column not in example:
                 raise _no_column(f"the dataset {name}", column, example)
@@ -294,6 +304,12 @@ def _dataset(source: str, column: str) -> Iterator[Document]:
             f"the dataset {name} could not be read ({first_line(error)}): check text.source and "
             f"the network, or choose text.source embedded or files:"
         ) from error
+
+
+def _dataset_name(source: str) -> tuple[str, str | None]:
+    """Name and configuration of `hf:<owner/name[@revision] or folder>[:<config>]`."""
+    name, _, config = source.removeprefix("hf:").partition(":")
+    return os.path.expanduser(name), config or None
 
 
 def _files(source: str) -> list[Path]:
@@ -353,10 +369,3 @@ def _no_column(where: str, column: str, names: Iterable[str]) -> CorpusError:
         f"text.column is '{column}', but {where} has only {', '.join(names) or 'nothing'}: "
         f"set text.column"
     )
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise CorpusError(f"{path} could not be read: {error.strerror}") from None

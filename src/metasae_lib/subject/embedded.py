@@ -27,6 +27,7 @@ import pandas as pd
 from metasae_lib.study import CorpusError, SubjectError, atomic_write
 from metasae_lib.study.files import cache_folder, sha256_of, write_json
 from metasae_lib.study.known import EMBEDDED_TOKENS, MODELS, WHEELS, GGUFModel
+from metasae_lib.subject import origin
 
 
 class Document(NamedTuple):
@@ -66,14 +67,14 @@ def wheel(package: str) -> Path:
 
 
 def snapshot(source: str, verify: bool = False) -> str:
-    """What transformers loads for a profile's `model.source`: a folder, or the name of a hub model.
+    """What transformers loads for a profile's `model.source`: a folder.
 
-    An embedded model is downloaded and converted on first use. `verify` reads the whole conversion
-    to compare its SHA-256 sums; sizes are always compared. Raises `SubjectError`.
+    A hub model is downloaded on first use, an embedded one converted too. `verify` reads the whole
+    conversion to compare its SHA-256 sums; sizes are always compared. Raises `SubjectError`.
     """
     kind, _, place = source.partition(":")
     if kind == "hub":
-        return place
+        return origin.hub_model(place)
     if kind == "folder":
         return str(Path(place).expanduser())
     folder = cache_folder() / "models" / conversion_name(place)
@@ -81,6 +82,16 @@ def snapshot(source: str, verify: bool = False) -> str:
         _convert(place, MODELS[place], folder)
     _check(folder, verify)
     return str(folder)
+
+
+def identity(source: str) -> str | dict[str, str]:
+    """What a model is, for keys: its pinned conversion, its commit, or its files' hashes."""
+    kind, _, place = source.partition(":")
+    if kind == "embedded":
+        return conversion_name(place)
+    if kind == "hub":
+        return origin.hub_commit("model", place)
+    return origin.model_hashes(Path(snapshot(source)))
 
 
 def conversion_name(name: str) -> str:

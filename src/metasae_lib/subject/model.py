@@ -8,7 +8,6 @@ stays as it is, since RMSNorm, unlike LayerNorm, does not ignore the mean.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ from metasae_lib.subject import corpus, embedded
 
 # Logits of one block in float32; cross-entropy holds about three such blocks at once.
 _LOGIT_BYTES = 80 * 2**20
-_SAMPLE = 8 * 2**20
 
 
 class Subject:
@@ -219,23 +217,12 @@ def compute_device(profile: Profile) -> torch.device:
 def fingerprint(profile: Profile) -> dict[str, Any]:
     """What residuals depend on, for artefact keys: JSON.
 
-    An embedded model is known by its pinned sum, a hub model by its commit, a folder by its files'
-    sizes and the hash of their first and last 8 MiB.
+    An embedded model is known by its pinned sum, a hub model by its commit, a folder by its files.
     """
     model = profile.model
-    kind, _, place = model.source.partition(":")
-    identity: Any
-    if kind == "embedded":
-        identity = embedded.conversion_name(place)
-    elif kind == "folder":
-        files = sorted(Path(embedded.snapshot(model.source)).glob("*"))
-        kept = (".json", ".safetensors", ".bin")
-        identity = {path.name: _sampled_hash(path) for path in files if path.suffix in kept}
-    else:
-        identity = _hub_commit(place)
     return {
-        "source": model.source if kind != "folder" else "folder",
-        "identity": identity,
+        "source": model.source if not model.source.startswith("folder:") else "folder",
+        "identity": embedded.identity(model.source),
         **model.model_dump(include={"layer", "dtype", "weights"}),
     }
 
@@ -252,25 +239,3 @@ def _check_weights(folder: Path) -> None:
             raise SubjectError(
                 f"{path} is truncated or no safetensors file ({error}): copy or download it again"
             ) from None
-
-
-def _sampled_hash(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_SAMPLE))
-        file.seek(max(0, size - _SAMPLE))
-        digest.update(file.read())
-    return digest.hexdigest()
-
-
-def _hub_commit(name: str) -> str:
-    from transformers import AutoConfig
-
-    try:
-        return str(AutoConfig.from_pretrained(name)._commit_hash)
-    except Exception as error:  # the hub's many ways to fail
-        raise SubjectError(
-            f"the hub model {name} could not be reached ({type(error).__name__}): check the name "
-            f"and the network, or give a local copy as model.source folder:<path>"
-        ) from error
