@@ -70,6 +70,19 @@ def test_pieces_of_sentencepiece_tokens() -> None:
     assert Pieces(wrapped)([0, 1, 2, 3, 4, 5]) == ("", " the", "é", "", "n", "é")
 
 
+def test_pieces_of_words_keep_their_spaces() -> None:
+    vocabulary = {"[UNK]": 0, "the": 1, "cat": 2, "##s": 3, "sat": 4}
+    pieces = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    whole = Tokenizer(models.WordLevel(vocabulary | {"cats": 5}, "[UNK]"))
+    whole.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe = Tokenizer(models.BPE({"the</w>": 0, "cat": 1, "s</w>": 2, "sat</w>": 3}, []))
+    bpe.decoder = decoders.BPEDecoder()
+    for tokenizer, ids in ((pieces, [1, 2, 3, 4]), (whole, [1, 5, 4]), (bpe, [0, 1, 2, 3])):
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+        assert "".join(Pieces(wrapped)(ids)).strip() == "the cats sat"
+
+
 def test_layout_gives_every_segment_one_number() -> None:
     layout = Layout(n_rows=7, context_length=20, chunk_rows=3, window=6)
     places = [layout.place(int(s)) for s in layout.segments()]

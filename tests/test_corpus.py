@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from small_models import BOS, save_model, save_text, small_profile
+from transformers import ByT5Tokenizer
 
 from metasae_lib import Profile, Run
+from metasae_lib.interpret.examples import Pieces
 from metasae_lib.study.errors import ArtefactError, CorpusError
 from metasae_lib.study.known import EMBEDDED_TOKENS
 from metasae_lib.study.sections import ROLES
@@ -165,6 +168,20 @@ def test_a_streamed_dataset(
     with pytest.raises(CorpusError, match=r"text\.column is 'body', but the dataset .* only text"):
         tokens(small_profile(model, text, **{"text.source": f"hf:{folder}", "text.column": "body"}),
                tmp_path)  # fmt: skip
+
+
+def test_a_tokenizer_written_in_python(model: Path, text: Path, tmp_path: Path) -> None:
+    """One without the Rust backend, whose definition is not one text."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    profile = small_profile(folder, text, text__bos="none", text__skip_first=False)
+    made = tokens(profile, tmp_path)
+    read = "".join(Pieces(made.tokenizer)(made.rows("train").ravel()))
+    parts = read.split("\n\n")[:-1]
+    assert len(parts) > 3 and set(parts) <= set(documents(text))
 
 
 def test_an_unreachable_dataset(

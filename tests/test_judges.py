@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -19,7 +20,9 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import BOS, byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from metasae_lib.interpret.examples import Example
@@ -230,12 +233,47 @@ def test_packed_likelihoods_equal_one_text_at_a_time(small_judge: InProcessJudge
     pairs = [(e, t) for e in ("red", "green red", "") for t in texts]
     found = small_judge._log_likelihoods(sorted(pairs))
     for explanation, text in pairs:
-        prompt = small_judge._ids(f"Words to look for: {explanation or 'any text'}.\nText:")
+        prompt = small_judge._prompt(explanation or "any text")
         ids = torch.tensor([prompt + small_judge._ids(text)])
         with torch.no_grad():
             logp = small_judge.model(ids).logits[0].log_softmax(-1)
         alone = sum(float(logp[i - 1, ids[0, i]]) for i in range(len(prompt), ids.shape[1]))
         assert found[explanation, text] == pytest.approx(alone, abs=1e-3)
+
+
+def test_prompts_are_in_the_form_that_the_model_was_trained_on(tmp_path: Path) -> None:
+    """A chat model's own template, in which the text is the answer; another's own start token."""
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "plain")
+    judge = InProcessJudge(f"folder:{tmp_path / 'plain'}")
+    # One that starts texts by itself, as Llama's and Gemma's do.
+    starting = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    tokenizer.backend_tokenizer.post_processor = starting
+    tokenizer.save_pretrained(tmp_path / "starting")
+    started = InProcessJudge(f"folder:{tmp_path / 'starting'}")
+    assert started._prompt("red") == [BOS, *judge._prompt("red")]
+    assert BOS not in started._ids("a text")
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "chat")
+    chat = InProcessJudge(f"folder:{tmp_path / 'chat'}")
+    said = chat.tokenizer.decode(chat._prompt("red"))
+    assert said.startswith("[user]") and "red" in said and said.endswith("[assistant]")
+
+
+def test_answers_are_kept_by_what_the_judge_is(tmp_path: Path, small_judge: InProcessJudge) -> None:
+    """Replaced weights in the same folder are another judge."""
+    copy = tmp_path / "copy"
+    shutil.copytree(small_judge._source.removeprefix("folder:"), copy)
+    same = InProcessJudge(f"folder:{copy}").identity
+    assert same == small_judge.identity
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert InProcessJudge(f"folder:{copy}").identity != same
 
 
 def test_the_in_process_judge_needs_no_parsing_and_has_no_order(

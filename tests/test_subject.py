@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_models import VOCABULARY, save_model, save_text, small_profile
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from metasae_lib import Profile
+from metasae_lib.interpret.judges.in_process import InProcessJudge
 from metasae_lib.study.errors import CorpusError, SubjectError
 from metasae_lib.study.files import sha256_of
 from metasae_lib.study.known import GGUFModel, Wheel
@@ -99,7 +103,7 @@ def test_loss_in_blocks_is_the_loss(
 ) -> None:
     subject = load(folders["gemma2"])
     whole = subject.loss(ids)
-    monkeypatch.setattr("metasae_lib.subject.model._LOGIT_BYTES", 4 * VOCABULARY * 7)
+    monkeypatch.setattr("metasae_lib.subject.head.BLOCK_BYTES", 4 * VOCABULARY * 7)
     torch.testing.assert_close(subject.loss(ids), whole)
 
 
@@ -151,6 +155,55 @@ def test_bad_models_are_one_sentence(folders: dict[str, Path], tmp_path: Path) -
     if not torch.cuda.is_available():
         with pytest.raises(SubjectError, match="device is cuda"):
             compute_device(small_profile(folders["llama"], text, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("rename", "named"),
+    [
+        (lambda name: f"_orig_mod.{name}", "are missing"),
+        (lambda name: f"module.{name}", "are missing"),
+        (lambda name: f"base_model.model.{name}", "are missing"),
+        (lambda name: None if "model.norm" in name else name, r"model\.norm\.weight are missing"),
+        (lambda name: name.replace("model.norm", "model.other"), r"norm\.weight are missing"),
+    ],
+)
+def test_no_tensor_is_drawn_at_random(
+    rename: Callable[[str], str | None], named: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As compiled, wrapped and adapted models are saved, or with a tensor lost."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folders["llama"], copy)
+    tensors = load_file(copy / "model.safetensors")
+    renamed = {new: tensor for name, tensor in tensors.items() if (new := rename(name))}
+    save_file(renamed, copy / "model.safetensors", {"format": "pt"})
+    profile = small_profile(copy, folders["llama"].parent / "text.jsonl")
+    with pytest.raises(SubjectError, match=named):
+        load_subject(profile)
+    with pytest.raises(SubjectError, match=named):
+        _ = InProcessJudge(f"folder:{copy}").model
+
+
+def test_tied_weights_and_extra_or_misshapen_tensors(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    text, copy = folders["llama"].parent / "text.jsonl", tmp_path / "copy"
+    shutil.copytree(folders["llama"], copy)
+    tensors = load_file(copy / "model.safetensors")
+    config = json.loads((copy / "config.json").read_text())
+    # A tied head is not in the file, and is missed by nobody.
+    (copy / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tied = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    save_file(tied, copy / "model.safetensors", {"format": "pt"})
+    load_subject(small_profile(copy, text))
+    (copy / "config.json").write_text(json.dumps(config))
+    extra = tensors | {"model.extra": torch.ones(3)}
+    save_file(extra, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SubjectError, match=r"model\.extra are not its own"):
+        load_subject(small_profile(copy, text))
+    cut = tensors | {"model.norm.weight": torch.ones(7)}
+    save_file(cut, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SubjectError, match=r"model\.norm\.weight"):
+        load_subject(small_profile(copy, text))
 
 
 def test_fingerprint_follows_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:

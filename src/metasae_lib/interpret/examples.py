@@ -51,7 +51,8 @@ class Example:
 
 
 class Pieces:
-    """Token ids to their exact text, for byte-level BPE and for SentencePiece with byte fallback.
+    """Token ids to their exact text, for byte-level BPE and for SentencePiece with byte fallback;
+    for tokenizers of whole words and word pieces with a space before each word.
 
     `special`: the ids of special tokens, which are no text.
     """
@@ -59,7 +60,13 @@ class Pieces:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self.special = frozenset(tokenizer.all_special_ids)
-        decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        form = json.loads(backend.to_str()) if backend is not None else {}
+        decoder = json.dumps(form.get("decoder"))
+        # What marks the pieces that no space comes before, or the last piece of a word.
+        words = form.get("model", {}).get("type") in ("WordPiece", "WordLevel")
+        self._inside = "##" if words else ""
+        self._end = "</w>" if "BPEDecoder" in decoder else ""
         self._byte_of: dict[str, int] = {}  # the characters by which byte-level BPE writes bytes
         if "ByteLevel" in decoder:
             from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -88,13 +95,18 @@ class Pieces:
     def _convert(self, token: int) -> bytes:
         if token in self.special:
             return b""
-        form = str(self._tokenizer.convert_ids_to_tokens(token))
+        form = str(self._tokenizer.convert_ids_to_tokens(int(token)))
         if self._byte_of:
             if all(character in self._byte_of for character in form):
                 return bytes(self._byte_of[character] for character in form)
             return form.encode()  # an added token is written as it is
         if len(form) == 6 and form.startswith("<0x") and form.endswith(">"):
             return bytes([int(form[3:5], 16)])
+        if self._inside:
+            start = "" if form.startswith(self._inside) else " "
+            return (start + form.removeprefix(self._inside)).encode()
+        if self._end:
+            return form.replace(self._end, " ").encode()
         return form.replace("▁", " ").encode()
 
 

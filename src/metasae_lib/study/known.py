@@ -61,6 +61,9 @@ SHAPES: dict[str, ModelShape] = {
 EMBEDDED_TOKENS: dict[str, int] = _KNOWN["texts"]
 MODELS = {name: GGUFModel(**model) for name, model in _KNOWN["models"].items()}
 WHEELS = {package: Wheel(**pin) for package, pin in _KNOWN["wheels"].items()}
+# What architectures call the width of the residual stream, and the number of their blocks.
+_WIDTH = ("hidden_size", "n_embd", "d_model")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def model_shape(source: str) -> ModelShape | None:
@@ -74,10 +77,10 @@ def model_shape(source: str) -> ModelShape | None:
     try:
         config = json.loads(path.read_text())
         config = config.get("text_config", config)
-        d_model = int(config.get("hidden_size") or config["n_embd"])
-        n_layers = int(config.get("num_hidden_layers") or config["n_layer"])
+        d_model = int(next(config[key] for key in _WIDTH if key in config))
+        n_layers = int(next(config[key] for key in _LAYERS if key in config))
         return ModelShape(n_layers, d_model, 12 * d_model**2, int(config["vocab_size"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise ProfileError(
             f"model.source: {path} does not give a language model's layers, width and vocabulary"
         ) from None

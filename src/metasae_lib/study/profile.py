@@ -363,7 +363,8 @@ def _sentence(detail: Any) -> str:
     }
     forms = {
         "model.source": "must be embedded:<name>, hub:<owner/name>[@<revision>] or folder:<path>",
-        "text.source": "must be embedded, hf:<dataset>[@<revision>][:<config>] or files:<path or pattern>",
+        "text.source": "must be embedded, hf:<dataset>[@<revision>][:<config>] or files:<path or "
+        "pattern>",
         "name": "must be letters, digits, '.', '_' and '-'",
     }
     rule = rules.get(detail["type"]) or forms.get(key) or f"is wrong ({detail['msg']})"

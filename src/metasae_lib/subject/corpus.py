@@ -24,13 +24,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from metasae_lib.study import Artefact, CorpusError, Profile, Role, Run, atomic_write, progress
 from metasae_lib.study.errors import first_line
-from metasae_lib.study.files import content_hash
+from metasae_lib.study.files import content_hash, to_json
 from metasae_lib.study.known import EMBEDDED_TOKENS, WHEELS
 from metasae_lib.study.profile import within_shares
 from metasae_lib.study.sections import ROLE_SHARES, ROLES
@@ -119,8 +120,17 @@ def _tokenizer(source: str) -> tuple[PreTrainedTokenizerBase, str]:
             f"the tokenizer of {source} could not be loaded ({first_line(error)}): "
             f"check the name, the network, or that its files are in the folder"
         ) from error
-    definition = tokenizer.backend_tokenizer.to_str()
-    return tokenizer, hashlib.sha256(definition.encode()).hexdigest()
+    return tokenizer, hashlib.sha256(_definition(tokenizer).encode()).hexdigest()
+
+
+def _definition(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides which ids a text has; of a tokenizer written in Python, its files."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return str(backend.to_str())
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return to_json([type(tokenizer).__name__, folder_hashes(Path(folder))])
 
 
 def _make(profile: Profile, artefact: Artefact) -> None:
@@ -290,9 +300,7 @@ def _dataset(source: str, column: str) -> Iterator[Document]:
     if commit:
         name = name.partition("@")[0]
     try:
-        stream = datasets.load_dataset(
-            name, config, split="train", streaming=True, revision=commit
-        )
+        stream = datasets.load_dataset(name, config, split="train", streaming=True, revision=commit)
         for number, example in enumerate(stream):
             if number == 0 and column not in example:
                 raise _no_column(f"the dataset {name}", column, example)

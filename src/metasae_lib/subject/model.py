@@ -23,9 +23,9 @@ from metasae_lib.study import MetaSAEError, Profile, SubjectError
 from metasae_lib.study.errors import first_line
 from metasae_lib.study.known import EMBEDDED_TOKENS
 from metasae_lib.subject import corpus, embedded
+from metasae_lib.subject.head import Head
 
-# Logits of one block in float32; cross-entropy holds about three such blocks at once.
-_LOGIT_BYTES = 80 * 2**20
+_SHIFT = 0.02  # nats by which log-probabilities may move when weights are processed
 
 
 class Subject:
@@ -36,6 +36,7 @@ class Subject:
 
     def __init__(self, bridge: Any, profile: Profile, device: torch.device) -> None:
         self._bridge = bridge
+        self._head = Head(bridge.unembed, bridge.original_model.config)
         self.n_layers: int = bridge.cfg.n_layers
         self.d_model: int = bridge.cfg.d_model
         self.layer = profile.model.layer
@@ -73,7 +74,7 @@ class Subject:
 
         def keep_last(hidden: Tensor, hook: object) -> Tensor:
             # Only the last position goes through the model's own unembedding: all logits of a
-            # batch would take gigabytes. `_logits` makes the others in blocks.
+            # batch would take gigabytes. `_head` makes the others in blocks.
             final.append(hidden)
             return hidden[:, -1:]
 
@@ -81,13 +82,13 @@ class Subject:
         with self._bridge.hooks(fwd_hooks=hooks):
             last = self._bridge(ids, return_type="logits").float()
         (hidden,) = final
-        self._check_logits(hidden[:, -1:], last)
+        self._head.check(hidden[:, -1:], last)
 
-        flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-        block = max(1, _LOGIT_BYTES // (4 * last.shape[-1]))
+        parts = self._head.blocks(hidden[:, :-1].flatten(0, 1))
+        targets = ids[:, 1:].flatten().split(len(parts[0]))
         losses = [
-            F.cross_entropy(self._logits(part), target, reduction="none")
-            for part, target in zip(flat.split(block), targets.split(block), strict=True)
+            F.cross_entropy(self._head(part), target, reduction="none")
+            for part, target in zip(parts, targets, strict=True)
         ]
         return torch.cat(losses).view(len(ids), -1)
 
@@ -122,22 +123,6 @@ class Subject:
             return []
         return [(f"blocks.{self.layer}.hook_in", lambda x, hook: replacement(x).to(x))]
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Final hidden states (..., d) to float32 logits, soft cap (Gemma 2) included."""
-        logits: Tensor = self._bridge.unembed(hidden).float()
-        cap = getattr(self._bridge.original_model.config, "final_logit_softcapping", None)
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    def _check_logits(self, hidden: Tensor, logits: Tensor) -> None:
-        """Refuse an architecture that does more to its logits than `_logits` knows of."""
-        ours = self._logits(hidden)
-        tolerance = 0.02 * logits.abs().max()  # bfloat16 products of other shapes differ a little
-        if bool(((ours - logits).abs() > tolerance).any()):
-            raise SubjectError(
-                "this model scales its logits in a way that its cross-entropy here does not "
-                "cover: choose another model"
-            )
-
     def _ids(self, ids: np.ndarray | Tensor) -> Tensor:
         tokens = ids if isinstance(ids, Tensor) else torch.from_numpy(ids.astype(np.int64))
         return tokens.to(self.device, torch.int64)
@@ -156,7 +141,7 @@ def load_subject(profile: Profile) -> Subject:
     processed = profile.model.weights == "processed"
     try:
         from transformer_lens.model_bridge import TransformerBridge
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         # Past keys serve generation only, and cost a copy in every block.
         config = AutoConfig.from_pretrained(place, use_cache=False)
@@ -166,18 +151,20 @@ def load_subject(profile: Profile) -> Subject:
                 f"model.layer is {profile.model.layer}, but {source} has {n_layers} "
                 f"layers: choose 1 to {n_layers - 1}"
             )
+        loaded = torch.float32 if processed else dtype  # folding in bfloat16 would round
+        model = load_weights(place, loaded, config=config)
+        expected = _log_probabilities(model) if processed else None
         with embedded.quiet_loading():
-            loaded = torch.float32 if processed else dtype  # folding in bfloat16 would round
-            model = AutoModelForCausalLM.from_pretrained(place, config=config, dtype=loaded)
             bridge = TransformerBridge.boot_transformers(
                 place,
-                hf_model=model.eval(),
+                hf_model=model,
                 tokenizer=corpus.load_tokenizer(profile),
                 dtype=loaded,
                 device="cpu",
             )
-            if processed:
+            if expected is not None:
                 bridge.enable_compatibility_mode(disable_warnings=True)
+                _check_processed(source, expected, _log_probabilities(bridge))
             bridge.to(device=device, dtype=dtype, print_details=False)
     except MetaSAEError:
         raise
@@ -188,6 +175,55 @@ def load_subject(profile: Profile) -> Subject:
             f"hub model"
         ) from error
     return Subject(bridge, profile, device)
+
+
+def load_weights(place: str, dtype: torch.dtype, **options: Any) -> Any:
+    """The causal language model of a folder, in evaluation mode. options: as of `from_pretrained`.
+
+    Raises `SubjectError` with the names of tensors that the model lacks, does not know, or has in
+    another shape; transformers itself would draw those at random, without a word.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with embedded.quiet_loading():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, output_loading_info=True, **options
+        )
+    model, report = loaded
+    other_shape = {str(name) for name, *_ in report["mismatched_keys"]}
+    for tensors, what in (
+        (report["missing_keys"], "are missing"),
+        (report["unexpected_keys"], "are not its own"),
+        (other_shape, "have another shape"),
+    ):
+        if tensors:
+            named, more = sorted(tensors)[:3], len(tensors) - 3
+            shown = ", ".join(named) + (f" and {more} more" if more > 0 else "")
+            raise SubjectError(
+                f"the weights in {place} do not fit the model that its config.json describes: "
+                f"{shown} {what}; save the model itself with save_pretrained, not a compiled, "
+                f"wrapped or adapted one"
+            )
+    return model.eval()
+
+
+@torch.no_grad()
+def _log_probabilities(model: Any) -> Tensor:
+    """Of every next token, (2, 16, vocabulary), on two rows from all over the vocabulary."""
+    config = getattr(model, "original_model", model).config.get_text_config()
+    ids = torch.linspace(0, config.vocab_size - 1, 32).long().view(2, 16)
+    made = model(ids)
+    return getattr(made, "logits", made).float().log_softmax(-1)
+
+
+def _check_processed(source: str, expected: Tensor, processed: Tensor) -> None:
+    """Refuse weights that another form has turned into another model."""
+    shift = float((processed - expected).abs().mean())
+    if not shift <= _SHIFT:
+        raise SubjectError(
+            f"processing the weights of {source} changes what it predicts (by {shift:.2f} nats a "
+            f"token on average): set model.weights to as_trained"
+        )
 
 
 def fetch(profile: Profile) -> None:

@@ -9,11 +9,15 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from metasae_lib.interpret.judges.questions import Question, Task, one_line
+from metasae_lib.interpret.judges.questions import JudgeError, Question, Task, one_line
+from metasae_lib.study.errors import first_line
 from metasae_lib.subject import embedded
+from metasae_lib.subject.head import Head
+from metasae_lib.subject.model import load_weights
 
 
 class InProcessJudge:
@@ -25,14 +29,15 @@ class InProcessJudge:
     with more evidence. Detection: evidence above 0. Strength: evidence through a logistic curve.
     Nothing is parsed or sampled. (A 135M model asked to *say* A or B always says A.)
 
-    source: as `model.source` of a profile.
+    The model reads what it was trained to read: a chat model its own template, in which the text is
+    the answer; another its own start token. source: as `model.source` of a profile. Raises
+    JudgeError, before anything is asked, for a model whose logits cannot be had this way.
     """
 
     def __init__(self, source: str = "embedded:smollm2-135m", batch_tokens: int = 4096) -> None:
         self._source, self._batch_tokens = source, batch_tokens
-        name = source.removeprefix("embedded:")
-        known = embedded.conversion_name(name) if name != source else source
-        self.identity = {"judge": "in-process", "model": known, "version": 2}
+        model = embedded.identity(source)
+        self.identity = {"judge": "in-process", "model": model, "version": 3}
         self._plain: dict[tuple[str, str], float] = {}
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
@@ -53,13 +58,37 @@ class InProcessJudge:
     @cached_property
     def model(self) -> Any:
         """The language model, loaded on first use, on a GPU where there is one."""
-        from transformers import AutoModelForCausalLM
+        model = load_weights(embedded.snapshot(self._source), torch.bfloat16)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-        with embedded.quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(
-                embedded.snapshot(self._source), dtype=torch.bfloat16
-            )
-        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    @cached_property
+    def _head(self) -> Head:
+        """What makes logits of hidden states, once packed texts were found to score as alone do."""
+        head = Head(self.model.get_output_embeddings(), self.model.config)
+        # Longer than any prompt, so that an attention window shows.
+        prompt, ids = self._prompt("any text " * 40), self._ids("one two three four five six seven")
+        row, plain = _Tree("", prompt), list[float]()
+        try:
+            for text in (ids, ids[:2] + ids[4:]):
+                row.add("", text)
+                given = torch.tensor([[*prompt, *text]], device=self.model.device)
+                with torch.no_grad():
+                    logp = self.model(given, use_cache=False).logits[0].float().log_softmax(-1)
+                plain.append(sum(float(logp[len(prompt) - 1 + i, t]) for i, t in enumerate(text)))
+            packed = self._path_scores(head, [row])
+        except Exception as error:  # whatever an architecture raises on what it does not know
+            raise self._cannot(first_line(error)) from error
+        noise = 1e-3 if self.model.dtype == torch.float32 else 0.03  # nats a token
+        if not np.allclose(packed, plain, rtol=0, atol=noise * len(ids)):
+            raise self._cannot("it does not read packed texts as it reads them one at a time")
+        return head
+
+    def _cannot(self, why: str) -> JudgeError:
+        kind = getattr(self.model.config, "model_type", "this architecture")
+        return JudgeError(
+            f"the model {self._source} ({kind}) cannot judge by log-probabilities here: {why}; "
+            f"choose another autointerp.model, or serve it and set autointerp.judge to http"
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -82,9 +111,9 @@ class InProcessJudge:
         common is read once."""
         rows: list[_Tree] = []
         for explanation, group in itertools.groupby(pairs, itemgetter(0)):
-            prompt = self._ids(f"Words to look for: {explanation or 'any text'}.\nText:")
+            prompt = self._prompt(explanation or "any text")
             rows.append(_Tree(explanation, prompt))
-            for ids, text in sorted((self._ids(f" {one_line(text)}"), text) for _, text in group):
+            for ids, text in sorted((self._ids(one_line(text)), text) for _, text in group):
                 if len(rows[-1]) + len(ids) > _ROW_TOKENS and rows[-1].paths:
                     rows.append(_Tree(explanation, prompt))
                 rows[-1].add(text, ids)
@@ -93,10 +122,12 @@ class InProcessJudge:
         while rows:
             batch = max(1, self._batch_tokens // len(rows[-1]))
             part, rows = rows[-batch:], rows[:-batch]  # rows of similar length, the longest first
-            scores |= self._score(part)
+            asked = [(row.explanation, text) for row in part for text, _ in row.paths]
+            scores |= dict(zip(asked, self._path_scores(self._head, part), strict=True))
         return scores
 
-    def _score(self, rows: Sequence[_Tree]) -> dict[tuple[str, str], float]:
+    def _path_scores(self, head: Head, rows: Sequence[_Tree]) -> list[float]:
+        """log p of every text of some rows, in their order."""
         device = self.model.device
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
         # A token sees itself and what its own path holds; padding sees itself.
@@ -109,20 +140,32 @@ class InProcessJudge:
         read = [(r, k) for r, row in enumerate(rows) for k in range(row.prompt, len(row))]
         before = [rows[r].parents[k] for r, k in read]
         targets = torch.tensor([rows[r].ids[k] for r, k in read], device=device)
-        with torch.no_grad():
-            hidden = self.model.model(
+        final: list[torch.Tensor] = []
+
+        def keep_last(module: Any, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            final.append(given[0])
+            return (given[0][:, -1:],)  # the model makes logits of this one, `head` of the others
+
+        with (
+            torch.no_grad(),
+            self.model.get_output_embeddings().register_forward_pre_hook(keep_last),
+        ):
+            last = self.model(
                 input_ids=ids.to(device), attention_mask=mask[:, None].to(device),
                 position_ids=(sees.sum(2) - 1).to(device), use_cache=False,
-            ).last_hidden_state[[r for r, _ in read], before]  # fmt: skip
+            ).logits  # fmt: skip
+        with torch.no_grad():
+            (hidden,) = final
+            head.check(hidden[:, -1:], last)
+            parts = head.blocks(hidden[[r for r, _ in read], before])
             logps = []
-            for h, t in zip(hidden.split(_AT_ONCE), targets.split(_AT_ONCE), strict=True):
-                logits = self.model.lm_head(h).float()
+            for part, t in zip(parts, targets.split(len(parts[0])), strict=True):
+                logits = head(part)
                 logps.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1))
             logp = torch.cat(logps).cpu().double().numpy()
-        scores, start = {}, 0
+        scores, start = [], 0
         for row in rows:
-            for text, path in row.paths:
-                scores[row.explanation, text] = float(logp[[start + k for k in path]].sum())
+            scores += [float(logp[[start + k for k in path]].sum()) for _, path in row.paths]
             start += len(row) - row.prompt
         return scores
 
@@ -149,6 +192,19 @@ class InProcessJudge:
             texts += tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def _prompt(self, explanation: str) -> list[int]:
+        """What comes before a text, in the form that the model was trained on."""
+        tokenizer, words = self.tokenizer, f"Words to look for: {explanation}."
+        if tokenizer.chat_template:
+            asked = [{"role": "user", "content": f"{words} Write a text with them."}]
+            given = tokenizer.apply_chat_template(
+                asked, add_generation_prompt=True, return_dict=True
+            )
+            ids: list[int] = given["input_ids"]
+        else:
+            ids = tokenizer(f"{words}\nText:\n")["input_ids"]
+        return ids
+
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
@@ -157,7 +213,6 @@ class InProcessJudge:
 _BLOCK_QUESTIONS = 2048
 _GENERATED_AT_ONCE = 32
 _ROW_TOKENS = 320  # every token of a row is compared with every other
-_AT_ONCE = 128  # tokens whose logits are held
 
 
 class _Tree:
