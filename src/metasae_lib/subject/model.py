@@ -187,7 +187,7 @@ def load_weights(place: str, dtype: torch.dtype, **options: Any) -> Any:
 
     with embedded.quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, output_loading_info=True, **options
+            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     model, report = loaded
     other_shape = {str(name) for name, *_ in report["mismatched_keys"]}
