@@ -92,14 +92,9 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/jupytext-config --settings-file .venv/share/jupyter/lab/settings/overrides.json set-default-viewer python
 	touch $@
 
-# Keep the small tables of a run in results/, each with its provenance, and one picture of them.
-KEPT := arms phi grid effects headline_by_choice scorecard verdict_counts autointerp_verdicts split_counts recovery
+# Keep the small tables of a run in results/; RUN=<folder> takes one that another machine has made.
 keep: $(READY)
-	mkdir -p results/$(PROFILE)
-	cd runs/$(PROFILE) && cp $(foreach table,$(KEPT),tables/$(table).csv tables/$(table).json) values/headline.json ../../results/$(PROFILE)
-	$(BIN)/python -c 'import pandas as pd; from metasae_lib.show import figures as f; \
-	  effects = pd.read_csv("results/$(PROFILE)/effects.csv"); \
-	  f.effect(effects, {"the paper, −7.5%": f.HEADLINE, "its four seeds, −2.3%": -2.3}).savefig("results/$(PROFILE)/effect.png", dpi=100)'
+	$(BIN)/python -m metasae_lib keep $(or $(RUN),runs/$(PROFILE))
 
 # Resolve pyproject.toml anew. GPU libraries are left out of the lock: torch itself pins the ones it was built with.
 lock:

@@ -44,7 +44,7 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 from metasae_lib import show
-from metasae_lib.measure import calibrate_arms, measure_arms
+from metasae_lib.measure import calibrate_arms, fidelity_pairs, measure_arms, same_features
 from metasae_lib.show import figures
 from metasae_lib.train import meta_posthoc, train_arms
 
@@ -64,26 +64,31 @@ Markdown(
 # ## The arms
 #
 # *solo* is a plain BatchTopK dictionary; *joint* adds the meta SAE and the penalty of Eq. 3;
-# *control* adds the meta SAE with λ₂ = 0. The last row of each arm's training record:
+# *control* adds the meta SAE with λ₂ = 0; *frontier* is solo at a smaller k. With λ₂ = 0 the
+# penalty's gradient is exactly zero whatever its σ², so there is one control, and it must equal the
+# solo arm of its seed *bit for bit*. The paper reports "no systematic effect" (§5.1), which is
+# weaker. This is a free test of the whole training code: any leak from the meta SAE into the primary
+# one would show. The last row of each arm's training record, and the control's weights:
 
 # %%
 history = pd.concat([arm.history.assign(arm=name) for name, arm in arms.items()])
-history = history.merge(about, on="arm")
-display(show.last_steps(history), Markdown(show.flattening_sentence(history)))
-
-# %% mystnb={"figure": {"name": "fig-training-l2", "caption": "Reconstruction error L2 of each training batch, every arm. L2 is a mean square in a space where every token has unit variance, so it is the share of variance that the dictionary misses. Dashes: controls, which should lie on their solo arm."}, "image": {"alt": "Line chart of L2 against millions of training tokens, one line per arm, coloured by solo, joint and control; all fall steeply at first and then flatten."}}
-figures.training_curve(history, "l2", "L2 (share of unit variance)", log=True)
+history, control = history.merge(about, on="arm"), show.controls(arms)
+display(
+    show.last_steps(history),
+    show.table(control, "The control against its solo arm: all weights", "tab-control"),
+    Markdown(show.flattening_sentence(history)),
+)
 
 # %% [markdown]
-# ## Dead features
+# ## Losses and dead features
 #
 # A feature is *dead* when BatchTopK has not selected it for a while (here: for
 # `training.dead_after` batches in a row). It costs capacity, and it flatters mean |φ|: a feature
 # that hardly fires can hardly co-fire. The auxiliary loss AuxK lets the dead features rebuild what
 # the living ones missed, which brings most of them back.
 
-# %% mystnb={"figure": {"name": "fig-training-dead", "caption": "Features that have not fired for some batches, during training. AuxK revives them; what counts is that the arms end alike, since a difference in living features would move mean |φ| by itself."}, "image": {"alt": "Line chart of the number of dead features against millions of training tokens, one line per arm."}}
-figures.training_curve(history, "dead", "features not firing at present")
+# %% mystnb={"figure": {"name": "fig-training-l2", "caption": "Left: reconstruction error L2 of each training batch, every arm; a mean square in a space where every token has unit variance, so the share of variance that the dictionary misses. Dashes: the control, which should lie on its solo arm. Right: features that have not fired for some batches. What counts is that the arms end alike, since a difference in living features would move mean |φ| by itself."}, "image": {"alt": "Two line charts against millions of training tokens, one line per arm, coloured by kind: L2, which falls steeply at first and then flattens, and the number of dead features."}}
+figures.losses(history)
 
 # %% [markdown]
 # ## The penalty at work
@@ -113,15 +118,25 @@ figures.fidelity(fidelity)
 display(show.fidelity_sentences(run, fidelity), show.both_modes(run, fidelity))
 
 # %% [markdown]
-# ## The control is the solo arm
-#
-# With λ₂ = 0 the penalty's gradient is exactly zero, so a control must equal the solo arm of its
-# seed *bit for bit*. The paper reports "no systematic effect" (§5.1), which is weaker. This is a
-# free test of the whole training code: any leak from the meta SAE into the primary one would show.
+# Arms of one seed are measured on the same text, so their *difference* is known far better than
+# either value. The intervals hold for other text (batches of L2, rows of CE) and, where a setting has
+# several seeds, for other seeds too.
 
-# %%
-control = show.controls(arms)
-show.table(control, "Controls against solo arms: all weights", "tab-control")
+# %% mystnb={"figure": {"name": "fig-fidelity-pairs", "caption": "Change of L2 (left) and of cross-entropy (right) of each setting against the solo arm of its own seed, on the same held-out text, with 95% intervals for other text and, where there are several, other seeds."}, "image": {"alt": "Two dot plots with one row per setting: change of L2 in percent on the left, of cross-entropy in nats on the right, each with a horizontal interval and a line at zero."}}
+costs = fidelity_pairs(run, arms)
+figures.fidelity_pairs(costs)
+
+# %% [markdown]
+# ## Are they still the same features?
+#
+# Solo and joint arms of a seed start from the same rows. If training keeps them near, feature i of
+# one can be held against feature i of the other, which the next page does. Between *seeds* there is
+# nothing to keep: what they share is found by looking for each row's nearest (PW-MCC), and rows in
+# random directions have about √(2 ln n / d).
+
+# %% mystnb={"figure": {"name": "fig-same", "caption": "Mean cosine of decoder rows: feature i with feature i of another dictionary, and each feature with the nearest of all (PW-MCC). Whiskers: the least and the largest over pairs of dictionaries. Random directions are the starts of two seeds."}, "image": {"alt": "Dots in rows: cosines of solo and joint arms with their starts and with each other, of two seeds, and of random directions."}}
+same = same_features(run, arms)
+figures.same_features(same)
 
 # %% [markdown]
 # ## BatchTopK against JumpReLU
@@ -142,8 +157,8 @@ Markdown(show.ablation_sentence(ablation))
 # %% [markdown]
 # ## Other ways to train
 #
-# - *matched-fidelity*: a solo dictionary whose k was lowered, by a search over full trainings, until
-#   its L2 met the joint arm's. If worse reconstruction alone lowers mean |φ|, it will show it.
+# - *frontier*: solo dictionaries of smaller k, as bad at reconstruction as the joint arms. If worse
+#   reconstruction alone lowers mean |φ|, they will show it ([](03_cooccurrence.ipynb)).
 # - *ortsae*: the competing penalty of {cite:t}`korznikov2025ortsae`, on the largest cosine of each
 #   decoder row to the others of its chunk.
 # - *as-released*: the training choices of the authors' code (rows made unit before the step, AuxK's
@@ -179,6 +194,8 @@ figures.time_spent(time)
 # %% tags=["hide-input"]
 run.save_table("training", history, "Losses of every arm during training, every ten steps")
 run.save_table("arms", fidelity, "Fidelity of every arm on held-out text, at its thresholds")
+run.save_table("fidelity_pairs", costs, "Settings against their solo partners, same text")
+run.save_table("same_features", same, "Cosines of decoder rows between dictionaries")
 run.save_table("control", control, "Weights of every control against the solo arm of its seed")
 run.save_table("ablation", ablation, "BatchTopK against JumpReLU, solo and joint")
 run.save_table("meta_posthoc", posthoc, "Decoder variance explained by a meta SAE afterwards")
@@ -191,5 +208,8 @@ display(
         "*.l2_increase_absolute", "*.dead_*", "*.d_l2_pct*", label="tab-paper-02",
     ),
     show.provenance(run),
-    show.downloads(run, "arms", "training", "control", "ablation", "meta_posthoc", "time"),
+    show.downloads(
+        run, "arms", "fidelity_pairs", "same_features", "training", "control", "ablation",
+        "meta_posthoc", "time",
+    ),
 )  # fmt: skip

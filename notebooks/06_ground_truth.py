@@ -48,7 +48,8 @@ seeds, grid = [0, 1, 2], [0.03, 0.1, 0.3]
 sizes = {"n_features": 128, "k": 4, "n_meta_features": 12, "meta_k": 4}
 training = {"batch_tokens": 512, "train_tokens": 512 * 1000, "dtype": "float32", "k_aux": 32}
 settings = Profile.load(
-    "tiny", {"dictionary": sizes, "training": training, "training.learning_rate": 3e-3}
+    "tiny",
+    {"dictionary": sizes, "training": training | {"learning_rate": 3e-3, "arms": ["solo"]}},
 )
 
 # %% [markdown]

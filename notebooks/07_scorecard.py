@@ -23,7 +23,8 @@
 # one and, where the paper claims an effect, our interval excludes *no effect*. It has the **same
 # direction, different size** if our whole interval misses the tolerance but lies on the paper's
 # side of zero. It **disagrees** if the interval misses it and shows no such direction. Everything between
-# is **inconclusive**. On a model other than the paper's, only comparisons between two dictionaries
+# is **inconclusive**, with the number of seeds that would decide it if our value stayed where it is.
+# On a model other than the paper's, only comparisons between two dictionaries
 # of one model are judged; an absolute value is *not comparable*, however near or far it lies.
 
 # %% tags=["parameters"]

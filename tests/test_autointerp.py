@@ -7,12 +7,14 @@ import math
 import runpy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -245,6 +247,7 @@ def test_the_lexical_judge_learns_a_token_and_loses_it_when_shuffled() -> None:
     wrong = scoring.score(made, controls.shuffled(explanations), answers)
     assert wrong.detection.mean() < 0.75
     assert scoring.in_words(explanations[5]) == "w5"
+    assert scoring.in_words('{"tokens": [1]}') == '{"tokens": [1]}'  # what a judge may say, too
     assert scoring.in_words("any sentence") == "any sentence" and scoring.in_words(None) is None
 
 
@@ -372,3 +375,20 @@ def test_order_bias_and_retest_are_among_the_controls() -> None:
     assert "asked again, correlation" in controls.judge_verdict(forgetful, "detection").because
     row = controls.control_summary(forgetful).set_index(["condition", "score"]).loc["detection"]
     assert row.loc["asked again", "low"] < 0 < row.loc["asked again", "high"]
+
+
+def test_pairs_kept_with_the_same_start_and_with_another() -> None:
+    """By hand: all rows of the joint arm are rows of one solo arm, two are rows of the other."""
+    eye = torch.eye(4)
+
+    def arm(kind: str, seed: int, rows: torch.Tensor) -> Any:
+        return SimpleNamespace(
+            spec=SimpleNamespace(kind=kind, seed=seed), sae=SimpleNamespace(W_dec=rows)
+        )
+
+    turned = torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 0], [0, 1, -1, 0], [0, 0, 0, 1.0]])
+    joint = arm("joint", 0, eye[[2, 0, 1, 3]])
+    arms = {"solo-seed0": arm("solo", 0, eye), "solo-seed1": arm("solo", 1, turned), "j": joint}
+    found = comparison.kept_pairs(arms, joint, [0.5, 0.9]).set_index("with")
+    assert found.loc["solo-seed0, same start"].tolist() == [1.0, 1.0]
+    assert found.loc["solo-seed1, another start"].tolist() == [1.0, 0.5]

@@ -111,7 +111,7 @@ def test_ce_overhead_is_paired_over_rows_and_kept_positions(
     monkeypatch.setattr(fidelity, "load_tokens", lambda run: tokens)
     arm = SimpleNamespace(spec=ArmSpec("solo", 0), sae=sae, folder=Path("arm"))
     monkeypatch.setattr(fidelity, "product_dtype", lambda run: torch.float32)
-    ours = fidelity._entropies(run, {"solo": arm}, FakeSubject(x))["solo"]  # type: ignore
+    ours, by_row = fidelity._entropies(run, {"solo": arm}, FakeSubject(x))["solo"]  # type: ignore
     n = run.profile.evaluation.ce_rows
     assert ours["ce_rows"] == n and ours["ce_tokens"] == n * 3  # positions 1..3 of 5
     z, mean, std = normalise(x[:n, 1:4].flatten(0, 1))
@@ -119,6 +119,7 @@ def test_ce_overhead_is_paired_over_rows_and_kept_positions(
     back = (z_hat * (std + 1e-5) + mean).view(n, 3, 12)
     rise = back.square().mean(-1).mean(1) - x[:n, 1:4].square().mean(-1).mean(1)
     assert ours["ce_overhead_nats"] == pytest.approx(float(rise.mean()), rel=1e-4)
+    assert by_row == pytest.approx(rise.tolist(), rel=1e-3, abs=1e-4)
     assert ours["ce_overhead_se"] == pytest.approx(float(rise.std()) / n**0.5, rel=1e-4)
     assert ours["ce"] - ours["ce_baseline"] == pytest.approx(ours["ce_overhead_nats"], rel=1e-6)
     n = min(n, run.profile.model.batch_rows)  # training mode: one batch

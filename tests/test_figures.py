@@ -82,7 +82,47 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
         )
     ),
     "training_curve": lambda: figures.training_curve(
-        along(tokens=np.arange(1, 9) * 1e5, l2=np.linspace(1, 0.1, 8)), "l2", "L2 (share)", log=True
+        along(tokens=np.arange(1, 9) * 1e5, penalty=np.linspace(1, 0.1, 8)), "penalty", "mean p"
+    ),
+    "losses": lambda: figures.losses(
+        along(tokens=np.arange(1, 9) * 1e5, l2=np.linspace(1, 0.1, 8), dead=np.arange(8))
+    ),
+    "fidelity_pairs": lambda: figures.fidelity_pairs(
+        pd.DataFrame(
+            {
+                "setting": ["joint-lambda0.3", "control"],
+                "kind": ["joint", "control"],
+                "d_l2_pct": [2.0, 0],
+                "l2_low": [1.0, 0],
+                "l2_high": [3.0, 0],
+                "d_ce_nats": [0.02, 0],
+                "ce_low": [np.nan, 0],
+                "ce_high": [np.nan, 0],
+            }
+        )
+    ),
+    "same_features": lambda: figures.same_features(
+        pd.DataFrame(
+            {
+                "comparison": ["solo and its start", "two solo seeds"],
+                "of": ["row", "nearest"],
+                "cosine": [0.5, 0.6],
+                "least": [0.4, 0.6],
+                "largest": [0.55, 0.6],
+            }
+        )
+    ),
+    "frontier": lambda: figures.frontier(
+        pd.DataFrame(
+            {
+                "kind": ["solo", "frontier", "solo", "frontier", "joint"],
+                "seed": [0, 0, 1, 1, 0],
+                "l2": [0.1, 0.11, 0.1, 0.12, 0.105],
+                "mean_abs": [2e-3, 1.9e-3, 2.1e-3, 2e-3, 1.9e-3],
+                "null_mean_abs": 1e-3,
+                "selected": [False] * 4 + [True],
+            }
+        )
     ),
     "fidelity": lambda: figures.fidelity(
         ARMS.assign(l2=[0.1, 0.11, 0.12, 0.1], ce_overhead_pct=2.0)
@@ -117,7 +157,14 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
         ),
         {"paper": -7.5, "paper, against its own seeds": -2.3},
     ),
-    "firing_rates": lambda: figures.firing_rates(along(rate=np.array([0.0, 1e-4, 1e-3, 1e-2]))),
+    "firing_rates": lambda: figures.firing_rates(
+        along(rate=np.array([0.0, 1e-4, 1e-3, 1e-2])),
+        along(
+            rate=np.array([1e-3, 1e-2]),
+            mean_abs=np.array([1e-3, 5e-3]),
+            null_mean_abs=np.array([5e-4, 1e-3]),
+        ),
+    ),
     "phi_distribution": lambda: figures.phi_distribution(
         along(phi=PHI, density=np.array([0, 1, 90, 80, 2, 1]))
     ),
@@ -128,13 +175,6 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     ),
     "elasticity": lambda: figures.elasticity(
         along(scale=np.array([0.9, 1, 1.1]), change_pct=np.array([5.0, 0, -4]))
-    ),
-    "phi_by_rate": lambda: figures.phi_by_rate(
-        along(
-            rate=np.array([1e-3, 1e-2]),
-            mean_abs=np.array([1e-3, 5e-3]),
-            null_mean_abs=np.array([5e-4, 1e-3]),
-        )
     ),
     "split_counts": lambda: figures.split_counts(
         pd.DataFrame(

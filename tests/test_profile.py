@@ -76,13 +76,13 @@ def test_arms_of_the_paper() -> None:
         f"joint-lambda{a}-sigma{b}-seed0" for a in ("0.1", "0.3", "1") for b in ("0.3", "1", "3")
     ]
     seeds = [f"joint-lambda0.3-sigma1-seed{seed}" for seed in (1, 2, 3)]
-    controls = [f"control-sigma{b}-seed0" for b in ("0.3", "1", "3")]
-    paper = [f"solo-seed{seed}" for seed in range(4)] + grid + seeds + controls
+    paper = [f"solo-seed{seed}" for seed in range(4)] + grid + seeds + ["control-sigma1-seed0"]
     assert names[: len(paper)] == paper and len(set(names)) == len(names)
     assert [name.split("-seed")[0] for name in names[len(paper) :]] == [
         "jumprelu", "jumprelu-lambda0.3-sigma1", "jumprelu-k32", "jumprelu-k32-lambda0.3-sigma1",
         "batchtopk-k32", "batchtopk-k32-lambda0.3-sigma1", "ortsae",
-        "matched-fidelity-lambda0.3-sigma1", "as-released", "as-released-lambda0.3-sigma1",
+        *(f"frontier-k{k}" for _ in range(3) for k in (60, 56, 48)),
+        "as-released", "as-released-lambda0.3-sigma1",
         "critic-k4-lambda0.3-sigma1", "critic-steps100to10-lambda0.3-sigma1",
     ]  # fmt: skip
     assert ArmSpec("control", 0, 0.0, 1.0) in Profile.load("tiny").arms()
@@ -92,8 +92,26 @@ def test_an_order_of_text_for_each_seed_on_request() -> None:
     changes = {"training.order": "by_seed", "training.seeds": [5, 6]}
     orders = {arm.name: arm.order for arm in Profile.load("tiny", changes).arms()}
     assert orders["solo-seed5"] == 0 and orders["solo-seed6"] == 6
-    with pytest.raises(ProfileError, match="needs 'solo' and 'joint'"):
-        Profile.load("tiny", {"training.arms": ["solo", "matched-fidelity"]})
+
+
+def test_seeds_of_the_grid_and_of_the_frontier() -> None:
+    changes = {
+        "training.seeds": [0, 1, 2], "training.lambda2": [0.3, 1.0], "training.seeds_grid": 2,
+        "training.arms": ["joint", "control", "frontier"], "training.frontier": [7, 6],
+        "training.seeds_frontier": 3,
+    }  # fmt: skip
+    names = [arm.name for arm in Profile.load("tiny", changes).arms()]
+    assert names == [
+        *(f"joint-lambda{a}-sigma1-seed{seed}" for seed in (0, 1) for a in ("0.3", "1")),
+        "joint-lambda0.3-sigma1-seed2", "control-sigma1-seed0",
+        *(f"frontier-k{k}-seed{seed}" for seed in range(3) for k in (7, 6)),
+    ]  # fmt: skip
+    for wrong, message in (
+        ({"training.frontier": []}, "one or more k below dictionary.k"),
+        ({"training.frontier": [8]}, "one or more k below dictionary.k"),
+    ):
+        with pytest.raises(ProfileError, match=message):
+            Profile.load("tiny", changes | wrong)
 
 
 def test_steps_and_selected() -> None:

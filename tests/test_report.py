@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 
-from metasae_lib import Profile, Run
+from metasae_lib import Profile, Run, measure
 from metasae_lib.show import cases, scorecard, tables
 from metasae_lib.show import sentences as wording
 from metasae_lib.show import text as formats
@@ -23,9 +24,8 @@ ROOT = Path(__file__).parents[1]
 HEADLINE = "gpt2-large.table1.lambda0.3-sigma1.d_mean_abs_phi_pct"
 
 
-@pytest.fixture
-def full(run: Run) -> Run:
-    """A run of `tiny` with the tables that 02 and 03 save, made up so that answers are known."""
+def fill(run: Run) -> Run:
+    """Give a run the tables that 02 and 03 save, made up so that answers are known."""
     arms = pd.DataFrame(
         [
             ("solo-seed0", "solo", 0, None, None, 0.100, 2.0, 0.08, 3),
@@ -38,19 +38,28 @@ def full(run: Run) -> Run:
                  "ce_overhead_nats", "dead"],
     ).assign(ce_baseline=4.0)  # fmt: skip
     phi = arms[["arm", "kind", "seed", "lambda2", "sigma_sq"]].assign(
-        mean_abs=[2.00e-3, 2.02e-3, 1.90e-3, 1.91e-3, 2.00e-3],
+        mean_abs=[2.00e-3, 2.02e-3, 1.90e-3, 1.91e-3, 2.00e-3], null_mean_abs=1e-3,
+        noise_floor=8e-4, k=None,
         low=1.8e-3, high=2.1e-3, n_pairs=100, share_negative=0.7, median=-1e-4, maximum=0.2,
         alive=run.profile.dictionary.n_features,
     )  # fmt: skip
     draws = np.random.default_rng(0).normal(0, 1e-5, (5, 400))
     replicates = {arm: m + d for arm, m, d in zip(phi.arm, phi.mean_abs, draws, strict=True)}
-    grid = tables.grid_changes(run, phi, arms, replicates)
+    pairs = measure.pair_table(run, phi, arms, replicates)
+    grid = measure.setting_table(pairs)
+    frontier = measure.frontier_table(run, phi, arms, replicates)
     run.save_table("arms", arms, "made up")
     run.save_table("phi", phi, "made up")
     run.save_table("grid", grid, "made up")
-    run.save_table("effects", tables.effects(run, phi, grid), "made up")
+    run.save_table("effects", measure.effects(phi, pairs, frontier), "made up")
     run.save_table("control", pd.DataFrame({"bit_for_bit": [True]}), "made up")
     return run
+
+
+@pytest.fixture
+def full(run: Run) -> Run:
+    """A run of `tiny` with made-up tables."""
+    return fill(run)
 
 
 @pytest.mark.parametrize("place", ["", "notebooks", "src/metasae_lib"])
@@ -122,13 +131,21 @@ def test_an_empty_run_says_why_nothing_is_there(run: Run) -> None:
 
 def test_scorecard_of_a_run_with_results(full: Run) -> None:
     card = scorecard.run_scorecard(full).set_index("id")
-    assert card.loc[HEADLINE, "ours"] == pytest.approx(-5.0)
-    # Features: 1.96 √2 · 1e-5 / 2e-3; seeds: 1.96 √2 · 1.414e-5 / 2.01e-3; in quadrature.
-    features, seeds = 1.96 * math.sqrt(2) * 0.5, 1.96 * math.sqrt(2) * 100 * math.sqrt(2) / 201
-    reach = card.loc[HEADLINE, "high"] - card.loc[HEADLINE, "ours"]
-    assert reach == pytest.approx(math.hypot(features, seeds), rel=0.1)
-    assert card.loc[HEADLINE, "group"] == "inconclusive"  # reaches the paper's -7.5 ± 1.3
-    assert card.loc["gpt2-large.table1.lambda0.3-sigma1.d_l2_pct", "ours"] == pytest.approx(10)
+    changes = [100 * (1.90 / 2.00 - 1), 100 * (1.91 / 2.02 - 1)]  # pair by pair
+    expected = scipy.stats.t.interval(0.95, 1, np.mean(changes), scipy.stats.sem(changes))
+    ours = card.loc[HEADLINE]
+    assert (ours.ours, ours.low, ours.high) == pytest.approx((np.mean(changes), *expected))
+    assert ours.group == "inconclusive"  # reaches the paper's -7.5 ± 1.3
+    # With n seeds: ± t(n-1) · 0.314 / √n, clear of -6.2 for the first time at 3.
+    assert ours.seeds == 3
+    assert (
+        "(3 seeds would tell)"
+        in scorecard.scorecard_rows(card.reset_index()).verdict.to_list()[
+            list(card.index).index(HEADLINE)
+        ]
+    )
+    l2 = card.loc["gpt2-large.table1.lambda0.3-sigma1.d_l2_pct", "ours"]
+    assert l2 == pytest.approx(50 * (0.110 / 0.100 + 0.111 / 0.101 - 2))
     assert card.loc["gpt2-large.joint_minus_solo_ce_points", "ours"] == pytest.approx(0.6)
     assert card.loc["gpt2-large.joint_minus_solo_ce_points", "verdict"] == "agrees"
     assert card.loc["gpt2-large.lambda0_control", "verdict"] == "agrees"
@@ -139,14 +156,18 @@ def test_scorecard_of_a_run_with_results(full: Run) -> None:
 
 
 def test_effects_and_conclusion(full: Run) -> None:
-    effects = full.load_table("effects").set_index("comparison").change_pct
-    assert effects["seed 0, over features"] == pytest.approx(-5)
-    assert effects["seed 1, over features"] == pytest.approx(100 * (1.91 / 2.02 - 1))
-    assert effects["first joint, other solo seeds"] == pytest.approx(100 * (1.90 / 2.02 - 1))
-    assert effects["all seeds, over seeds"] == pytest.approx(100 * (1.905 / 2.01 - 1))
     first, second = wording.conclusion(full)
-    assert "−5.0%" in first and "−5.2%" in first
+    assert "−5.2%" in first and "new seeds and features, 2 pairs" in first
     assert second.startswith("So ")
+    effects = full.load_table("effects")
+    curve = effects[effects.way == "seeds"].assign(way="frontier", change_pct=-1.0, low=-2, high=1)
+    full.save_table("effects", pd.concat([effects, curve]), "with a solo frontier")
+    assert "cannot tell the penalty from worse" in wording.conclusion(full)[2]
+    for low, high, words in ((-2.0, -0.5, "does not explain"), (0.5, 2.0, "lowers mean |φ| more")):
+        assert words in wording.at_equal_l2({"change_pct": -1.0, "low": low, "high": high})
+    alone = effects[effects.way == "features"].head(1)
+    full.save_table("effects", alone, "one pair")
+    assert "new features, one pair" in wording.conclusion(full)[0]
     headline = wording.in_short(full, scorecard.run_scorecard(full))
     assert any("bit for bit" in sentence for sentence in headline["sentences"])
     assert sum(headline["verdicts"].values()) == len(load_published().values)
@@ -169,7 +190,7 @@ def test_collapsed_dictionaries_judge_nothing(full: Run) -> None:
 def test_table_1_has_a_row_for_each_setting(full: Run) -> None:
     rows = scorecard.table_1(full).data.splitlines()[5:-1]
     assert len(rows) == 9
-    assert "−7.5" in rows[4] and "−5 (" in rows[4]
+    assert "−7.5" in rows[4] and "−5.22 (" in rows[4]
 
 
 def test_the_three_blocks(full: Run) -> None:

@@ -7,13 +7,18 @@ import pytest
 import scipy.stats
 
 from metasae_lib.measure.statistics import (
+    Effect,
     bootstrap_mean_abs,
+    crossed_interval,
     feature_difference,
+    feature_draws,
     needed,
+    over_seeds,
     paired_difference,
     paired_t,
-    seed_difference,
+    seeds_interval,
     share_higher,
+    unpaired_difference,
     welch,
     wilson,
 )
@@ -33,12 +38,18 @@ def in_blocks(sizes: np.ndarray, rows: int = 7) -> list[tuple[slice, np.ndarray]
     return [(slice(i, i + rows), sizes[i : i + rows]) for i in range(0, len(sizes), rows)]
 
 
+def resampled(sizes: np.ndarray, n_resamples: int, seed: int) -> np.ndarray:
+    return bootstrap_mean_abs(in_blocks(sizes, 40), feature_draws(len(sizes), n_resamples, seed))
+
+
 def test_bootstrap_equals_listing_the_resampled_pairs() -> None:
-    sizes = symmetric(20, 0)
-    ours = bootstrap_mean_abs(in_blocks(sizes), 30, seed=5)
-    weights = np.random.default_rng(5).multinomial(20, np.full(20, 1 / 20), size=30)
-    for replicate, times in zip(ours, weights, strict=True):
-        drawn = np.repeat(np.arange(20), times)
+    """Of 20 features 17 are alive; the draws know nothing of that."""
+    sizes, alive = symmetric(20, 0), np.arange(20) % 7 != 3
+    draws = feature_draws(20, 30, seed=5)
+    assert draws.shape == (20, 30) and (draws.sum(axis=0) == 20).all()
+    ours = bootstrap_mean_abs(in_blocks(sizes[alive][:, alive]), draws[alive])
+    for replicate, times in zip(ours, draws.T.astype(int), strict=True):
+        drawn = [i for i in np.repeat(np.arange(20), times) if alive[i]]
         pairs = [sizes[i, j] for p, i in enumerate(drawn) for j in drawn[p + 1 :] if i != j]
         assert replicate == pytest.approx(np.mean(pairs, dtype=float), rel=1e-6)
 
@@ -46,10 +57,103 @@ def test_bootstrap_equals_listing_the_resampled_pairs() -> None:
 def test_bootstrap_has_the_spread_of_fresh_features_not_that_of_fresh_pairs() -> None:
     n = 80
     means = [symmetric(n, seed)[np.triu_indices(n, 1)].mean() for seed in range(200)]
-    spreads = [bootstrap_mean_abs(in_blocks(symmetric(n, s), 40), 200, s).std() for s in range(20)]
+    spreads = [resampled(symmetric(n, s), 200, s).std() for s in range(20)]
     assert np.mean(spreads) == pytest.approx(np.std(means), rel=0.25)
     pairs = symmetric(n, 0)[np.triu_indices(n, 1)]
     assert np.mean(spreads) > 4 * pairs.std() / math.sqrt(len(pairs))  # what Welch assumes
+
+
+N, TRUE_CHANGE = 60, -0.03  # of a joint arm, in shares of mean |φ|
+
+
+def trainings(n_seeds: int, seed_effect: float, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """|φ| of solo and joint arms whose difference is known: pairs that share their features.
+
+    Each training draws its features anew; the joint arm has the same ones, each a little changed,
+    and is TRUE_CHANGE lower, give or take what its seed does to the pair.
+    """
+    generator, pairs = np.random.default_rng(seed), []
+    upper = np.triu(np.ones((N, N)), 1)
+    for _ in range(n_seeds):
+        feature = generator.gamma(8, 1 / 8, N)
+        noise = upper * generator.gamma(4, 1 / 4, (N, N))
+        moved = feature * generator.normal(1, 0.05, N)
+        change = 1 + TRUE_CHANGE + generator.normal(0, seed_effect)
+        solo, joint = np.outer(feature, feature) * noise, change * np.outer(moved, moved) * noise
+        pairs.append(tuple((each + each.T).astype(np.float32) for each in (solo, joint)))
+    return pairs
+
+
+def mean_of(sizes: np.ndarray) -> float:
+    return float(sizes[np.triu_indices(N, 1)].mean(dtype=float))
+
+
+def covered(effects: list[Effect], truth: float) -> float:
+    return float(np.mean([effect.low <= truth <= effect.high for effect in effects]))
+
+
+@pytest.mark.parametrize("seed_effect", [0.0, 0.02])
+def test_the_interval_over_seeds_holds_for_new_seeds_and_features(seed_effect: float) -> None:
+    """2,000 studies of four pairs each. One training's mean is 1, so the truth is TRUE_CHANGE."""
+    paired, apart, of_features = [], [], []
+    for study in range(2000):
+        pairs = trainings(4, seed_effect, study)
+        solo, joint = (np.array([mean_of(pair[side]) for pair in pairs]) for side in (0, 1))
+        paired.append(over_seeds({"": joint - solo})[""])
+        apart.append(unpaired_difference(solo, joint))
+        if study < 400:
+            a, b = (resampled(each, 60, study) for each in pairs[0])
+            of_features.append(feature_difference(joint[0] - solo[0], a, b))
+    assert 0.93 < covered(paired, TRUE_CHANGE) < 0.97
+    # Two groups that share nothing: too wide by far, since the level of a training is in each pair.
+    assert covered(apart, TRUE_CHANGE) > 0.99
+    reach = [np.mean([e.high - e.low for e in effects]) for effects in (paired, apart)]
+    assert reach[0] < reach[1] / 3
+    # Over the features of one training alone: right if seeds do nothing else, too narrow if not.
+    if seed_effect == 0:
+        assert 0.90 < covered(of_features, TRUE_CHANGE) < 0.98
+    else:
+        assert covered(of_features, TRUE_CHANGE) < 0.8
+
+
+def test_one_seed_has_the_scatter_of_the_settings_that_have_more() -> None:
+    """Of many studies, the share that covers a setting with one seed beside one with four."""
+    generator, hits = np.random.default_rng(0), []
+    for _ in range(4000):
+        values = {"selected": generator.normal(1, 2, 4), "other": generator.normal(5, 2, 1)}
+        found = over_seeds(values)
+        hits.append([found["selected"].low < 1 < found["selected"].high,
+                     found["other"].low < 5 < found["other"].high])  # fmt: skip
+    assert np.mean(hits, axis=0) == pytest.approx([0.95, 0.95], abs=0.015)
+    alone = over_seeds({"a": [1.0], "b": [], "c": [np.nan]})
+    assert alone["a"].difference == 1 and all(math.isnan(e.low) for e in alone.values())
+
+
+def test_more_seeds_narrow_an_interval_as_the_t_interval_says() -> None:
+    values = np.random.default_rng(0).normal(0.5, 2, 7)
+    effect = over_seeds({"": values})[""]
+    assert seeds_interval(effect, 7) == pytest.approx((effect.low, effect.high))
+    theirs = scipy.stats.t.interval(0.95, 6, values.mean(), scipy.stats.sem(values))
+    assert (effect.low, effect.high) == pytest.approx(theirs)
+    low, high = seeds_interval(effect, 700)
+    assert high - low < (effect.high - effect.low) / 9
+
+
+@pytest.mark.parametrize(("seed_scatter", "text_scatter"), [(0.0, 1.0), (0.4, 1.0), (0.4, 0.1)])
+def test_the_crossed_interval_holds_for_new_seeds_and_new_text(
+    seed_scatter: float, text_scatter: float
+) -> None:
+    generator, hits = np.random.default_rng(0), []
+    for _ in range(3000):
+        table = 2 + generator.normal(0, seed_scatter, (4, 1))
+        table = table + generator.normal(0, text_scatter, (1, 32)) + generator.normal(0, 1, (4, 32))
+        _, low, high = crossed_interval(table)
+        hits.append(low < 2 < high)
+    assert 0.93 < np.mean(hits) < 0.985  # never too narrow; a little wide where one part is nothing
+    one = generator.normal(0, 1, (1, 32))
+    expected = scipy.stats.ttest_1samp(one[0], 0).confidence_interval()
+    assert crossed_interval(one) == pytest.approx([one.mean(), expected.low, expected.high])
+    assert np.isnan(crossed_interval(one[:, :1])[1:]).all()
 
 
 def test_interval_of_a_difference_between_dictionaries() -> None:
@@ -108,33 +212,15 @@ def test_wilson_and_the_share_that_is_higher() -> None:
     assert wilson(round(0.516 * 20456), 20456)[0] > 0.5
 
 
-def test_seeds_t_interval_and_exact_permutation() -> None:
-    a, b = [2.0, 2.2, 2.1, 2.4], [1.0, 1.3, 1.1, 1.2]
-    ours = seed_difference(a, b)
-    theirs = scipy.stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-    assert ours.t_interval == pytest.approx((theirs.low, theirs.high), rel=1e-10)
-    test = scipy.stats.permutation_test(
-        (np.array(a), np.array(b)), lambda x, y: y.mean() - x.mean(), n_resamples=np.inf
-    )
-    assert ours.p == pytest.approx(test.pvalue) == 2 / 70
-    assert ours.smallest_p == 2 / 70 and ours.caution == ""
-    assert ours.t_interval[0] < ours.bootstrap[0] < ours.difference < ours.bootstrap[1]
-
-
-def test_few_seeds_say_what_they_cannot_show() -> None:
-    two = seed_difference([1.0, 1.1], [2.0, 2.2])
-    assert two.p == two.smallest_p == 1 / 3 and "no permutation test" in two.caution
-    one = seed_difference([1.0], [2.0])
-    assert math.isnan(one.t_interval[0]) and math.isnan(one.spread_a) and math.isnan(one.p)
-    unequal = seed_difference([1.0], [2.0, 2.1, 2.2])
-    assert unequal.smallest_p == 1 / 4
-
-
-def test_many_seeds_sample_the_permutations() -> None:
-    generator = np.random.default_rng(0)
-    a, b = generator.normal(0, 1, 20), generator.normal(1, 1, 20)
-    ours = seed_difference(a, b)  # type: ignore[arg-type]
-    assert ours.p == pytest.approx(scipy.stats.ttest_ind(a, b).pvalue, abs=0.01)
+def test_two_groups_that_share_nothing_have_welchs_interval() -> None:
+    a, b = [2.0, 2.2, 2.1, 2.4], [1.0, 1.3, 1.1]
+    va, vb = np.var(a, ddof=1) / 4, np.var(b, ddof=1) / 3
+    df = (va + vb) ** 2 / (va**2 / 3 + vb**2 / 2)
+    reach = scipy.stats.t.ppf(0.975, df) * math.sqrt(va + vb)
+    ours, difference = unpaired_difference(a, b), np.mean(b) - np.mean(a)
+    expected = difference, difference - reach, difference + reach
+    assert (ours.difference, ours.low, ours.high) == pytest.approx(expected)
+    assert math.isnan(unpaired_difference([1.0], [2.0, 2.1]).low)
 
 
 def test_what_cannot_be_computed_is_one_sentence() -> None:
@@ -146,8 +232,8 @@ def test_what_cannot_be_computed_is_one_sentence() -> None:
         lambda: wilson(3, 2),
         lambda: share_higher([0.0]),
         lambda: needed(0.0),
-        lambda: seed_difference([], [1.0]),
-        lambda: bootstrap_mean_abs([]),
+        lambda: unpaired_difference([], [1.0]),
+        lambda: feature_draws(1),
     ):
         with pytest.raises(MeasureError):
             call()

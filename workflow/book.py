@@ -15,18 +15,21 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import yaml
 from nbformat.v4 import new_markdown_cell
 
+import landing
 import toc
 import together
 from check_site import check_site
+from landing import toy
 from metasae_lib import Profile, Run
 from metasae_lib.show import tables
-from metasae_lib.study.errors import ArtefactError, MetaSAEError
+from metasae_lib.show.text import literal
+from metasae_lib.study.errors import MetaSAEError
+from metasae_lib.study.kept import KeptRun, kept_runs
 from pages import (
     ANSI,
     LINES_SHOWN,
@@ -62,25 +65,24 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     generated.mkdir()
     notebooks = toc.notebooks(root / "notebooks")
     runs = {name: Run.open(_profile(root, name), runs_dir) for name in profiles}
+    kept = list(kept_runs(root / "results"))
     for run in runs.values():
-        _stage_run(run, notebooks, root / "notebooks", staging / run.profile.name)
+        _stage_run(run, notebooks, root / "notebooks", staging / run.profile.name, kept)
     known = sorted(path.stem for path in (root / "profiles").glob("*.yml"))
     # A toy that was not run is nothing that a reader misses.
-    others = [name for name in known if name not in runs and not _toy(name)]
+    others = [name for name in known if name not in runs and not toy(name)]
     for name in others:
         (staging / name).mkdir()
+        stored = next((run for run in kept if run.name == name), None)
         (staging / name / "index.md").write_text(
-            _not_run_page(_profile(root, name), profiles), encoding="utf-8"
+            _not_run_page(_profile(root, name), profiles, stored), encoding="utf-8"
         )
     published = yaml.safe_load((root / "book" / "published.yml").read_text(encoding="utf-8"))
-    pieces = {
-        "claims.md": _claims(published),
-        "findings.md": "\n\n".join(_findings(run, link=True) for run in runs.values()),
-        "workflow.svg": toc.workflow_svg(notebooks),
-    }
-    for name, text in pieces.items():
-        (generated / name).write_text(text, encoding="utf-8")
-    claims = together.write(runs, staging)
+    (generated / "workflow.svg").write_text(toc.workflow_svg(notebooks), encoding="utf-8")
+    # A fresh run stands for the kept one of its profile; of others, what is kept is shown.
+    shown = runs | {run.name: run for run in kept if run.name in others}
+    landing.write(published, shown, generated)
+    claims = together.write(shown, staging)
     table = toc.contents(list(runs), others, notebooks, claims)
     (staging / "_toc.yml").write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
 
@@ -112,7 +114,9 @@ def render(root: Path, staging: Path, output: Path) -> None:
             page.write_text(text.replace(_REFERENCES, "<div class="), encoding="utf-8")
 
 
-def _stage_run(run: Run, notebooks: Sequence[str], sources: Path, folder: Path) -> None:
+def _stage_run(
+    run: Run, notebooks: Sequence[str], sources: Path, folder: Path, kept: Sequence[KeptRun]
+) -> None:
     (folder / "executed").mkdir(parents=True)
     executed = {}
     for name in notebooks:
@@ -140,7 +144,7 @@ def _stage_run(run: Run, notebooks: Sequence[str], sources: Path, folder: Path) 
         nbformat.write(page, folder / f"{name}.ipynb")
         nbformat.write(without_machine(notebook), folder / "executed" / f"{name}.ipynb")
         shutil.copyfile(sources / f"{name}.py", folder / "executed" / f"{name}.py")
-    (folder / "index.md").write_text(_run_page(run, executed), encoding="utf-8")
+    (folder / "index.md").write_text(_run_page(run, executed, kept), encoding="utf-8")
     explorer = run.folder / "explorer"  # finished pages: Sphinx copies them as they are
     if explorer.is_dir():
         shutil.copytree(explorer, folder.parent / "_extra" / "explorer" / run.profile.name)
@@ -152,16 +156,13 @@ def _add_banner(page: nbformat.NotebookNode, profile: Profile) -> None:
     if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
         raise PageError("it does not begin with a '# ' title.")
     title, _, rest = first.source.partition("\n")
-    banner = f"```{{div}} run-banner\nProfile [{profile.name}](index.md): {profile.about}\n```\n"
+    about = f"Profile [{profile.name}](index.md): {literal(profile.about)}"
+    banner = f"```{{div}} run-banner\n{about}\n```\n"
     first.source = f"{title}\n\n{banner}{_small_run(profile)}\n{rest}"
 
 
-def _toy(name: str) -> bool:
-    return name.startswith("tiny")
-
-
 def _small_run(profile: Profile) -> str:
-    if not _toy(profile.name):
+    if not toy(profile.name):
         return ""
     return (
         "\n:::{warning}\nThis is a toy profile: it shows that every step works, in minutes."
@@ -169,22 +170,31 @@ def _small_run(profile: Profile) -> str:
     )
 
 
-def _run_page(run: Run, executed: Mapping[str, nbformat.NotebookNode]) -> str:
+def _run_page(
+    run: Run, executed: Mapping[str, nbformat.NotebookNode], kept: Sequence[KeptRun]
+) -> str:
     profile = run.profile
     titles = {name: next(iter(headings(notebook)))[1] for name, notebook in executed.items()}
     listed = "\n".join(f"- [{title}]({name}.ipynb)" for name, title in titles.items())
     return (
-        f"# About {profile.name}\n\n{profile.about}\n{_small_run(profile)}\n"
-        f"## What we find\n\n{_findings(run, link=False)}\n\n"
+        f"# About {profile.name}\n\n{literal(profile.about)}\n{_small_run(profile)}\n"
+        f"## What we find\n\n{landing.findings(run, link=False)}\n\n"
+        f"{landing.agreement_sentence(run, kept)}\n\n"
         f"## The pages of this run\n\n{listed}\n\n## Settings\n\n{_settings(profile)}\n"
     )
 
 
-def _not_run_page(profile: Profile, built: Sequence[str]) -> str:
+def _not_run_page(profile: Profile, built: Sequence[str], kept: KeptRun | None) -> str:
     command = f'make book PROFILES="{" ".join([*built, profile.name])}"'
+    shown = ", so nothing is shown for it.\n:::\n"
+    if kept is not None:
+        shown = (
+            "; what is shown of it is kept from an earlier run, in `results/`.\n:::\n\n"
+            f"## What we find\n\n{landing.findings(kept, link=False)}\n"
+        )
     return (
-        f"# About {profile.name}\n\n{profile.about}\n\n"
-        ":::{note}\nThis profile has not been run for this book, so nothing is shown for it.\n:::\n"
+        f"# About {profile.name}\n\n{literal(profile.about)}\n\n"
+        f":::{{note}}\nThis profile has not been run for this book{shown}"
         f"\n## How to run it\n\n```bash\n{command}\n```\n\n"
         f"What that costs, before anything is spent: `make plan PROFILE={profile.name}`.\n\n"
         f"## Settings\n\n{_settings(profile)}\n"
@@ -196,9 +206,9 @@ def _settings(profile: Profile) -> str:
     training, sizes = profile.training, profile.dictionary
     roles = ", ".join(f"{role} {tokens:,}" for role, tokens in profile.text.roles.items())
     rows = {
-        "Language model": f"{profile.model.source}, layer {profile.model.layer},"
+        "Language model": f"{literal(profile.model.source)}, layer {profile.model.layer},"
         f" {profile.model.dtype}, weights {profile.model.weights.replace('_', ' ')}",
-        "Text": f"{profile.text.source}, rows of {profile.text.context_length} tokens",
+        "Text": f"{literal(profile.text.source)}, rows of {profile.text.context_length} tokens",
         "Tokens by role": roles,
         "Primary dictionary": f"$n$ = {sizes.n_features:,}, $k$ = {sizes.k}",
         "Meta dictionary": f"$m$ = {sizes.n_meta_features:,}, $k$ = {sizes.meta_k}",
@@ -219,43 +229,6 @@ def _settings(profile: Profile) -> str:
 def _table(caption: str, name: str, rows: Mapping[str, str]) -> str:
     body = "\n".join(f"* - {key}\n  - {value}" for key, value in rows.items())
     return f"```{{list-table}} {caption}\n:name: {name}\n:stub-columns: 1\n\n{body}\n```\n"
-
-
-def _findings(run: Run, link: bool) -> str:
-    """What the scorecard of a run found, in its own sentences."""
-    try:
-        headline = run.load_json("headline")
-        sentences = [str(sentence) for sentence in headline["sentences"]]
-    except (ArtefactError, KeyError, TypeError):
-        sentences = ["The scorecard of this run has not drawn its conclusions yet."]
-    name = run.profile.name
-    shown = f"**[{name}]({name}/index.md)**" if link else f"**{name}**"
-    tiny = " (a test of the machinery: its numbers say nothing)" if _toy(name) else ""
-    return f"{shown}{tiny}\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)
-
-
-def _claims(published: Mapping[str, Any]) -> str:
-    """What the paper claims, in its own numbers."""
-    gpt2, gemma = published["gpt2-large"], published["gemma-2-9b"]
-    best = next(row for row in gpt2["table1"]["rows"] if row.get("selected"))
-
-    def value(key: str, of: Mapping[str, Any] = gpt2) -> Any:
-        return of[key]["value"]
-
-    return "\n".join(
-        [
-            f"- mean |φ| between features is {-best['d_mean_abs_phi_pct']:g}% lower than in a"
-            " dictionary trained alone (Table 1);",
-            f"- automated interpretability (fuzzing) is {value('fuzz_delta_pct')}% higher (§5.2);",
-            f"- the price is {best['d_l2_pct']:g}% more reconstruction error, and cross-entropy"
-            f" {value('joint_ce_overhead_pct')}% above the language model's instead of"
-            f" {value('solo_ce_overhead_pct')}% (§5.3);",
-            "- on Gemma 2 9B the same setting gives a fuzzing score"
-            f" {value('fuzz_delta_pct_selected', gemma)}% higher (§6);",
-            "- features of ambiguous words such as *too*, *let*, *cookies* and *flash* split into"
-            " their senses (§5.4, §6).",
-        ]
-    )
 
 
 def _notebook_links(name: str) -> str:

@@ -14,9 +14,11 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+import landing
 from metasae_lib import Run
 from metasae_lib.show import figures, scorecard, tables
 from metasae_lib.show import text as formats
+from metasae_lib.study.kept import KeptRun
 
 FOLDER = "together"
 
@@ -152,9 +154,8 @@ def write(runs: Mapping[str, Run], staging: Path) -> list[str]:
     """Write the pages and their figures into `staging/together`; return the pages' names."""
     folder = staging / FOLDER
     folder.mkdir()
-    # Made anew, because a table on disk has lost which values are numbers.
     cards = {
-        n: scorecard.run_scorecard(run) for n, run in runs.items() if run.has_table("scorecard")
+        n: scorecard.saved_scorecard(run) for n, run in runs.items() if run.has_table("scorecard")
     }
     for claim in CLAIMS:
         parts = [f"# {claim.title}", claim.text]
@@ -169,6 +170,8 @@ def _tabs(claim: Claim, picture: Picture, runs: Mapping[str, Run], folder: Path)
     lines = [f"## {picture.title}", "", ":::::{tab-set}", ":sync-group: profile", ""]
     for name, run in runs.items():
         lines += [f"::::{{tab-item}} {name}", f":sync: {name}", ""]
+        if isinstance(run, KeptRun):
+            lines += [f"*{landing.kept_mark(run)}*", ""]
         frame = run.load_table(picture.table) if run.has_table(picture.table) else pd.DataFrame()
         if frame.empty:
             lines += [

@@ -1,4 +1,4 @@
-"""Commands: `python -m metasae_lib fetch PROFILE...`, `plan PROFILE` and `train PROFILE`."""
+"""Commands: `python -m metasae_lib fetch PROFILE...`, `plan`, `train` and `keep`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from metasae_lib.study.errors import MetaSAEError, ProfileError
+from metasae_lib.study.kept import KeptRun, keep
 from metasae_lib.study.plan import machines, plan_text
 from metasae_lib.study.profile import Profile
 from metasae_lib.study.run import Run
@@ -30,6 +31,17 @@ def _train(options: argparse.Namespace) -> None:
     train_arms(run, watch)
 
 
+def _keep(folder: str) -> None:
+    """Store a run's small tables and values in results/, with a picture of its headline."""
+    from metasae_lib.show import figures
+
+    target = keep(folder)
+    effects = KeptRun(target).load_table("effects")
+    lines = {"the paper, −7.5%": figures.HEADLINE, "its four seeds, −2.3%": -2.3}
+    figures.effect(effects, lines).savefig(target / "effect.png", dpi=100)
+    print(f"kept in {target}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one sentence on standard error otherwise."""
     parser = argparse.ArgumentParser(prog="python -m metasae_lib")
@@ -39,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = commands.add_parser("plan", help="what a profile will cost, before anything is spent")
     plan.add_argument("profile", metavar="PROFILE")
     plan.add_argument("--gpu", choices=list(machines()), help="one machine (all by default)")
+    kept = commands.add_parser("keep", help="store a finished run's small tables in results/")
+    kept.add_argument("folder", metavar="RUN", help="folder of the run, made here or elsewhere")
     train = commands.add_parser(
         "train",
         help="train the arms of a profile; start it with torchrun --nproc-per-node=N "
@@ -56,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "train":
             _train(options)
+        elif options.command == "keep":
+            _keep(options.folder)
         elif options.command == "plan":
             names = [options.gpu] if options.gpu else list(machines())
             print(plan_text(Profile.load(options.profile), names))

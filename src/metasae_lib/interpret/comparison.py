@@ -100,11 +100,18 @@ def _resampled_means(values: NDArray[np.float64], resamples: int) -> list[NDArra
     return [values[generator.integers(n, size=n)].mean(axis=0) for _ in range(resamples)]
 
 
-def kept_pairs(pairs: pd.DataFrame, thresholds: Sequence[float]) -> pd.DataFrame:
-    """How many matched pairs several cosine thresholds keep. Columns: cosine, pairs, share."""
-    kept = [int((pairs.cosine >= threshold).sum()) for threshold in thresholds]
-    frame = pd.DataFrame({"cosine": thresholds, "pairs": kept})
-    return frame.assign(share=frame.pairs / len(pairs))
+def kept_pairs(arms: Mapping[str, Arm], joint: Arm, thresholds: Sequence[float]) -> pd.DataFrame:
+    """Share of a joint arm's matched pairs that several cosine thresholds keep, by solo seed.
+
+    Columns: with (the solo arm, and whether it started from the same weights), and one a threshold.
+    """
+    rows = []
+    for name, arm in arms.items():
+        if arm.spec.kind == "solo":
+            cosine = matched_pairs(arm, joint).cosine
+            start = "same" if arm.spec.seed == joint.spec.seed else "another"
+            rows.append([f"{name}, {start} start", *((cosine >= t).mean() for t in thresholds)])
+    return pd.DataFrame(rows, columns=["with", *(f"cosine ≥ {t:g}" for t in thresholds)])
 
 
 def compare_all(

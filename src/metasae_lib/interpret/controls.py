@@ -175,7 +175,7 @@ def _alike(by: Mapping[Any, pd.DataFrame], score_name: str) -> tuple[float, floa
 def _interval(values: pd.Series) -> tuple[float, float, float]:
     """Mean and 95% interval, nan where there is nothing to average."""
     found = values.dropna()
-    return (np.nan, np.nan, np.nan) if found.empty else astuple(paired_difference(found))
+    return (np.nan, np.nan, np.nan) if found.empty else astuple(paired_difference(found))[:3]
 
 
 def verdict_table(controls: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

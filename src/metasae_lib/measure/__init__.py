@@ -13,13 +13,23 @@ from metasae_lib.measure.cross import (
     top_matches,  # the same for one pair of dictionaries
 )
 from metasae_lib.measure.fidelity import (
+    fidelity_pairs,  # what each setting costs against solo, on the same text
     measure_arms,  # L2, L0, CE and dead features of every arm
     norms,  # norms of the residuals, with and without position 0
 )
-from metasae_lib.measure.matching import hungarian  # features matched by decoder cosine
+from metasae_lib.measure.matching import (
+    hungarian,  # features matched by decoder cosine
+    same_features,  # feature i against its start, its partner, other seeds
+)
+from metasae_lib.measure.pairs import (
+    effects,  # the headline under each way to compare
+    frontier_table,  # every joint arm against the solo curve at its L2
+    pair_table,  # every arm against the solo arm of its seed
+    resampled_mean_abs,  # mean |φ| of every arm in the same resamples of its features
+    setting_table,  # pairs of each setting, for new seeds and features
+)
 from metasae_lib.measure.phi import (
     PhiSummary,  # φ over all pairs, without its matrix
-    abs_phi_blocks,  # |φ| by blocks of rows
     enough_tokens,  # whether a scan is long enough, in words
     noise_floor,  # mean |φ| of independent features
     null_mean_abs,  # the same at given firing rates
@@ -31,10 +41,7 @@ from metasae_lib.measure.sensitivity import (
     headline_by_choice,  # joint against solo under each of them
     sensitivity,  # mean |φ| under every other choice
 )
-from metasae_lib.measure.statistics import (
-    bootstrap_mean_abs,  # mean |φ| over resampled features
-    welch,  # Welch's test as the paper has it
-)
+from metasae_lib.measure.statistics import welch  # Welch's test as the paper has it
 from metasae_lib.measure.thresholds import (
     calibrate,  # thresholds of one dictionary under a rule
     calibrate_arms,  # thresholds of every arm of a run

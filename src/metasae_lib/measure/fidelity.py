@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch import Tensor
 from metasae_lib.measure.passes import by_arm, pre_activations, product_dtype, training_groups
 from metasae_lib.measure.patterns import above
 from metasae_lib.measure.scan import scan_inputs
+from metasae_lib.measure.statistics import crossed_interval
 from metasae_lib.measure.thresholds import calibrate_arms
 from metasae_lib.study import Artefact, MeasureError, Role, Run, progress
 from metasae_lib.subject import Residuals, Subject, load_subject, load_tokens
@@ -34,7 +35,7 @@ from metasae_lib.train import Arm, Dictionary, JumpReLU, denormalise, normalise
 from metasae_lib.train.kernels.compiled import batch_topk
 from metasae_lib.train.kernels.plain import batch_topk as batch_topk_plain
 
-VERSION = 2  # of the stage
+VERSION = 3  # of the stage
 TOKENS = 100_000  # L2, FVU, L0 and norms are taken on the first chunks of the scan role up to here
 Mode = Literal["threshold", "batch"]
 MODES: tuple[Mode, ...] = ("threshold", "batch")
@@ -69,18 +70,18 @@ class Reconstruction:
     """
 
     moments: Moments
-    error: float = 0.0
+    errors: list[float] = field(default_factory=list)  # sum of squares, of each batch
     n_active: int = 0
 
     def add(self, z: Tensor, z_hat: Tensor, n_active: int) -> None:
         """Add tokens. z, z_hat: (t, d) normalised. n_active: activations that are not zero."""
         self.n_active += n_active
-        self.error += float((z - z_hat).square_().sum(1).sum(dtype=torch.float64))
+        self.errors.append(float((z - z_hat).square_().sum(1).sum(dtype=torch.float64)))
 
     @property
     def l2(self) -> float:
         """Mean square error over tokens and dimensions."""
-        return self.error / (self.moments.n_tokens * self.moments.d)
+        return sum(self.errors) / (self.moments.n_tokens * self.moments.d)
 
     @property
     def fvu(self) -> float:
@@ -88,7 +89,7 @@ class Reconstruction:
         variance = self.moments.variance
         if variance <= 0:
             raise MeasureError("the fraction of variance unexplained needs tokens that differ")
-        return self.error / variance
+        return sum(self.errors) / variance
 
     @property
     def l0(self) -> float:
@@ -153,6 +154,45 @@ def measure_arms(run: Run, arms: Mapping[str, Arm], subject: Subject | None = No
     `text.skip_first` the residual at position 0 stays as it is, and the prediction made there,
     which then cannot change, is left out. `subject` spares loading the language model.
     """
+    described = ("kind", "seed", "lambda2", "sigma_sq", "k")
+    rows = [
+        {"arm": name}
+        | {field: getattr(arms[name].spec, field) for field in described}
+        | artefact.info["fidelity"]
+        for name, artefact in _measured(run, arms, subject).items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def fidelity_pairs(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:
+    """What each setting costs against the solo arm of its own seed, on the same text.
+
+    Columns: setting (an arm without its seed), kind, n_seeds; d_l2_pct with l2_low and l2_high, and
+    d_ce_nats with ce_low and ce_high. The intervals hold for other text, batch by batch of L2 and
+    row by row of CE, and with two seeds for other seeds as well (`statistics.crossed_interval`).
+    """
+    by_text = {
+        name: {measure: np.array(values) for measure, values in found.info["by_text"].items()}
+        for name, found in _measured(run, arms).items()
+    }
+    rises: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = {}
+    for name, arm in arms.items():
+        base, ours = by_text.get(f"solo-seed{arm.spec.seed}"), by_text[name]
+        if arm.spec.kind != "solo" and base is not None:
+            setting = name.removesuffix(f"-seed{arm.spec.seed}"), arm.spec.kind
+            rise = 100 * (ours["l2"] - base["l2"]) / base["l2"].mean(), ours["ce"] - base["ce"]
+            rises.setdefault(setting, []).append(rise)
+    rows = []
+    for setting, pairs in rises.items():
+        l2, ce = (crossed_interval(each) for each in zip(*pairs, strict=True))
+        rows.append((*setting, len(pairs), *l2, *ce))
+    columns = ["setting", "kind", "n_seeds", "d_l2_pct", "l2_low", "l2_high"]
+    return pd.DataFrame(rows, columns=[*columns, "d_ce_nats", "ce_low", "ce_high"])
+
+
+def _measured(
+    run: Run, arms: Mapping[str, Arm], subject: Subject | None = None
+) -> dict[str, Artefact]:
     calibrations = calibrate_arms(run, arms)
     residuals = Residuals(run, "scan", subject)
 
@@ -161,19 +201,13 @@ def measure_arms(run: Run, arms: Mapping[str, Arm], subject: Subject | None = No
         errors, entropies = _errors(run, residuals, chosen), _entropies(run, chosen, model)
         for name, artefact in missing.items():
             dead = int((calibrations[name].selected == 0).sum())
-            measured = {**errors[name], **entropies[name], "dead": dead}
-            artefact.finish({"fidelity": measured}, shared_by=len(missing))
+            (l2, by_batch), (ce, by_row) = errors[name], entropies[name]
+            measured = {"fidelity": {**l2, **ce, "dead": dead}}
+            by_text = {"by_text": {"l2": by_batch, "ce": by_row}}
+            artefact.finish(measured | by_text, shared_by=len(missing))
 
     on = {**scan_inputs(run, residuals), "ce_rows": run.profile.evaluation.ce_rows}
-    artefacts = run.made("fidelity", by_arm(arms, on), VERSION, make)
-    described = ("kind", "seed", "lambda2", "sigma_sq", "k")
-    rows = [
-        {"arm": name}
-        | {field: getattr(arms[name].spec, field) for field in described}
-        | artefact.info["fidelity"]
-        for name, artefact in artefacts.items()
-    ]
-    return pd.DataFrame(rows)
+    return run.made("fidelity", by_arm(arms, on), VERSION, make)
 
 
 def norms(run: Run, subject: Subject | None = None) -> pd.DataFrame:
@@ -218,13 +252,17 @@ def _moments(sums: np.ndarray) -> tuple[float, float]:
     return mean, math.sqrt(max(square / n - mean**2, 0.0))
 
 
-def _errors(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[str, dict[str, float]]:
+_ByText = dict[str, tuple[dict[str, float], list[float]]]  # of an arm: in all, and by part of text
+
+
+def _errors(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> _ByText:
     dtype, moments = product_dtype(run), Moments(residuals.d)
     sums = {(name, mode): Reconstruction(moments) for name in arms for mode in MODES}
-    brackets = dict.fromkeys(sums, 0)
+    brackets, tokens = dict.fromkeys(sums, 0), list[int]()
     what, n_tokens = f"fidelity of {len(arms)} arms", min(TOKENS, residuals.n_tokens)
     for z, sizes in training_groups(run, residuals, n_tokens, what):
         moments.add(z)
+        tokens += sizes
         for name, arm in arms.items():
             pre = pre_activations(arm.sae, z, dtype)
             for part, batch in zip(z.split(sizes), pre.split(sizes), strict=True):
@@ -232,18 +270,20 @@ def _errors(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[str
                     at = name, mode
                     z_hat, active, brackets[at] = _reconstruct(arm.sae, batch, mode, brackets[at])
                     sums[at].add(part, z_hat, active)
-    result = {}
+    result: _ByText = {}
     for name in arms:
         held, batch = (sums[name, mode] for mode in MODES)
-        result[name] = {
+        by_batch = (np.array(held.errors) / (np.array(tokens) * moments.d)).tolist()
+        in_all = {
             "l2": held.l2, "fvu": held.fvu, "l0_threshold": held.l0,
             "l2_batch": batch.l2, "fvu_batch": batch.fvu, "l0_batch": batch.l0,
             "n_tokens": moments.n_tokens,
         }  # fmt: skip
+        result[name] = in_all, by_batch
     return result
 
 
-def _entropies(run: Run, arms: Mapping[str, Arm], subject: Subject) -> dict[str, dict[str, float]]:
+def _entropies(run: Run, arms: Mapping[str, Arm], subject: Subject) -> _ByText:
     rows = np.asarray(load_tokens(run).rows("scan")[: run.profile.evaluation.ce_rows])
     first, dtype = int(run.profile.text.skip_first), product_dtype(run)
     size = run.profile.model.batch_rows
@@ -258,7 +298,7 @@ def _entropies(run: Run, arms: Mapping[str, Arm], subject: Subject) -> dict[str,
         return torch.cat(parts).double().mean(dim=1).cpu().numpy()
 
     baseline = row_means(lambda x: x, len(batches))
-    ce, result = float(baseline.mean()), {}
+    ce, result = float(baseline.mean()), _ByText()
     with progress(len(arms), f"cross-entropy of {len(arms)} arms") as bar:
         for name, arm in arms.items():
             held = row_means(replacement(arm.sae, "threshold", first, dtype), len(batches))
@@ -266,7 +306,7 @@ def _entropies(run: Run, arms: Mapping[str, Arm], subject: Subject) -> dict[str,
             rise, same_rows = held - baseline, baseline[: len(batch)]
             rise_batch = batch - same_rows
             error = float(rise.std(ddof=1)) / math.sqrt(len(rise)) if len(rise) > 1 else math.nan
-            result[name] = {
+            in_all = {
                 "ce": float(held.mean()),
                 "ce_baseline": ce,
                 "ce_overhead_nats": float(rise.mean()),
@@ -278,6 +318,7 @@ def _entropies(run: Run, arms: Mapping[str, Arm], subject: Subject) -> dict[str,
                 "ce_rows": len(rows),
                 "ce_tokens": len(rows) * (rows.shape[1] - 1 - first),
             }
+            result[name] = in_all, rise.tolist()
             bar.update()
     return result
 

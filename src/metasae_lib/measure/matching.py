@@ -1,15 +1,20 @@
-"""Matching the features of two dictionaries by the cosine of their decoder rows."""
+"""Whether two dictionaries have the same features, by the cosine of their decoder rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
-from metasae_lib.study import MeasureError
+from metasae_lib.study import MeasureError, Run
+from metasae_lib.train import Arm, BatchTopK
 
 
 def hungarian(W_a: Any, W_b: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -39,3 +44,63 @@ def hungarian(W_a: Any, W_b: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[A
     cost = (unit_a @ unit_b.T).neg_().double().numpy()
     rows, cols = linear_sum_assignment(cost)
     return rows, cols, np.clip(-cost[rows, cols], -1, 1).astype(np.float32)
+
+
+def row_cosine(W_a: Tensor, W_b: Tensor) -> float:
+    """Mean cosine of row i of one decoder with row i of the other."""
+    return float(torch.cosine_similarity(W_a.double(), W_b.double(), dim=1).mean())
+
+
+def pw_mcc(W_a: Tensor, W_b: Tensor) -> float:
+    """Pairwise mean maximum cosine: each row with the nearest of the other, both ways, averaged.
+
+    Rows in random directions have about √(2 ln n / d).
+    """
+    a, b = (torch.nn.functional.normalize(W.float(), dim=1) for W in (W_a, W_b))
+    cosines = a @ b.T
+    nearest = (cosines.amax(dim=dim).double().mean() for dim in (0, 1))
+    return float(sum(nearest)) / 2
+
+
+def same_features(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:
+    """Is feature i still the same feature: against its start, its partner, and other seeds.
+
+    Of the solo arms and the arms of the selected setting. Columns: comparison, of (`row`: feature i
+    with feature i; `nearest`: with the nearest of all), cosine (mean over pairs of dictionaries),
+    least, largest (of them), pairs.
+    """
+    kinds: dict[str, dict[int, Tensor]] = {"solo": {}, "joint": {}, "start": {}}
+    for arm in arms.values():
+        spec = arm.spec
+        if spec.kind == "solo" or (
+            spec.kind == "joint" and (spec.lambda2, spec.sigma_sq) == run.profile.selected
+        ):
+            sae = arm.sae
+            kinds[spec.kind][spec.seed] = sae.W_dec
+            fresh = BatchTopK(sae.d_in, sae.n_features, sae.k, spec.seed)
+            kinds["start"][spec.seed] = fresh.W_dec.to(sae.W_dec)
+    solo, joint, start = kinds.values()
+
+    def same_seed(a: Mapping[int, Tensor], b: Mapping[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return [(a[seed], b[seed]) for seed in a if seed in b]
+
+    others = [(solo[a], joint[b]) for a in solo for b in joint if a != b]
+    wanted: list[tuple[str, str, Iterable[tuple[Tensor, Tensor]]]] = [
+        ("solo and its start", "row", same_seed(solo, start)),
+        ("joint and its start", "row", same_seed(joint, start)),
+        ("joint and its solo partner", "row", same_seed(solo, joint)),
+        ("joint and another seed's solo", "row", others),
+        ("joint and its solo partner", "nearest", same_seed(solo, joint)),
+        ("two solo seeds", "nearest", combinations(solo.values(), 2)),
+        ("two joint seeds", "nearest", combinations(joint.values(), 2)),
+        ("joint and another seed's solo", "nearest", others),
+        ("random directions", "nearest", combinations(start.values(), 2)),
+    ]
+    rows = []
+    for comparison, of, pairs in wanted:
+        measure = row_cosine if of == "row" else pw_mcc
+        found = [measure(a, b) for a, b in pairs]
+        if found:
+            rows.append((comparison, of, np.mean(found), min(found), max(found), len(found)))
+    columns = ["comparison", "of", "cosine", "least", "largest", "pairs"]
+    return pd.DataFrame(rows, columns=columns)

@@ -1,14 +1,19 @@
 """Intervals, tests and effect sizes: over features, over seeds, and over pairs as the paper has it.
 
 Nothing here knows of models or runs: arrays in, small results out.
+
+Arms of one seed start from the same weights and read the same text, so they are compared as pairs.
+Two questions can be asked of a difference: what *other features* of the same trainings would give
+(`feature_difference`), and what *other trainings* would give (`over_seeds`). Every training has
+features of its own, so the scatter between seeds holds both, and its interval answers both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import scipy.stats
@@ -17,15 +22,20 @@ from numpy.typing import ArrayLike, NDArray
 from metasae_lib.study import MeasureError
 
 Floats = NDArray[np.float64]
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A difference with its interval. `low` and `high` are nan where the data allow none."""
+    """A difference with its interval. `low` and `high` are nan where the data allow none.
+
+    scatter: standard deviation of one of the differences that it is the mean of, if known.
+    """
 
     difference: float
     low: float
     high: float
+    scatter: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,19 @@ class TTest:
     d: float
 
 
+def feature_draws(n_features: int, n_resamples: int = 200, seed: int = 0) -> NDArray[np.float32]:
+    """How often each feature is drawn in each resample of the features, (n_features, n_resamples).
+
+    Dictionaries that are compared take the same draws, so that feature i comes with feature i.
+    """
+    if n_features < 2 or n_resamples < 2:
+        raise MeasureError("a bootstrap over features needs two features and two resamples")
+    generator, even = np.random.default_rng(seed), np.full(n_features, 1 / n_features)
+    return generator.multinomial(n_features, even, size=n_resamples).T.astype(np.float32)
+
+
 def bootstrap_mean_abs(
-    blocks: Iterable[tuple[slice, NDArray[np.float32]]], n_resamples: int = 200, seed: int = 0
+    blocks: Iterable[tuple[slice, NDArray[np.float32]]], draws: NDArray[np.float32]
 ) -> Floats:
     """mean |φ| in resamples of the features, (n_resamples,).
 
@@ -49,115 +70,108 @@ def bootstrap_mean_abs(
 
         Σ_{i<j} w_i w_j |φ_ij| / Σ_{i<j} w_i w_j,
 
-    a pair of a feature with its own copy left out. blocks: the (n, n) matrix of |φ| by blocks of
-    rows with a zero diagonal (`phi.abs_phi_blocks`), float32: each mean is right to about
-    1e-6 of itself. Cost: n² n_resamples multiply-adds.
+    a pair of a feature with its own copy left out. blocks: the (m, m) matrix of |φ| by blocks of
+    rows with a zero diagonal (`phi.abs_phi_blocks`), float32: each mean is right to about 1e-6 of
+    itself. draws: (m, n_resamples), the rows of `feature_draws` for these m features; a feature
+    that is dead here was drawn as well, and its pairs are missing on this side alone. Cost:
+    m² n_resamples multiply-adds.
     """
-    weights = np.empty((0, n_resamples), np.float32)
-    total = np.zeros(n_resamples)
+    total = np.zeros(draws.shape[1])
     for rows, block in blocks:
-        n = block.shape[1]
-        if len(weights) != n:
-            drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
-            weights = drawn.T.astype(np.float32)
-        total += np.einsum("ir,ir->r", weights[rows], block @ weights, dtype=np.float64)
-    if len(weights) < 2 or n_resamples < 1:
-        raise MeasureError("a bootstrap over features needs two features and one resample")
-    exact = weights.astype(np.float64)
+        total += np.einsum("ir,ir->r", draws[rows], block @ draws, dtype=np.float64)
+    exact = draws.astype(np.float64)
     return total / (exact.sum(axis=0) ** 2 - (exact**2).sum(axis=0))
 
 
 def feature_difference(
     difference: float, replicates_a: Floats, replicates_b: Floats, level: float = 0.95
 ) -> Effect:
-    """Interval of mean |φ| of b minus that of a, by the bootstraps over each one's features.
+    """Interval of mean |φ| of b minus that of a, for other features of the same two trainings.
 
-    difference: the observed one, b - a. The interval is difference ± z times the standard
-    deviation of the replicates' differences: percentiles would be shifted, since copies of a
-    feature thin a resample out. The two are drawn independently, which is wide rather than narrow
-    for dictionaries with matching features. It says what other features of the same two trainings
-    would give; other trainings (seeds) are another question, see `seed_difference`.
+    difference: the observed one, b - a. replicates: `bootstrap_mean_abs` of each with the same
+    draws if features come in pairs, with draws of their own if not. The interval is difference ± z
+    times the standard deviation of the replicates' differences: percentiles would be shifted,
+    since copies of a feature thin a resample out. Other trainings are another question, see
+    `over_seeds`.
     """
     spread = float(np.std(replicates_b - replicates_a, ddof=1))
     reach = float(scipy.stats.norm.ppf((1 + level) / 2)) * spread
     return Effect(difference, difference - reach, difference + reach)
 
 
-@dataclass(frozen=True)
-class SeedComparison:
-    """Two conditions over independently trained seeds, b minus a.
+def over_seeds(differences: Mapping[K, ArrayLike], level: float = 0.95) -> dict[K, Effect]:
+    """Mean difference of each setting, with the interval that holds for new seeds and features.
 
-    t_interval: Welch's t interval over seeds. bootstrap: percentile interval from resampling
-    seeds. p: two-sided permutation p; smallest_p: the smallest that so few seeds allow. All but
-    the last are nan if a side has a single seed.
-    caution: a sentence on what the number of seeds cannot show, or empty.
+    differences: by setting one value a seed, of the arm minus its own solo arm; nan is left out.
+    The variance around each setting's mean is pooled over the settings, which are taken to scatter
+    alike; so a setting with a single seed has an interval if another has two. Each dictionary has
+    features of its own, so that this variance holds the scatter over features too. No interval
+    where no setting has two seeds.
     """
+    kept = {key: np.asarray(values, np.float64) for key, values in differences.items()}
+    kept = {key: values[~np.isnan(values)] for key, values in kept.items()}
+    df = sum(max(len(values) - 1, 0) for values in kept.values())
+    squares = sum(float(np.sum((v - v.mean()) ** 2)) for v in kept.values() if len(v))
+    scatter = math.sqrt(squares / df) if df else math.nan
+    effects = {}
+    for key, values in kept.items():
+        mean = float(values.mean()) if len(values) else math.nan
+        reach = _reach(scatter, df, len(values), level) if df and len(values) else math.nan
+        effects[key] = Effect(mean, mean - reach, mean + reach, scatter)
+    return effects
 
-    difference: float
-    spread_a: float
-    spread_b: float
-    t_interval: tuple[float, float]
-    bootstrap: tuple[float, float]
-    p: float
-    smallest_p: float
-    caution: str
+
+def seeds_interval(effect: Effect, n_seeds: int, level: float = 0.95) -> tuple[float, float]:
+    """The interval that an effect of this size and scatter would have with so many seeds."""
+    reach = _reach(effect.scatter, n_seeds - 1, n_seeds, level)
+    return effect.difference - reach, effect.difference + reach
 
 
-def seed_difference(
-    a: Sequence[float], b: Sequence[float], level: float = 0.95, seed: int = 0
-) -> SeedComparison:
-    """Compare a measure between conditions trained over several seeds.
+def _reach(scatter: float, df: int, n: int, level: float) -> float:
+    return float(scipy.stats.t.ppf((1 + level) / 2, df)) * scatter / math.sqrt(n)
 
-    a, b: one value a seed, at least one each. Spreads are standard deviations over seeds (ddof 1),
-    nan for a single seed. The permutation test deals the pooled values anew in every way (if there
-    are more than 20,000 ways, in a random sample of them); under the hypothesis that the condition
-    makes no difference, every dealing is equally likely.
+
+def crossed_interval(differences: ArrayLike, level: float = 0.95) -> Floats:
+    """Mean of differences (seeds, parts of text) with its ends, for new seeds and new text: (3,).
+
+    Every seed meets the same text, so both scatter crosswise: with the mean squares of a two-way
+    table without repetition the variance of the mean is (MS_seed + MS_text - MS_rest) / (S R), and
+    its degrees of freedom are Satterthwaite's. With one seed the interval holds for new text alone;
+    with one part there is none.
+    """
+    x = np.asarray(differences, np.float64)
+    n_seeds, n_parts = x.shape
+    mean = float(x.mean())
+    if n_parts < 2:
+        return np.array([mean, math.nan, math.nan])
+    if n_seeds == 1:
+        effect = paired_difference(x[0], level)
+        return np.array([mean, effect.low, effect.high])
+    by_seed, by_text = x.mean(axis=1), x.mean(axis=0)
+    rest = x - by_seed[:, None] - by_text[None] + mean
+    dfs = np.array([n_seeds - 1, n_parts - 1, (n_seeds - 1) * (n_parts - 1)])
+    squares = n_parts * by_seed.var(ddof=1), n_seeds * by_text.var(ddof=1), (rest**2).sum() / dfs[2]
+    signed = np.array([1, 1, -1]) * squares
+    # The difference of mean squares can come out below what either part alone is known to give.
+    total = max(signed.sum(), max(squares[:2]))
+    df = total**2 / float((signed**2 / dfs).sum()) if total else 1.0
+    reach = float(scipy.stats.t.ppf((1 + level) / 2, df)) * math.sqrt(total / x.size)
+    return np.array([mean, mean - reach, mean + reach])
+
+
+def unpaired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Effect:
+    """Mean of b minus mean of a with Welch's t interval, as of two groups that share nothing.
+
+    No interval where a side has a single value.
     """
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if not len(x) or not len(y):
-        raise MeasureError("comparing seeds needs at least one value on each side")
-    observed = float(y.mean() - x.mean())
-    spread_a, spread_b = (float(v.std(ddof=1)) if len(v) > 1 else math.nan for v in (x, y))
-    interval = bootstrap = math.nan, math.nan
-    p, fewest = math.nan, min(len(x), len(y))
-    if fewest > 1:
-        va, vb = spread_a**2 / len(x), spread_b**2 / len(y)
-        df = _welch_df(va, vb, len(x), len(y))
-        reach = float(scipy.stats.t.ppf((1 + level) / 2, df)) * math.sqrt(va + vb)
-        interval = observed - reach, observed + reach
-        generator = np.random.default_rng(seed)
-        resampled = scipy.stats.bootstrap(
-            (x, y),
-            _mean_difference,
-            n_resamples=10_000,
-            confidence_level=level,
-            method="percentile",
-            rng=generator,
-        )
-        low, high = resampled.confidence_interval
-        bootstrap = float(low), float(high)
-        permuted = scipy.stats.permutation_test(
-            (x, y), _size_of_difference, n_resamples=20_000, alternative="greater", rng=generator
-        )
-        p = float(permuted.pvalue)
-    # With equally many seeds each dealing has its mirror image, equally extreme.
-    smallest = (2 if len(x) == len(y) else 1) / math.comb(len(x) + len(y), len(x))
-    caution = ""
-    if smallest > 1 - level:
-        caution = (
-            f"With {len(x)} and {len(y)} seeds no permutation test can give less than "
-            f"p = {smallest:.2g}, and a bootstrap of so few seeds is too narrow: read the t "
-            f"interval{' once both sides have two seeds' if fewest < 2 else ''}."
-        )
-    return SeedComparison(observed, spread_a, spread_b, interval, bootstrap, p, smallest, caution)
-
-
-def _mean_difference(x: Floats, y: Floats, axis: int = -1) -> Any:
-    return y.mean(axis) - x.mean(axis)
-
-
-def _size_of_difference(x: Floats, y: Floats, axis: int = -1) -> Any:
-    return np.abs(_mean_difference(x, y, axis))
+        raise MeasureError("comparing two groups needs at least one value on each side")
+    difference = float(y.mean() - x.mean())
+    if min(len(x), len(y)) < 2:
+        return Effect(difference, math.nan, math.nan)
+    interval = scipy.stats.ttest_ind(y, x, equal_var=False).confidence_interval(level)
+    return Effect(difference, float(interval.low), float(interval.high))
 
 
 def welch(n_a: int, mean_a: float, var_a: float, n_b: int, mean_b: float, var_b: float) -> TTest:
@@ -177,7 +191,7 @@ def welch(n_a: int, mean_a: float, var_a: float, n_b: int, mean_b: float, var_b:
     if va + vb == 0:
         raise MeasureError("Welch's test needs values that vary")
     t = difference / math.sqrt(va + vb)
-    df = _welch_df(va, vb, n_a, n_b)
+    df = (va + vb) ** 2 / (va**2 / (n_a - 1) + vb**2 / (n_b - 1))
     p = 2 * float(scipy.stats.t.sf(abs(t), df))
     return TTest(difference, t, df, p, difference / math.sqrt((var_a + var_b) / 2))
 
@@ -194,15 +208,9 @@ def paired_t(differences: ArrayLike) -> TTest:
 
 def paired_difference(differences: ArrayLike, level: float = 0.95) -> Effect:
     """Mean of paired differences with its t interval; no interval for a single one."""
-    x = np.asarray(differences, np.float64)
-    if len(x) == 0:
+    if not np.size(differences):
         raise MeasureError("there are no differences to average")
-    mean = float(x.mean())
-    if len(x) == 1:
-        return Effect(mean, math.nan, math.nan)
-    error = float(x.std(ddof=1)) / math.sqrt(len(x))
-    reach = float(scipy.stats.t.ppf((1 + level) / 2, len(x) - 1)) * error
-    return Effect(mean, mean - reach, mean + reach)
+    return over_seeds({"": differences}, level)[""]
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -232,9 +240,3 @@ def needed(d: float, power: float = 0.8, level: float = 0.95) -> int:
         raise MeasureError("power needs an effect that is not zero and shares between 0 and 1")
     z = float(scipy.stats.norm.ppf((1 + level) / 2) + scipy.stats.norm.ppf(power))
     return math.ceil((z / d) ** 2)
-
-
-def _welch_df(va: float, vb: float, n_a: int, n_b: int) -> float:
-    if va + vb == 0:
-        return float(n_a + n_b - 2)
-    return (va + vb) ** 2 / (va**2 / (n_a - 1) + vb**2 / (n_b - 1))

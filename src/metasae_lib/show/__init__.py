@@ -37,9 +37,8 @@ from metasae_lib.show.tables import (
     competitors,  # other ways to train
     controls,  # whether λ₂ = 0 is the solo arm
     downloads,  # the tables behind its figures
-    effects,  # the headline under each way to compare
     explained,  # decoder variance explained post hoc
-    grid_changes,  # every arm against its solo arm
+    frontier_points,  # solo curves and joint arms over L2
     last_steps,  # each arm at the end of its training
     noise_floors,  # mean |φ| that chance alone gives
     open_run,  # the run that a notebook's parameters name

@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from metasae_lib.measure.statistics import Effect, seeds_interval
 from metasae_lib.study import PublishedError, repository_folders
 
 AGREES = "agrees"
@@ -86,13 +87,15 @@ class Published:
 class Measured:
     """What we have for one published value: a number and its interval, or words, or why neither.
 
-    `answer` is the verdict on a claim printed in words, drawn from numbers by the caller; numbers
-    get theirs from `verdict` alone.
+    `scatter`: deviation of one pair of arms, where the value is a mean over pairs. `answer` is the
+    verdict on a claim printed in words, drawn from numbers by the caller; numbers get theirs from
+    `verdict` alone.
     """
 
     value: float | None = None
     interval: tuple[float, float] | None = None
     words: str = ""
+    scatter: float = math.nan
     answer: str = ""
     why_not: str = ""
 
@@ -213,7 +216,7 @@ def _flatten(tree: dict[str, Any]) -> Iterator[PublishedValue]:
         yield _value(at, "artefact", artefact["where"], artefact["what"], what)
 
 
-def grid_id(lambda2: float, sigma_sq: float) -> str:
+def grid_id(lambda2: Any, sigma_sq: Any) -> str:
     """How ids name a point of the grid: `lambda0.3-sigma1`."""
     return f"lambda{lambda2:g}-sigma{sigma_sq:g}"
 
@@ -285,6 +288,25 @@ def verdict(
     return AGREES if bottom <= ours <= top and (null is None or told) else INCONCLUSIVE
 
 
+def seeds_to_decide(value: PublishedValue, ours: Measured, factor: float = 1.0) -> float:
+    """How many seeds would end an inconclusive verdict, if ours stayed where it is.
+
+    nan where it is not inconclusive, or where a thousand would not do.
+    """
+    published = value.value
+    if published is None or ours.value is None or not ours.scatter > 0:
+        return math.nan
+
+    def undecided(interval: tuple[float, float] | None) -> bool:
+        found = verdict(published, ours.value, interval, factor * value.tolerance, value.null)
+        return found == INCONCLUSIVE
+
+    if not undecided(ours.interval):
+        return math.nan
+    effect = Effect(ours.value, math.nan, math.nan, ours.scatter)
+    return next((n for n in range(2, 1001) if not undecided(seeds_interval(effect, n))), math.nan)
+
+
 def _judge(value: PublishedValue, ours: Measured, model: str, factor: float) -> str:
     if value.printed == "—":
         return NOT_PRINTED
@@ -314,7 +336,7 @@ def scorecard(
     it compares two dictionaries of one model (`transfers`), and is `other model: not comparable`
     where it is an absolute value. `factor` scales every tolerance. Columns: id, section, model,
     what, where, unit, published, ours, low, high, difference, tolerance, origin, verdict, group
-    (the verdict without its reason).
+    (the verdict without its reason), seeds (`seeds_to_decide`).
     """
     unknown = sorted(set(ours) - set(published.values))
     if unknown:
@@ -329,9 +351,13 @@ def scorecard(
     ]
     card["tolerance"] *= factor
     card["verdict"] = [_judge(value, mine, model, factor) for value, mine in both]
+    card["seeds"] = [
+        seeds_to_decide(value, mine, factor) if found == INCONCLUSIVE else math.nan
+        for (value, mine), found in zip(both, card.verdict, strict=True)
+    ]
     card["group"] = [NOT_RUN if v.startswith(NOT_RUN) else v for v in card.verdict]
     columns = ["id", "section", "model", "what", "where", "unit", "published", "ours"]
-    columns += ["low", "high", "difference", "tolerance", "origin", "verdict", "group"]
+    columns += ["low", "high", "difference", "tolerance", "origin", "verdict", "group", "seeds"]
     return card[columns]
 
 

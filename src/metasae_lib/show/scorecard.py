@@ -10,8 +10,10 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown
 
+from metasae_lib.measure.statistics import Effect, over_seeds
 from metasae_lib.show import published as paper
 from metasae_lib.show.published import COMPARED, RESULTS, Measured
+from metasae_lib.show.tables import paired_changes
 from metasae_lib.show.text import between, enumerated, number, percent, table
 from metasae_lib.study import ArmSpec, PublishedError, Run
 
@@ -92,6 +94,8 @@ def scorecard_rows(card: pd.DataFrame) -> pd.DataFrame:
             ours += unit
         if not pd.isna(row["low"]):
             ours += f" ({between(row['low'], row['high'])})"
+        if row["seeds"] > 0:
+            row["verdict"] += f" ({row['seeds']:.0f} seeds would tell)"
         what = row["what"] + ("" if row["model"] == "gpt2-large" else " (Gemma)")
         rows.append((what, row["where"], printed, ours, number(row["difference"]), row["verdict"]))
     columns = ["value", "where", "paper", "ours (interval)", "difference", "verdict"]
@@ -153,6 +157,20 @@ def run_scorecard(run: Run) -> pd.DataFrame:
     return paper.scorecard(published, measured(run, published), run.profile.name)
 
 
+def saved_scorecard(run: Run) -> pd.DataFrame:
+    """The scorecard that a run has saved; of a kept run it cannot be made anew.
+
+    A table on disk has lost which values are numbers: what reads as one becomes one again.
+    """
+    card = run.load_table("scorecard")
+    numbers = pd.to_numeric(card.ours, errors="coerce")
+    texts = card[["published", "ours"]].fillna("—").astype(str)
+    return card.assign(
+        published=texts.published,
+        ours=numbers.astype(object).where(numbers.notna(), texts.ours.where(card.ours.notna())),
+    )
+
+
 def measured(run: Run, published: paper.Published) -> dict[str, Measured]:
     """What a run has for every published value, or why it has nothing. Computes nothing new."""
     names = ("arms", "phi", "welch", "norms", "grid")
@@ -172,9 +190,9 @@ def measured(run: Run, published: paper.Published) -> dict[str, Measured]:
         value, *ends = (answer.item() for answer in answers)
         found[pattern] = Measured(value, (ends[0], ends[1]) if ends else None)
     if {"solo_l2", "joint_l2"} <= set(facts):
-        found |= _fidelity(run, tables["arms"], facts.iloc[0])
-    if {"grid", "phi"} <= tables.keys():
-        found |= _grid(run, tables["grid"], tables["phi"])
+        found |= _fidelity(run, tables["arms"])
+    if "grid" in tables:
+        found |= _grid(tables["grid"])
     ours: dict[str, Measured] = {}
     for pattern, mine in found.items():
         ours |= dict.fromkeys(fnmatch.filter(published.values, pattern), mine)
@@ -247,42 +265,36 @@ def _facts(run: Run, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame([facts])
 
 
-def _scatter(frame: pd.DataFrame, column: str) -> float:
-    """95% reach of the difference of two arms that only their seeds tell apart; nan with one."""
-    return 1.96 * math.sqrt(2) * float(frame[frame.kind == "solo"][column].std())
+def _effect(effect: Effect) -> Measured:
+    interval = None if math.isnan(effect.low) else (effect.low, effect.high)
+    return Measured(effect.difference, interval, scatter=effect.scatter)
 
 
-def _within(value: float, reach: float) -> Measured:
-    return Measured(value, None if math.isnan(reach) else (value - reach, value + reach))
-
-
-def _fidelity(run: Run, arms: pd.DataFrame, facts: pd.Series) -> dict[str, Measured]:
+def _fidelity(run: Run, arms: pd.DataFrame) -> dict[str, Measured]:
     """Table 1's L2 and CE, and what the selected setting costs."""
-    points = facts.joint_ce_overhead_pct - facts.solo_ce_overhead_pct
-    ours = {
-        "*.table1.*": Measured(why_not="this profile's grid does not have that setting"),
-        "*.joint_minus_solo_ce_points": _within(points, _scatter(arms, "ce_overhead_pct")),
-    }
-    reach = 100 / facts.solo_l2 * _scatter(arms, "l2")
-    for _, row in arms[(arms.kind == "joint") & (arms.seed == facts.solo_seed)].iterrows():
-        at = f"*.table1.{paper.grid_id(row.lambda2, row.sigma_sq)}"
+    ours = {"*.table1.*": Measured(why_not="this profile's grid does not have that setting")}
+    selected = paper.grid_id(*run.profile.selected)
+    for setting, effect in over_seeds(paired_changes(arms, "l2")).items():
+        at = f"*.table1.{setting}"
         ours[f"{at}.d_mean_abs_phi_pct"] = Measured(why_not="03_cooccurrence has not been run")
-        ours[f"{at}.d_l2_pct"] = _within(100 * (row.l2 / facts.solo_l2 - 1), reach)
-        ours[f"{at}.ce_pct"] = Measured(row.ce_overhead_pct)
-    selected = ours[f"*.table1.{paper.grid_id(*run.profile.selected)}.d_l2_pct"]
-    return ours | {"*.d_l2_pct_selected": selected}
+        ours[f"{at}.d_l2_pct"] = _effect(effect)
+    joint = arms[arms.kind == "joint"]
+    for (lambda2, sigma_sq), same in joint.groupby(["lambda2", "sigma_sq"]):
+        at = f"*.table1.{paper.grid_id(lambda2, sigma_sq)}.ce_pct"
+        ours[at] = Measured(same.ce_overhead_pct.mean())
+    points = paired_changes(arms, "ce_overhead_pct", relative=False)
+    ours["*.joint_minus_solo_ce_points"] = _effect(over_seeds(points)[selected])
+    return ours | {"*.d_l2_pct_selected": ours[f"*.table1.{selected}.d_l2_pct"]}
 
 
-def _grid(run: Run, grid: pd.DataFrame, phi: pd.DataFrame) -> dict[str, Measured]:
+def _grid(grid: pd.DataFrame) -> dict[str, Measured]:
     """Table 1's mean |φ|, and the three claims that the paper draws from its grid in words."""
     ours: dict[str, Measured] = {}
-    # Two ways to be wrong, other features and other seeds, added in quadrature.
-    seeds = 100 * _scatter(phi, "mean_abs") / float(phi[phi.kind == "solo"].mean_abs.mean())
-    joint = grid[(grid.kind == "joint") & (grid.seed == run.profile.training.seeds[0])]
-    for _, row in joint.iterrows():
-        reach = math.hypot((row.high - row.low) / 2, 0 if math.isnan(seeds) else seeds)
-        at = f"*.table1.{paper.grid_id(row.lambda2, row.sigma_sq)}.d_mean_abs_phi_pct"
-        ours[at] = _within(row.d_mean_abs_phi_pct, reach)
+    joint, column = grid[grid.kind == "joint"], "d_mean_abs_phi_pct"
+    for row in joint.to_dict("records"):
+        at = f"*.table1.{paper.grid_id(row['lambda2'], row['sigma_sq'])}.{column}"
+        values = (row[name] for name in (column, "low", "high", f"{column}_scatter"))
+        ours[at] = _effect(Effect(*values))
     changes = grid[grid.kind == "control"][["d_mean_abs_phi_pct", "d_l2_pct"]]
     if len(changes):
         equal = (changes == 0).all(axis=None)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from IPython.display import Markdown
 
+from metasae_lib.measure.statistics import over_seeds
 from metasae_lib.show.published import grid_id, load_published
 from metasae_lib.show.scorecard import collapsed, scorecard_sentence
-from metasae_lib.show.tables import flattening, paired_changes, seed_spread
-from metasae_lib.show.text import between, enumerated, number, percent
+from metasae_lib.show.tables import flattening, paired_changes
+from metasae_lib.show.text import between, enumerated, literal, number, percent
 from metasae_lib.study import Run
 
 # Notebooks show no progress bars, and tqdm would warn in each of them that it cannot draw its own.
@@ -67,18 +70,20 @@ def fidelity_sentences(run: Run, arms: pd.DataFrame) -> Markdown:
         ("l2", "L2", published[f"gpt2-large.table1.{grid_id(0.3, 1.0)}.d_l2_pct"]),
         ("ce_overhead_nats", "The CE overhead", 100 * (3.1 / 2.5 - 1)),
     ):
-        changes, spread = paired_changes(run, arms, column), seed_spread(arms, column)
-        if changes.empty:
+        changes = paired_changes(arms, column)
+        selected = grid_id(lambda2, sigma_sq)
+        if not len(changes.get(selected, ())):
             continue
-        beyond = changes.abs().min() > spread and changes.min() * changes.max() > 0
-        seeds = (
-            f" Solo seeds differ among themselves by up to {spread:.1f}%, so this is "
-            f"{'' if beyond else '**not** clearly '}more than what seeds do."
+        effect = over_seeds(changes)[selected]
+        ends = (
+            ""
+            if math.isnan(effect.low)
+            else (f" ({between(effect.low, effect.high, percent)} for new seeds)")
         )
         lines.append(
-            f"{name} of the joint arm (λ₂ {lambda2:g}, σ² {sigma_sq:g}) differs from the solo arm "
-            f"of its seed by {enumerated(map(percent, changes))}; the paper has {percent(paper)}."
-            + ("" if math.isnan(spread) else seeds)
+            f"{name} of the joint arm (λ₂ {lambda2:g}, σ² {sigma_sq:g}) differs from that of the "
+            f"solo arm of its seed by {percent(effect.difference)}{ends}; the paper has "
+            f"{percent(paper)}."
         )
     dead = arms.groupby("kind", sort=False).dead.agg(["min", "max"]).astype(int)
     shares = [
@@ -138,26 +143,74 @@ def reading(low: float, high: float, published: float) -> str:
 
 
 def conclusion(run: Run) -> list[str]:
-    """The two sentences that `03_cooccurrence` ends with, from its table of effects."""
-    effects = run.load_table("effects")
+    """The sentences that `03_cooccurrence` ends with, from its table of effects."""
+    ways = effects_by_way(run)
     published = load_published()[f"gpt2-large.table1.{grid_id(0.3, 1.0)}.d_mean_abs_phi_pct"]
     lambda2, sigma_sq = run.profile.selected
-    one, every = effects.iloc[0], effects.iloc[-1]
-    model = run.profile.model.source.rpartition(":")[2]
+    told = "seeds" in ways and not math.isnan(ways["seeds"]["low"])
+    main = ways["seeds" if told else "features"]
+    kind, _, place = run.profile.model.source.partition(":")
+    model = literal(Path(place).name if kind == "folder" else place)
     first = (
         f"On {model}, layer {run.profile.model.layer}, joint training (λ₂ {lambda2:g}, "
-        f"σ² {sigma_sq:g}) changes mean |φ| by {percent(one.change_pct)} against the solo "
-        f"dictionary of the same seed ({between(one.low, one.high, percent)} over features)"
+        f"σ² {sigma_sq:g}) changes mean |φ| by {percent(main['change_pct'])} against the solo "
+        f"dictionary of the same seed ({between(main['low'], main['high'], percent)} for new "
+        + (f"seeds and features, {main['n_seeds']:.0f} pairs)" if told else "features, one pair)")
     )
-    if len(effects) > 1:
-        first += (
-            f", and by {percent(every.change_pct)} over all seeds "
-            f"({between(every.low, every.high, percent)})"
-        )
-    second = reading(every.low, every.high, published)
+    rest = [reading(main["low"], main["high"], published)]
+    if "frontier" in ways:
+        rest.append(at_equal_l2(ways["frontier"]))
     if reason := collapsed(run):
-        second = f"but {reason}: such dictionaries say nothing for or against the paper"
-    return [first + ".", second[0].upper() + second[1:] + "."]
+        rest = [f"but {reason}: such dictionaries say nothing for or against the paper"]
+    return [f"{text[0].upper()}{text[1:]}." for text in (first, *rest)]
+
+
+def effects_by_way(run: Run) -> dict[str, dict[str, Any]]:
+    """The run's table of effects, the first row of each way to compare."""
+    rows = run.load_table("effects").drop_duplicates("way").to_dict("records")
+    return {row["way"]: {str(key): value for key, value in row.items()} for row in rows}
+
+
+def at_equal_l2(effect: Mapping[str, Any]) -> str:
+    """Whether worse reconstruction alone explains the change of mean |φ|, in a clause.
+
+    effect: change_pct, low, high of the joint arm against the solo frontier.
+    """
+    size = f"{percent(effect['change_pct'])} ({between(effect['low'], effect['high'], percent)})"
+    against = "against solo dictionaries that reconstruct as badly (smaller k, equal L2)"
+    if math.isnan(effect["low"]):
+        return f"{against} it is {percent(effect['change_pct'])}, from one seed"
+    if effect["high"] < 0:
+        return f"{against} it is still {size}: worse reconstruction alone does not explain it"
+    if effect["low"] > 0:
+        return (
+            f"{against} it is {size}: making a solo dictionary as bad by a smaller k lowers "
+            f"mean |φ| more"
+        )
+    return f"{against} it is {size}: this run cannot tell the penalty from worse reconstruction"
+
+
+def answer(run: Run) -> str:
+    """A run's answer in a clause: does mean |φ| fall, and does worse reconstruction explain it."""
+    ways = effects_by_way(run)
+    model = run.profile.model.source.rpartition(":")[2]
+    if reason := collapsed(run):
+        return f"on {model} nothing can be said: {reason}"
+    main = ways.get("seeds") or ways["features"]
+    low, high = main["low"], main["high"]
+    size = f"{percent(main['change_pct'])}, {between(low, high, percent)}"
+    moves = "falls" if high < 0 else "rises" if low > 0 else "does not clearly move"
+    said = f"on {model} mean |φ| {moves} under joint training ({size})"
+    if "frontier" not in ways:
+        return said
+    curve = ways["frontier"]
+    low, high = curve["low"], curve["high"]
+    size = f"{percent(curve['change_pct'])}, {between(low, high, percent)}"
+    if high < 0:
+        return f"{said}, also against solo dictionaries that reconstruct as badly ({size})"
+    if low > 0:
+        return f"{said}, but solo dictionaries that reconstruct as badly have still less ({size})"
+    return f"{said}, and cannot be told from solo dictionaries that reconstruct as badly ({size})"
 
 
 def elasticity_sentence(run: Run) -> str:
@@ -180,7 +233,11 @@ def in_short(run: Run, card: pd.DataFrame) -> dict[str, Any]:
         sentences += conclusion(run)
     if run.has_table("arms"):
         arms = run.load_table("arms")
-        l2, ce = (paired_changes(run, arms, c) for c in ("l2", "ce_overhead_nats"))
+        selected = grid_id(*run.profile.selected)
+        l2, ce = (
+            paired_changes(arms, column).get(selected, pd.Series())
+            for column in ("l2", "ce_overhead_nats")
+        )
         if len(l2):
             sentences.append(
                 f"The price: L2 changes by {enumerated(map(percent, l2))}, the CE overhead by "

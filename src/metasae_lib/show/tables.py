@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,8 @@ import torch
 from IPython.display import Markdown
 
 from metasae_lib.measure import Counts, PhiSummary, noise_floor, null_mean_abs
-from metasae_lib.measure.statistics import Effect, feature_difference, seed_difference
 from metasae_lib.show.published import grid_id, load_published
-from metasae_lib.show.text import between, cell, plain, table
+from metasae_lib.show.text import between, literal, plain, table
 from metasae_lib.study import ArmSpec, MeasureError, Profile, Run, repository_folders
 from metasae_lib.train import Arm
 
@@ -116,59 +115,6 @@ def phi_table(
     return pd.concat([arms.reset_index(drop=True), found], axis=1)
 
 
-def grid_changes(
-    run: Run, phi: pd.DataFrame, fidelity: pd.DataFrame, replicates: Mapping[str, Any]
-) -> pd.DataFrame:
-    """Every arm against the solo arm of its seed (other solo arms: against the first), in percent.
-
-    Columns: arm, kind, seed, lambda2, sigma_sq, d_mean_abs_phi_pct with low and high over features,
-    d_l2_pct, ce_overhead_pct, selected.
-    """
-    both = phi.merge(fidelity[["arm", "l2", "ce_overhead_pct"]], on="arm").set_index("arm")
-    first = run.profile.training.seeds[0]
-    about, rows = ["kind", "seed", "lambda2", "sigma_sq", "ce_overhead_pct"], []
-    for arm, row in both.iterrows():
-        base = f"solo-seed{first if row.kind == 'solo' else row.seed}"
-        if base not in both.index or base == arm:
-            continue
-        solo = both.loc[base]
-        gap = row.mean_abs - solo.mean_abs
-        effect = feature_difference(gap, replicates[base], replicates[str(arm)])
-        if row.kind == "control" and gap == 0:
-            effect = Effect(0.0, 0.0, 0.0)  # the same dictionary: its features are not other ones
-        change = 100 / solo.mean_abs * np.array([effect.difference, effect.low, effect.high])
-        selected = (row.lambda2, row.sigma_sq) == run.profile.selected
-        rows.append((*row[about], arm, *change, 100 * (row.l2 / solo.l2 - 1), selected))
-    changes = ["d_mean_abs_phi_pct", "low", "high", "d_l2_pct", "selected"]
-    return pd.DataFrame(rows, columns=[*about, "arm", *changes])
-
-
-def effects(run: Run, phi: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
-    """The headline under each way to compare: by seed over features, then over seeds.
-
-    Columns: comparison, change_pct, low, high. The last row, with at least two seeds a side, holds
-    all joint seeds of the selected setting against all solo ones, with Welch's t interval over
-    seeds; the row before it the first joint arm against the *other* solo seeds, as §5.1 could have.
-    """
-    chosen = grid[(grid.kind == "joint") & grid.selected]
-    rows = [
-        (f"seed {row.seed}, over features", row.d_mean_abs_phi_pct, row.low, row.high)
-        for row in chosen.itertuples()
-    ]
-    solo = phi[phi.kind == "solo"].mean_abs.to_numpy()
-    joint = phi[phi.arm.isin(chosen.arm)].mean_abs.to_numpy()
-    if len(solo) > 1:
-        others, one = solo[1:].mean(), phi[phi.arm == chosen.arm.iloc[0]].iloc[0]
-        ends = (100 * (value / others - 1) for value in (one.mean_abs, one.low, one.high))
-        rows.append(("first joint, other solo seeds", *ends))
-    if len(solo) > 1 and len(joint) > 1:
-        over = seed_difference(solo.tolist(), joint.tolist())
-        scale = 100 / solo.mean()
-        low, high = (scale * end for end in over.t_interval)
-        rows.append(("all seeds, over seeds", scale * over.difference, low, high))
-    return pd.DataFrame(rows, columns=["comparison", "change_pct", "low", "high"])
-
-
 def phi_rows(phi: pd.DataFrame) -> Markdown:
     """The columns of `phi_table` that a reader needs first; mean |φ|, its null (the same rates,
     independent) and the noise floor in thousandths."""
@@ -200,6 +146,18 @@ def by_rarer(by_rate: pd.DataFrame) -> pd.DataFrame:
     return means.assign(rate=by_rate.groupby("group_a").rate_a.first()).reset_index(drop=True)
 
 
+def frontier_points(run: Run, phi: pd.DataFrame, fidelity: pd.DataFrame) -> pd.DataFrame:
+    """The arms of the solo curves and of the joint grid in the plane of L2 and mean |φ|.
+
+    Columns: arm, kind, seed, k, lambda2, sigma_sq, selected, l2, mean_abs, null_mean_abs.
+    """
+    frame = phi[phi.kind.isin(["solo", "frontier", "joint"])]
+    frame = frame.merge(fidelity[["arm", "l2"]], on="arm")
+    frame["selected"] = (frame.kind == "joint") & _selected(run, frame)
+    columns = ["arm", "kind", "seed", "k", "lambda2", "sigma_sq", "selected", "l2", "mean_abs"]
+    return frame[[*columns, "null_mean_abs"]]
+
+
 def paper_grid() -> pd.DataFrame:
     """The paper's Table 1 as points: lambda2, sigma_sq, d_l2_pct, d_mean_abs_phi_pct."""
     published, columns = load_published(), ["d_l2_pct", "d_mean_abs_phi_pct"]
@@ -210,26 +168,26 @@ def paper_grid() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["lambda2", "sigma_sq", *columns])
 
 
-def paired_changes(run: Run, frame: pd.DataFrame, column: str) -> pd.Series:
-    """The selected joint arms against the solo arm of the same seed: change in percent, by seed.
+def paired_changes(
+    frame: pd.DataFrame, column: str, relative: bool = True
+) -> dict[str, pd.Series[float]]:
+    """Every joint setting minus the solo arm of the same seed, by seed; in percent if relative.
 
-    Columns of `frame`: kind, seed, lambda2, sigma_sq and the named one.
+    Columns of `frame`: kind, seed, lambda2, sigma_sq and the named one. By `published.grid_id`.
     """
-    by_seed = frame.set_index("seed")
-    joint = by_seed[(by_seed.kind == "joint") & _selected(run, by_seed)][column]
-    return (100 * (joint / by_seed[by_seed.kind == "solo"][column] - 1)).dropna()
+    solo = frame[frame.kind == "solo"].set_index("seed")[column]
+    changes = {}
+    for (lambda2, sigma_sq), same in frame[frame.kind == "joint"].groupby(["lambda2", "sigma_sq"]):
+        joint = same.set_index("seed")[column]
+        change = 100 * (joint / solo - 1) if relative else joint - solo
+        changes[grid_id(lambda2, sigma_sq)] = change.dropna()
+    return changes
 
 
 def _selected(run: Run, frame: pd.DataFrame) -> pd.Series:
     """Which rows have the selected λ₂ and σ²."""
     lambda2, sigma_sq = run.profile.selected
     return (frame.lambda2 == lambda2) & (frame.sigma_sq == sigma_sq)
-
-
-def seed_spread(frame: pd.DataFrame, column: str) -> float:
-    """Largest difference between two solo seeds in percent; nan with one seed."""
-    values = frame[frame.kind == "solo"][column]
-    return 100 * (values.max() / values.min() - 1) if len(values) > 1 else math.nan
 
 
 def both_modes(run: Run, arms: pd.DataFrame) -> Markdown:
@@ -269,8 +227,8 @@ def competitors(run: Run, arms: pd.DataFrame) -> Markdown:
     others = arms[~arms.kind.isin(["solo", "joint", "control", "batchtopk", "jumprelu"])]
     if others.empty:
         return Markdown(
-            "**This run trains none of them**: add `ortsae`, `matched-fidelity`, `as-released` or "
-            "`critic` to `training.arms`."
+            "**This run trains none of them**: add `ortsae`, `as-released` or `critic` "
+            " to `training.arms`."
         )
     shown = pd.concat([arms[arms.arm.isin(compared_arms(run))], others])
     shown = shown.assign(k=shown.k.fillna(run.profile.dictionary.k).astype(int))
@@ -326,13 +284,13 @@ def provenance(run: Run) -> Markdown:
         "made": facts["date"],
         "time spent on this run's artefacts": f"{facts['run_seconds']:,.0f} s",
     }
-    body = "\n".join(f"| {key} | {cell(plain(value))} |" for key, value in rows.items())
+    body = "\n".join(f"| {key} | {literal(plain(value))} |" for key, value in rows.items())
     return Markdown(f"## Provenance\n\n| what | value |\n| --- | --- |\n{body}\n")
 
 
 def downloads(run: Run, *names: str) -> Markdown:
     """Links to the tables behind the page's figures; ArtefactError for one that is not there."""
-    tables = os.path.relpath(run.folder / "tables", _notebooks())
+    tables = quote(os.path.relpath(run.folder / "tables", _notebooks()))
     lines = [
         f"- [{name}.csv]({tables}/{name}.csv): {', '.join(run.load_table(name).columns)}"
         for name in names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -78,7 +79,14 @@ def enumerated(items: Iterable[str]) -> str:
 
 
 def cell(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
+    """Markdown as a cell of a table: on one line by every reader's idea of lines."""
+    return " ".join(str(text).splitlines()).replace("|", "\\|")
+
+
+def literal(text: str) -> str:
+    """What someone wrote, on one line of Markdown, so that nothing in it is read as Markdown."""
+    line = re.sub(r"([\\`*_{}\[\]<>$&~|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"^(\d*)(?=[-+#%=:.()])", r"\1\\", line)  # what begins a list or a block
 
 
 def plain(value: Any) -> str:

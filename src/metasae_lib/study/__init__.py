@@ -14,12 +14,12 @@ from metasae_lib.study.errors import (
     SubjectError,  # a language model that cannot be run
     TrainingError,  # an arm that cannot be trained
 )
-from metasae_lib.study.files import atomic_write  # a file written whole or not at all
-from metasae_lib.study.plan import plan_text  # what a profile costs, before anything is spent
-from metasae_lib.study.profile import (
-    Profile,  # what to study, as one validated page of YAML
+from metasae_lib.study.files import (
+    atomic_write,  # a file written whole or not at all
     repository_folders,  # folders of a name, from here upwards
 )
+from metasae_lib.study.plan import plan_text  # what a profile costs, before anything is spent
+from metasae_lib.study.profile import Profile  # what to study, as one validated page of YAML
 from metasae_lib.study.progress import progress  # a bar on a terminal, silence elsewhere
 from metasae_lib.study.run import (
     Artefact,  # one content-addressed folder, complete or not yet

@@ -30,7 +30,7 @@ class ArmSpec:
     def name(self) -> str:
         """Such as `solo-seed0`, `joint-lambda0.3-sigma1-seed0`, `jumprelu-k16-seed0`."""
         parts = [self.kind]
-        if self.k is not None and self.kind != "matched-fidelity":  # its k is found, not asked for
+        if self.k is not None:
             parts.append(f"k{self.k}")
         if self.kind == "critic":
             parts += [f"k{self.meta_k}"] if self.meta_k is not None else []
@@ -43,8 +43,8 @@ class ArmSpec:
 
     @property
     def has_meta(self) -> bool:
-        """Whether a meta SAE is trained along. (A matched-fidelity arm only names its target.)"""
-        return self.sigma_sq is not None and self.kind != "matched-fidelity"
+        """Whether a meta SAE is trained along."""
+        return self.sigma_sq is not None
 
 
 def arms_by_kind(profile: Profile) -> dict[str, list[ArmSpec]]:
@@ -52,11 +52,13 @@ def arms_by_kind(profile: Profile) -> dict[str, list[ArmSpec]]:
 
     `ablation`: with solo and joint, eight configurations: architecture × penalty × (k, k/2). The
     paper names the number of its configurations (§4), not what they are. `critic`: the selected
-    configuration with either choice of the released code for its meta SAE.
+    configuration with either choice of the released code for its meta SAE. `control`: one, since a
+    penalty of weight zero leaves the weights alone whatever its σ². `frontier`: solo at smaller k.
     """
     training = profile.training
-    first, *others = training.seeds
-    orders = {seed: seed if training.order == "by_seed" else 0 for seed in others}
+    seeds, first = training.seeds, training.seeds[0]
+    by_seed = training.order == "by_seed"
+    orders = {seed: seed if by_seed and seed != first else 0 for seed in seeds}
     half = max(1, profile.dictionary.k // 2)
     meta_k = max(1, profile.dictionary.meta_k // 2)  # 8 in the text, 4 in the released code
 
@@ -67,16 +69,25 @@ def arms_by_kind(profile: Profile) -> dict[str, list[ArmSpec]]:
     solo, joint = pair("as-released")
     critic = ArmSpec("critic", first, *profile.selected)
     return {
-        "solo": [ArmSpec("solo", seed, order=orders.get(seed, 0)) for seed in training.seeds],
+        "solo": [ArmSpec("solo", seed, order=orders[seed]) for seed in seeds],
         "joint": [
-            *(ArmSpec("joint", first, a, b) for a in training.lambda2 for b in training.sigma_sq),
-            *(ArmSpec("joint", seed, *profile.selected, order=orders[seed]) for seed in others),
+            *(
+                ArmSpec("joint", seed, a, b, order=orders[seed])
+                for seed in seeds[: training.seeds_grid]
+                for a in training.lambda2
+                for b in training.sigma_sq
+            ),
+            *(ArmSpec("joint", seed, *profile.selected, order=orders[seed]) for seed in seeds),
         ],
-        "control": [ArmSpec("control", first, 0.0, sigma_sq) for sigma_sq in training.sigma_sq],
+        "control": [ArmSpec("control", first, 0.0, profile.selected[1])],
+        "frontier": [
+            ArmSpec("frontier", seed, k=k, order=orders[seed])
+            for seed in seeds[: training.seeds_frontier]
+            for k in training.frontier
+        ],
         "jumprelu": pair("jumprelu"),
         "ablation": pair("jumprelu") + pair("jumprelu", k=half) + pair("batchtopk", k=half),
         "ortsae": [ArmSpec("ortsae", first)],
-        "matched-fidelity": [ArmSpec("matched-fidelity", first, *profile.selected)],
         "as-released": [solo, replace(joint, meta_k=meta_k, phases=(100, 10))],
         "critic": [replace(critic, meta_k=meta_k), replace(critic, phases=(100, 10))],
     }

@@ -1,8 +1,9 @@
-"""Files written whole or not at all, canonical JSON, hashes, and the cache folder."""
+"""Files written whole or not at all, canonical JSON, hashes, and where files are looked for."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -49,9 +50,46 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def repository_folders(name: str) -> list[Path]:
+    """Folders called `name` from the working directory upwards, then beside the sources."""
+    here = Path.cwd()
+    roots = [here, *here.parents, Path(__file__).resolve().parents[3]]
+    return [folder for root in dict.fromkeys(roots) if (folder := root / name).is_dir()]
+
+
+def local_path(given: str) -> Path:
+    """A path that a profile or a variable gives; a relative one counts from the repository.
+
+    So it means one place on the command line and in a notebook, whose working folders differ.
+    """
+    root = next((folder.parent for folder in repository_folders("profiles")), Path.cwd())
+    return root / os.path.expanduser(given)
+
+
+def matching_files(given: str) -> list[Path]:
+    """What is at a `local_path` or fits a pattern, sorted; `**` is any number of folders.
+
+    As much of it as is there is a name, whatever brackets it holds, and the rest the pattern.
+    """
+    whole = local_path(given)
+    there = next(path for path in (whole, *whole.parents) if os.path.exists(path))
+    if there == whole:
+        return [whole]
+    found = glob.glob(str(whole.relative_to(there)), root_dir=there, recursive=True)
+    return sorted(there / name for name in found)
+
+
+def encodable(text: str) -> str:
+    """The text with surrogate pairs as characters and U+FFFD for half a pair.
+
+    JSON and YAML can spell halves, and names of files hold them; nothing can be written with them.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def cache_folder() -> Path:
     """Folder of downloads and conversions: $METASAE_CACHE, or ~/.cache/metasae."""
-    folder = Path(os.environ.get("METASAE_CACHE") or "~/.cache/metasae").expanduser()
+    folder = local_path(os.environ.get("METASAE_CACHE") or "~/.cache/metasae")
     make_folder(folder)
     return folder
 
@@ -65,7 +103,7 @@ def to_json(value: object) -> str:
         raise TypeError(f"{type(other).__name__} has no place in JSON")
 
     strict = json.loads(json.dumps(value, default=plain), parse_constant=lambda _: None)
-    return json.dumps(strict, sort_keys=True, ensure_ascii=False)
+    return encodable(json.dumps(strict, sort_keys=True, ensure_ascii=False))
 
 
 def write_json(path: Path, value: object) -> None:

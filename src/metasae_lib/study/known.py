@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from metasae_lib.study.errors import ProfileError
+from metasae_lib.study.files import local_path
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def model_shape(source: str) -> ModelShape | None:
     """
     if not source.startswith("folder:"):
         return SHAPES.get(source.partition("@")[0])
-    path = Path(source.removeprefix("folder:")).expanduser() / "config.json"
+    path = local_path(source.removeprefix("folder:")) / "config.json"
     try:
         config = json.loads(path.read_text())
         config = config.get("text_config", config)

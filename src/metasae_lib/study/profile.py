@@ -6,7 +6,6 @@ as a whole. Whatever is wrong becomes one `ProfileError` sentence before any dow
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -22,13 +21,19 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from metasae_lib.study import sections
 from metasae_lib.study.arms import ArmSpec, arms_by_kind
-from metasae_lib.study.errors import ProfileError
+from metasae_lib.study.errors import ProfileError, first_line
+from metasae_lib.study.files import local_path, matching_files, repository_folders
 from metasae_lib.study.known import EMBEDDED_TOKENS, SHAPES, ModelShape, model_shape
 from metasae_lib.study.sections import ROLE_SHARES, ROLES
 
 # One number of tokens serves both tokenizers of embedded text, so a tenth is held back: a profile
 # that passes here is one that the corpus can fill.
 _EMBEDDED_MARGIN = 0.9
+
+
+# What runs and the book have beside the folders of profiles.
+_TAKEN = {"artefacts", "explorer", "generated", "mathjax", "together"}
+_TAKEN_ENDINGS = {".bib", ".html", ".inv", ".js", ".md", ".yml"}
 
 
 class Profile(sections.Section):
@@ -73,6 +78,11 @@ class Profile(sections.Section):
             key: _at(new, key) for key in sorted(keys) if _at(new, key) != _at(old, key)
         }
         return changed
+
+    @classmethod
+    def of(cls, values: dict[str, Any], name: str) -> Profile:
+        """A profile out of its values, as a run keeps them. Raises `ProfileError`."""
+        return _validate(values, name)
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -132,11 +142,13 @@ _LIMITS = {
 def _problems(profile: Profile) -> Iterable[str]:
     """Sentences on keys that do not fit each other or the world, the first most telling."""
     model, text, training = profile.model, profile.text, profile.training
+    if profile.name.lower() in _TAKEN or Path(profile.name).suffix.lower() in _TAKEN_ENDINGS:
+        yield f"name is '{profile.name}', which runs or the book have for themselves: change it"
     kind, _, place = model.source.partition(":")
     if kind == "embedded" and model.source not in SHAPES:
         known = [source for source in SHAPES if source.startswith("embedded:")]
         yield f"model.source is '{model.source}'; choose one of {', '.join(known)}"
-    if kind == "folder" and not (Path(place).expanduser() / "config.json").is_file():
+    if kind == "folder" and not os.path.isfile(local_path(place) / "config.json"):
         yield f"model.source names the folder {place}, which holds no config.json of a model"
     shape = profile.shape
     if shape is not None and model.layer > shape.n_layers - 1:
@@ -170,10 +182,9 @@ def _problems(profile: Profile) -> Iterable[str]:
                 )
     elif text.max_share:
         yield "text.max_share applies to the embedded text only: write {} for other sources"
-    if text.source.startswith("files:") and not glob.glob(
-        os.path.expanduser(text.source.removeprefix("files:")), recursive=True
-    ):
-        yield f"text.source is '{text.source}', and no file is there"
+    kind, _, given = text.source.partition(":")
+    if kind == "files" and not matching_files(given):
+        yield f"text.source is '{text.source}', and no file is there ({local_path(given)})"
 
     for key, limit in _LIMITS.items():
         value, most = attrgetter(key, limit)(profile)
@@ -191,9 +202,14 @@ def _problems(profile: Profile) -> Iterable[str]:
                 f"training.arms has the unknown kind '{arm}'; "
                 f"the nearest is '{nearest(arm, kinds)}'"
             )
-    if "matched-fidelity" in training.arms and not {"solo", "joint"} <= set(training.arms):
-        yield "training.arms has 'matched-fidelity', which needs 'solo' and 'joint': add them"
-    for key in ("lambda2", "sigma_sq", "seeds", "arms", "meta_posthoc"):
+    if "frontier" in training.arms:
+        k = profile.dictionary.k
+        if not training.frontier or max(training.frontier) >= k:
+            yield (
+                f"training.arms has 'frontier': give training.frontier one or more k below "
+                f"dictionary.k ({k}), not {training.frontier}"
+            )
+    for key in ("lambda2", "sigma_sq", "seeds", "frontier", "arms", "meta_posthoc"):
         values = getattr(training, key)
         # Arms are named with six digits, so values that agree in those would share a name.
         shown = [value if isinstance(value, str) else f"{value:g}" for value in values]
@@ -230,13 +246,6 @@ def within_shares(sizes: Mapping[str, int], max_share: Mapping[str, float]) -> d
     return limits
 
 
-def repository_folders(name: str) -> list[Path]:
-    """Folders called `name` from the working directory upwards, then beside the sources."""
-    here = Path.cwd()
-    roots = [here, *here.parents, Path(__file__).resolve().parents[3]]
-    return [folder for root in dict.fromkeys(roots) if (folder := root / name).is_dir()]
-
-
 def _find(name_or_path: str | os.PathLike[str]) -> Path:
     given = os.fspath(name_or_path)
     if given.endswith((".yml", ".yaml")) or os.sep in given:
@@ -248,6 +257,11 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
         for path in sorted(folder.glob("*.yml")):
             found.setdefault(path.stem, path)
     if given in found:
+        if alike := [name for name in found if name.lower() == given.lower() and name != given]:
+            raise ProfileError(
+                f"the profiles {given} and {alike[0]} differ in capitals alone, which the book does "
+                f"not tell apart: rename one"
+            )
         return found[given]
     why = ": no folder 'profiles' is here or above; give a path"
     if found:
@@ -277,7 +291,7 @@ def _read(path: Path) -> dict[str, Any]:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ProfileError(f"{path} is not valid YAML at line {line}: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise ProfileError(f"{path} is not valid YAML: {error}") from None
+        raise ProfileError(f"{path} is not valid YAML: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise ProfileError(f"{path} is not a profile: it holds no keys")
     return values
@@ -365,10 +379,13 @@ def _sentence(detail: Any) -> str:
         "model.source": "must be embedded:<name>, hub:<owner/name>[@<revision>] or folder:<path>",
         "text.source": "must be embedded, hf:<dataset>[@<revision>][:<config>] or files:<path or "
         "pattern>",
+        "autointerp.url": "must be http(s)://host[:port]/path without name, password or query",
         "name": "must be letters, digits, '.', '_' and '-'",
     }
     rule = rules.get(detail["type"]) or forms.get(key) or f"is wrong ({detail['msg']})"
-    return f"{key} {rule}" if detail["type"] == "missing" else f"{key} {rule}, not {got!r}"
+    # An address may hold a password.
+    silent = detail["type"] == "missing" or key == "autointerp.url"
+    return f"{key} {rule}" if silent else f"{key} {rule}, not {got!r}"
 
 
 def _hash(value: object) -> str:

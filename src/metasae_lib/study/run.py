@@ -6,6 +6,7 @@ what they have in common, and a change makes only what is new.
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import hashlib
 import json
@@ -22,9 +23,9 @@ import yaml
 
 from metasae_lib.study import files
 from metasae_lib.study.errors import ArtefactError
-from metasae_lib.study.files import sha256_of, to_json
+from metasae_lib.study.files import repository_folders, sha256_of, to_json
 from metasae_lib.study.machine import made_with
-from metasae_lib.study.profile import Profile, repository_folders
+from metasae_lib.study.profile import Profile
 
 K = TypeVar("K", bound=Hashable)
 _SAVED = {"table": "tables/{}.csv", "value": "values/{}.json"}
@@ -142,6 +143,7 @@ class Run:
         self.profile = profile
         self.runs_dir = Path(runs_dir).absolute()
         self.name = "-".join(filter(None, [profile.name, profile.overrides_hash]))
+        self.profile_hash = profile.hash
         self.folder = self.runs_dir / self.name
 
     @classmethod
@@ -197,6 +199,9 @@ class Run:
         path = self._path("table", name)
         with files.atomic_write(path) as temporary:
             frame.to_csv(temporary, index=False)
+            # A bare carriage return, which Python below 3.13 does not quote, would end the row.
+            if b"\r" in temporary.read_bytes():
+                frame.to_csv(temporary, index=False, quoting=csv.QUOTE_NONNUMERIC)
         about_table = {
             "table": name,
             "about": about,
@@ -235,7 +240,7 @@ class Run:
         tokens = [info["hashes"] for info in used if info["stage"] == "tokens" and "hashes" in info]
         return made_with() | {
             "profile": self.profile.name,
-            "profile_hash": self.profile.hash,
+            "profile_hash": self.profile_hash,
             "run": self.name,
             "overrides": self.profile.overrides,
             "seeds": {"text": self.profile.text.seed, "training": self.profile.training.seeds},
@@ -250,7 +255,7 @@ class Run:
             for pattern in _SAVED.values()
         )
         hashes = {
-            "profile_hash": self.profile.hash,
+            "profile_hash": self.profile_hash,
             "tables": {table.stem: sha256_of(table) for table in tables},
             "values": {value.stem: _sha256(self._read(value)["value"]) for value in values},
         }
@@ -287,7 +292,7 @@ class Run:
         """Whether a table or a value is there, and of the profile as it is now."""
         record = path.with_suffix(".json")
         made = path.exists() and record.exists()
-        return made and self._read(record).get("profile_hash") == self.profile.hash
+        return made and self._read(record).get("profile_hash") == self.profile_hash
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any]:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, get_args
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+)
+
+from metasae_lib.study.files import encodable
 
 Negatives = Literal["random", "token", "cooccurrence"]
 Role = Literal["train", "calibration", "scan", "contexts"]
@@ -24,6 +35,18 @@ def _number(value: object) -> object:
         return value
 
 
+def server_address(url: str) -> str:
+    """The http address of a server, as it is; ValueError for any that cannot be asked.
+
+    A name, password or query is refused: profiles, and so their secrets, are kept with every table.
+    """
+    parts = urlsplit(url)
+    host, port = (parts.hostname or "").encode("idna"), parts.port
+    if parts.scheme not in ("http", "https") or not host or port == 0 or re.search(r"[\s@?#]", url):
+        raise ValueError("no address of a server")
+    return url
+
+
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -32,6 +55,11 @@ Seed = Annotated[int, Field(ge=0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _writable(cls, value: object) -> object:
+        return encodable(value) if isinstance(value, str) else value
 
 
 class Model(Section):
@@ -82,8 +110,11 @@ class Training(Section):
     """Optimiser, phases, and the grid of arms (Eq. 2-3 and section 4 of the paper).
 
     `order`: whether further seeds take the tokens of a chunk in the same order as the first
-    (`shared`), or each in its own (`by_seed`). `meta_posthoc`: settings under which a meta SAE is
-    trained on finished decoders, see :mod:`metasae_lib.train.posthoc`.
+    (`shared`), or each in its own (`by_seed`). The selected setting is trained at every seed, the
+    rest of the grid at the first `seeds_grid`, and solo dictionaries at each k of `frontier`, which
+    show what less fidelity alone does to φ, at the first `seeds_frontier` (at most all).
+    `meta_posthoc`: settings under which a meta SAE is trained on finished decoders, see
+    :mod:`metasae_lib.train.posthoc`.
     """
 
     train_tokens: Count
@@ -101,6 +132,9 @@ class Training(Section):
     sigma_sq: Annotated[list[Positive], Field(min_length=1)]
     selected: Annotated[list[Positive], Field(min_length=2, max_length=2)]
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    seeds_grid: Count = 1
+    frontier: list[Count] = []
+    seeds_frontier: Count = 1
     arms: Annotated[list[str], Field(min_length=1)]
     checkpoint_every: Count
     order: Literal["shared", "by_seed"] = "shared"
@@ -132,7 +166,7 @@ class Autointerp(Section):
     judge: Literal["lexical", "in-process", "http"] = "lexical"
     explainer: Literal["judge", "lexical"] = "lexical"
     model: str = "embedded:smollm2-135m"
-    url: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] = "http://127.0.0.1:8000/v1"
+    url: Annotated[str, AfterValidator(server_address)] = "http://127.0.0.1:8000/v1"
     parallel: Count = 16
     features: Count = 500
     window: Count = 16

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +99,7 @@ def train_arms(run: Run, watch: Watch | None = None) -> dict[str, Arm]:
     # Of the processes of a launcher, one holds the locks for all.
     with locked(place.state for place in places if distributed.rank() == 0):
         distributed.barrier()
-        _train_missing(run, [p for p in places if p.spec.kind != "matched-fidelity"], watch)
-        for place in places:
-            if place.spec.kind == "matched-fidelity" and not place.result.complete:
-                _match_fidelity(run, place, places, watch)
+        _train_missing(run, places, watch)
     return load_arms(run)
 
 
@@ -147,10 +143,9 @@ def load_arms(run: Run) -> dict[str, Arm]:
 
 def _load(place: _Place) -> Arm:
     folder = place.result.folder
-    sae = Dictionary.load(folder / "sae")
     return Arm(
-        replace(place.spec, k=sae.k) if place.spec.kind == "matched-fidelity" else place.spec,
-        sae,
+        place.spec,
+        Dictionary.load(folder / "sae"),
         BatchTopK.load(meta) if (meta := folder / "meta").exists() else None,
         pd.read_csv(folder / "history.csv"),
         folder,
@@ -230,53 +225,6 @@ def _save_result(profile: Profile, place: _Place, trainer: Trainer) -> None:
     with atomic_write(folder / "history.csv") as path:
         trainer.history().to_csv(path, index=False)
     place.result.finish({"seconds": trainer.seconds})
-
-
-def final_l2(history: pd.DataFrame) -> float:
-    """Mean L2 over the last tenth of an arm's training batches, which all arms share."""
-    return float(history["l2"].tail(max(1, len(history) // 10)).mean())
-
-
-def _match_fidelity(run: Run, place: _Place, places: list[_Place], watch: Watch | None) -> None:
-    """Find the k at which a plain dictionary is as bad a reconstruction as a joint arm.
-
-    A search by secants over log k and log L2, each point a dictionary trained in full, until the
-    next whole k has been tried; the nearest in L2 is taken. Its table is kept as `search.csv`.
-    """
-    spec, full = place.spec, run.profile.dictionary.k
-    residuals = Residuals(run, "train").inputs
-    trained = {other.spec: other for other in places}
-    joint = trained[replace(spec, kind="joint")]
-    target = final_l2(_load(joint).history)
-    tried = {full: trained[ArmSpec("solo", spec.seed, order=spec.order)]}
-    found = {full: final_l2(_load(tried[full]).history)}
-    exponent = -0.5  # of L2 in k, until two points tell
-    while True:
-        nearest, *others = sorted(found, key=lambda k: abs(found[k] - target))
-        if others:
-            ratio = found[nearest] / found[others[0]]
-            exponent = math.log(ratio) / math.log(nearest / others[0])
-        if exponent == 0:
-            break
-        wanted = nearest * (target / found[nearest]) ** (1 / exponent)
-        k = min(max(round(wanted), 1), run.profile.dictionary.n_features)
-        if k in found:
-            break
-        plain = replace(spec, kind="batchtopk", lambda2=None, sigma_sq=None, k=k)
-        # An arm of the run (of the ablation, say) is trained by now, and its lock is held.
-        tried[k] = trained.get(plain) or _place(run, plain, residuals)
-        with locked([tried[k].state] if plain not in trained and distributed.rank() == 0 else []):
-            _train_missing(run, [tried[k]], watch)
-        found[k] = final_l2(_load(tried[k]).history)
-    if distributed.rank() == 0:
-        source, folder = tried[nearest].result.folder, place.result.folder
-        shutil.copytree(source / "sae", folder / "sae", dirs_exist_ok=True)
-        shutil.copy(source / "history.csv", folder)
-        with atomic_write(folder / "search.csv") as path:
-            table = pd.DataFrame({"k": list(found), "l2": list(found.values()), "target": target})
-            table.to_csv(path, index=False)
-        place.result.finish()
-    distributed.barrier()
 
 
 def _groups(

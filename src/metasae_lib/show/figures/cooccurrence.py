@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from metasae_lib.show.figures import style
 
@@ -56,9 +57,9 @@ def density_difference(ax: Axes, frame: pd.DataFrame) -> None:
 def trade_off(ax: Axes, ours: pd.DataFrame, paper: pd.DataFrame) -> None:
     """Figure 1b: change of mean |φ| against change of L2; colour is σ², size is λ₂.
 
-    `ours`: kind, lambda2, sigma_sq, d_l2_pct, d_mean_abs_phi_pct, low, high (interval of the
-    latter), selected (bool). `paper`: lambda2, sigma_sq, d_l2_pct, d_mean_abs_phi_pct. The line is
-    the Pareto front of ours; grey is where other solo seeds fall.
+    `ours`: a row a setting, kind, lambda2, sigma_sq, d_l2_pct, d_mean_abs_phi_pct, low, high
+    (interval of the latter), selected (bool). `paper`: lambda2, sigma_sq, d_l2_pct and
+    d_mean_abs_phi_pct. The line is the Pareto front of ours; grey is where other solo seeds fall.
     """
 
     def plot(part: pd.DataFrame, *fmt: str, **look: Any) -> None:
@@ -137,17 +138,49 @@ def effect(ax: Axes, frame: pd.DataFrame, published: dict[str, float]) -> None:
     ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=2)
 
 
-@style.styled(7.0, 3.6)
-def firing_rates(ax: Axes, frame: pd.DataFrame) -> None:
-    """Appendix B: share of alive features that fire less often than a rate.
+@style.styled(8.0, 4.0, ncols=2)
+def firing_rates(axes: NDArray[Any], rates: pd.DataFrame, by_rate: pd.DataFrame) -> None:
+    """Appendix B: how often features fire, and mean |φ| at equal rates beside chance.
 
-    Columns: arm, kind, rate (per token).
+    `rates`: arm, kind, rate (per token). `by_rate`: arm, kind, rate (centre of the bin, of the
+    rarer feature), mean_abs, null_mean_abs.
     """
-    for _, part, look in style.by_arm(frame[frame.rate > 0], marker="", linewidth=1.3):
+    left, right = axes
+    for _, part, look in style.by_arm(rates[rates.rate > 0], marker="", linewidth=1.3):
         share = np.arange(1, len(part) + 1) / len(part)
-        ax.step(np.sort(part.rate), share, **look)
-    ax.set(xscale="log", xlabel="firing rate (per token)", ylabel="share of features below it")
-    style.add_legend(ax)
+        left.step(np.sort(part.rate), share, **look)
+    left.set(xscale="log", xlabel="firing rate (per token)", ylabel="share of features below it")
+    chance = "same rates, independent"
+    for _, part, look in style.by_arm(by_rate, markersize=4, linestyle="-"):
+        right.plot(part.rate, part.mean_abs, **look)
+        right.plot(part.rate, part.null_mean_abs, "--", color=style.PINK, linewidth=1, label=chance)
+    right.set(xscale="log", yscale="log", xlabel="rarer firing rate (per token)")
+    right.set_ylabel("mean |φ|")
+    style.add_legend(left, left.figure, loc="outside lower left", ncols=4)
+    style.add_legend(right, loc="lower right")
+
+
+@style.styled(8.0, 4.0, ncols=2)
+def frontier(axes: NDArray[Any], frame: pd.DataFrame) -> None:
+    """mean |φ|, and what it has above chance, over L2: solo curves, and the joint arms.
+
+    Columns: kind, seed, l2, mean_abs, null_mean_abs, selected. A grey line joins the solo arm of a
+    seed with its arms of smaller k; a joint arm belongs to the line of its own seed.
+    """
+    frame = frame.assign(excess=frame.mean_abs - frame.null_mean_abs)
+    for ax, column in zip(axes, ("mean_abs", "excess"), strict=True):
+        curve = frame[frame.kind.isin(["solo", "frontier"])].sort_values("l2")
+        for _, part in curve.groupby("seed"):
+            ax.plot(part.l2, 1e3 * part[column], color=style.GREY, linewidth=1, label="one seed")
+        for _, part, look in style.by_kind(frame):
+            ax.plot(part.l2, 1e3 * part[column], **look | {"markersize": 5})
+        best = frame[frame.selected]
+        ax.plot(best.l2, 1e3 * best[column], "o", mfc="none", mec=style.BLACK, markersize=11,
+                label="selected setting")  # fmt: skip
+        ax.set_xlabel("L2 (share of unit variance)")
+    axes[0].set_ylabel("mean |φ| (thousandths)")
+    axes[1].set_ylabel("mean |φ| above its null (thousandths)")
+    style.legend_below(axes[0], 5)
 
 
 @style.styled(7.0, 3.6)
@@ -184,17 +217,3 @@ def elasticity(ax: Axes, frame: pd.DataFrame) -> None:
     style.zero_line(ax)
     ax.set(xlabel="every threshold θ times", ylabel="change of mean |φ| (%)")
     style.legend_below(ax, 4)
-
-
-@style.styled(7.0, 3.6)
-def phi_by_rate(ax: Axes, frame: pd.DataFrame) -> None:
-    """mean |φ| of pairs by the features' firing rate, beside independent features of that rate.
-
-    Columns: kind, arm, rate (centre of the bin), mean_abs, null_mean_abs.
-    """
-    chance = "same rates, independent"
-    for _, part, look in style.by_arm(frame, markersize=4, linestyle="-"):
-        ax.plot(part.rate, part.mean_abs, **look)
-        ax.plot(part.rate, part.null_mean_abs, "--", color=style.PINK, linewidth=1, label=chance)
-    ax.set(xscale="log", yscale="log", xlabel="firing rate (per token)", ylabel="mean |φ|")
-    style.add_legend(ax)

@@ -26,7 +26,7 @@ KINDS = {
     "control": (ORANGE, "^"),
     "jumprelu": (GREEN, "P"),
     "ortsae": (SKY, "X"),
-    "matched-fidelity": ("#7A5195", "d"),
+    "frontier": ("#7A5195", "d"),
     "as-released": ("#8C6D31", "*"),
     "paper": (RED, "D"),
     "null": (PINK, "v"),
@@ -112,9 +112,11 @@ def series(
     return ((value, part, *look) for (value, part), look in groups)
 
 
-def reach(frame: pd.DataFrame, column: str) -> NDArray[np.float64]:
-    """(2, n) distances of a column to the ends `low` and `high` of its interval, for `errorbar`."""
-    return np.abs(frame[["low", "high"]].to_numpy().T - frame[column].to_numpy())
+def reach(
+    frame: pd.DataFrame, column: str, ends: Sequence[str] = ("low", "high")
+) -> NDArray[np.float64]:
+    """(2, n) distances of a column to the ends of its interval, for `errorbar`."""
+    return np.abs(frame[list(ends)].to_numpy().T - frame[column].to_numpy())
 
 
 def label_rows(

@@ -102,22 +102,32 @@ def push_3d(ax: Axes3D, rows: pd.DataFrame) -> None:
 
 
 @style.styled(7.0, 3.6)
-def training_curve(
-    ax: Axes, frame: pd.DataFrame, column: str, label: str, log: bool = False
-) -> None:
+def training_curve(ax: Axes, frame: pd.DataFrame, column: str, label: str) -> None:
     """One quantity of every arm along the training tokens.
 
     Columns: arm, kind, tokens, and the named one. Arms of a kind share a colour.
     """
+    _along_training(ax, frame, column, label)
+    style.legend_below(ax, 4)
+
+
+@style.styled(8.0, 3.8, ncols=2)
+def losses(axes: NDArray[Any], frame: pd.DataFrame) -> None:
+    """L2 of the training batches, and features that do not fire, of every arm. Columns: arm, kind,
+    tokens, l2, dead."""
+    _along_training(axes[0], frame, "l2", "L2 (share of unit variance)")
+    axes[0].set_yscale("log")
+    # Plain numbers: a loss rarely spans more than one power of ten.
+    axes[0].yaxis.set_major_formatter(ScalarFormatter())
+    axes[0].yaxis.set_minor_formatter(ScalarFormatter())
+    _along_training(axes[1], frame, "dead", "features not firing at present")
+    style.legend_below(axes[0], 4)
+
+
+def _along_training(ax: Axes, frame: pd.DataFrame, column: str, label: str) -> None:
     for kind, part, look in style.by_arm(frame, marker="", linewidth=1.3):
         ax.plot(part.tokens / 1e6, part[column], zorder=3 if kind == "control" else 2, **look)
     ax.set(xlabel="training tokens (millions)", ylabel=label)
-    if log:
-        ax.set_yscale("log")
-        # Plain numbers: a loss rarely spans more than one power of ten.
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-        ax.yaxis.set_minor_formatter(ScalarFormatter())
-    style.legend_below(ax, 4)
 
 
 @style.styled(8.0, 3.6, ncols=2, sharey=True)
@@ -131,6 +141,42 @@ def fidelity(axes: NDArray[Any], frame: pd.DataFrame) -> None:
     axes[0].set_xlabel("L2 (share of unit variance)")
     axes[1].set_xlabel("CE overhead (% of the model's CE)")
     style.legend_below(axes[1], 4)
+
+
+@style.styled(8.0, 3.6, ncols=2, sharey=True)
+def fidelity_pairs(axes: NDArray[Any], frame: pd.DataFrame) -> None:
+    """What each setting costs against its solo partner. Columns: setting, kind, d_l2_pct, l2_low,
+    l2_high, d_ce_nats, ce_low, ce_high."""
+    frame = frame.assign(y=style.label_rows(axes[0], list(frame.setting), 3.6, 1.4))
+    for _, part, look in style.by_kind(frame):
+        for ax, column, ends in (
+            (axes[0], "d_l2_pct", ["l2_low", "l2_high"]),
+            (axes[1], "d_ce_nats", ["ce_low", "ce_high"]),
+        ):
+            xerr = style.reach(part, column, ends)
+            ax.errorbar(part[column], part.y, xerr=xerr, capsize=3, elinewidth=1, **look)
+    for ax, label in zip(axes, ("change of L2 (%)", "change of CE (nats)"), strict=True):
+        style.zero_line(ax, "x")
+        ax.set_xlabel(label)
+    style.legend_below(axes[1], 4)
+
+
+@style.styled(7.2, 3.6)
+def same_features(ax: Axes, frame: pd.DataFrame) -> None:
+    """Cosines of decoder rows between dictionaries: feature i with feature i, and with the nearest.
+
+    Columns: comparison, of (`row` or `nearest`), cosine, least, largest.
+    """
+    names = frame.comparison + np.where(frame.of == "row", ", row by row", ", nearest row")
+    frame = frame.assign(y=style.label_rows(ax, list(names), 3.6, 1.2))
+    for of, part, colour, marker in style.series(frame, "of", sort=False):
+        xerr = style.reach(part, "cosine", ["least", "largest"])
+        label = {"row": "feature i with feature i", "nearest": "with the nearest of all"}[of]
+        ax.errorbar(part.cosine, part.y, xerr=xerr, fmt=marker, color=colour, capsize=3,
+                    label=label)  # fmt: skip
+    style.zero_line(ax, "x")
+    ax.set(xlabel="mean cosine of decoder rows", xlim=(-0.05, 1.02))
+    style.legend_below(ax, 2)
 
 
 @style.styled(7.0, 3.8)
