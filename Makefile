@@ -21,10 +21,11 @@ test: lint browser
 	$(BIN)/python workflow/build.py tiny --output _build/test
 	$(BIN)/pytest
 
-# Pages are tested in a real browser.
+# Pages are tested in a real browser. Another apt at work is waited for.
+WAIT := -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3
 browser:
-	@command -v chromium google-chrome >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium >/dev/null) \
-	  || (echo "The pages are tested in a browser: install chromium, then run make test again" && exit 1)
+	@command -v chromium google-chrome >/dev/null || (apt-get $(WAIT) -qq update && apt-get $(WAIT) -qq -y install chromium) >.browser.log 2>&1 \
+	  || (tail -n 3 .browser.log; echo "The pages are tested in a browser, which could not be installed (see above): install chromium, then run make test again"; exit 1)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -383,7 +383,7 @@ def test_pairs_kept_with_the_same_start_and_with_another() -> None:
 
     def arm(kind: str, seed: int, rows: torch.Tensor) -> Any:
         return SimpleNamespace(
-            spec=SimpleNamespace(kind=kind, seed=seed), sae=SimpleNamespace(W_dec=rows)
+            spec=SimpleNamespace(kind=kind, seed=seed), sae=SimpleNamespace(directions=rows)
         )
 
     turned = torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 0], [0, 1, -1, 0], [0, 0, 0, 1.0]])

@@ -60,6 +60,7 @@ def as_inputs(fired: np.ndarray) -> list[object]:
         torch.from_numpy(fired),
         torch.from_numpy(fired).to_sparse_csr(),
         torch.from_numpy(fired).float().to_sparse_csr(),
+        torch.from_numpy(fired).to_sparse(),
         scipy.sparse.csr_array(fired),
         scipy.sparse.csc_matrix(fired.astype(np.float32)),
     ]
@@ -170,6 +171,19 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         CooccurrenceCounter(4, 4).update(np.ones((2, 4), bool), np.ones((3, 4), bool))
     with pytest.raises(MeasureError, match="positive"):
         CooccurrenceCounter(0)
+
+
+def test_phi_refuses_what_numpy_would_repeat() -> None:
+    n11, n1 = np.array([[3, 1], [1, 2]]), np.array([3, 2])
+    for together, a, b in (
+        (n11[0], n1, n1), (n11, 3, 2), (n11, n1[:1], n1), (n11, n1, n1[:1]), (n11, n1[:, None], n1),
+        (np.ones((2, 3), int), np.ones(3, int), np.ones(2, int)),
+    ):  # fmt: skip
+        for kind in (np.asarray, torch.as_tensor):
+            with pytest.raises(MeasureError, match=r"give \(n_a, n_b\) with \(n_a,\)"):
+                phi(kind(together), kind(a), kind(b), 10)
+    with pytest.raises(MeasureError, match="between 0 and n_tokens, 2"):
+        phi(n11, n1, n1, 2)
 
 
 def above_plain(values: np.ndarray, threshold: np.ndarray) -> tuple[Pattern, np.ndarray]:

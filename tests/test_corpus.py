@@ -140,6 +140,56 @@ def test_parquet_jsonl_and_txt_hold_the_same(model: Path, text: Path, tmp_path: 
     assert set(files.sources("scan")) == {"files"}
 
 
+def test_a_mark_at_the_start_of_a_file_is_no_text(model: Path, text: Path, tmp_path: Path) -> None:
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text(text.read_text(), encoding="utf-8-sig")
+    made = [tokens(small_profile(model, path), tmp_path).hash("train") for path in (text, marked)]
+    assert made[0] == made[1]
+
+
+def test_characters_that_no_file_can_hold(model: Path, tmp_path: Path) -> None:
+    """Halves of a surrogate pair, which JSON can spell; a whole pair is its character."""
+    odd = "\0 \r \u2028 \x85 \v \f \u202e \ufeff and so on"
+    lines = [json.dumps({"text": f"{i} \ud800 \udc00x 😀 {odd}"}) for i in range(400)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    assert "\\ud800" in lines[0] and "\\ud83d\\ude00" in lines[0]
+    made = tokens(small_profile(model, tmp_path / "text.jsonl"), tmp_path)
+    read = "".join(Pieces(made.tokenizer)(made.rows("train")[:, 1:].ravel()))
+    for part in read.split("\n\n")[:-1]:
+        assert part == f"{part.split()[0]} \ufffd \ufffdx 😀 {odd}"
+
+
+def test_a_relative_path_is_one_file_wherever_it_is_asked_from(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command line works in the repository, a notebook in its folder."""
+    repository = Path(__file__).parents[1]
+    places = [Path(os.path.relpath(path, repository)) for path in (model, text)]
+    folder = tmp_path / "data set"
+    shutil.copytree(text.parent, folder)
+    made = []
+    for place in (repository, repository / "notebooks", repository / "tests"):
+        monkeypatch.chdir(place)
+        profile = small_profile(*places)
+        assert profile.shape and profile.shape.n_layers == 4
+        made.append(tokens(profile, tmp_path).hash("train"))
+        dataset = {"text.source": f"hf:{os.path.relpath(folder, repository)}"}
+        made.append(tokens(small_profile(*places, **dataset), tmp_path).hash("scan"))
+    assert len(set(made)) == 2 and len({run.name for run in (tmp_path / "runs").iterdir()}) == 3
+
+
+def test_brackets_in_the_name_of_a_folder(model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "we[i]rd {dir} *"
+    shutil.copytree(text.parent, folder / "data", ignore=shutil.ignore_patterns(folder.name))
+    made = {
+        tokens(small_profile(model, path), tmp_path).hash("train")
+        for path in (text, folder / "data" / text.name, folder / "**" / "te[wx]t.jsonl")
+    }
+    assert len(made) == 1
+    with pytest.raises(CorpusError, match="rename it, or name its files by files:"):
+        tokens(small_profile(model, text, **{"text.source": f"hf:{folder}"}), tmp_path)
+
+
 def test_a_streamed_dataset(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metasae_lib.study.errors import DictionaryError
-from metasae_lib.train.dictionary import BatchTopK, JumpReLU, denormalise, normalise
+from metasae_lib.train.dictionary import BatchTopK, Dictionary, JumpReLU, denormalise, normalise
 
 
 def test_normalise_by_hand_and_back() -> None:
@@ -105,3 +105,14 @@ def test_bad_files_are_named(tmp_path: Path, harm: str) -> None:
 def test_impossible_sizes() -> None:
     with pytest.raises(DictionaryError, match="k between 1 and n_features"):
         BatchTopK(6, 9, 10)
+
+
+@pytest.mark.parametrize("kind", [BatchTopK, JumpReLU])
+@pytest.mark.parametrize("shape", [(2, 2, 6), (6,), (4, 1), (4, 9)])
+def test_other_shapes_are_refused(kind: type[Dictionary], shape: tuple[int, ...]) -> None:
+    """Three dimensions would keep k times the first of them, and a width of 1 would be repeated."""
+    sae = kind(6, 8, 2)
+    sae.threshold = torch.zeros(8)
+    for function in (sae.encode, sae.encode_threshold, sae.decode):
+        with pytest.raises(DictionaryError, match="give it the shape"):
+            function(torch.zeros(shape))

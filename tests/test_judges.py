@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,10 +29,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from metasae_lib.interpret.examples import Example
 from metasae_lib.interpret.judges import http
+from metasae_lib.interpret.judges import questions as questions_module
 from metasae_lib.interpret.judges.http import HttpJudge
 from metasae_lib.interpret.judges.in_process import InProcessJudge
 from metasae_lib.interpret.judges.lexical import LexicalJudge
 from metasae_lib.interpret.judges.questions import AskOnce, JudgeError, Question, marked, parse
+from metasae_lib.study import ArtefactError, Profile, ProfileError
 
 
 def example(text: str, acts: Sequence[float] | None = None) -> Example:
@@ -72,6 +76,15 @@ def detection(number: int) -> Question:
         ("explain", "Words about rain.\nMore.", "Words about rain."),
         ("explain", "  ", None),
         ("explain", "x" * 401, None),
+        ("explain", "<think>\nRain? Or.\n</think>\n\nWords about rain.", "Words about rain."),
+        ("explain", "<think>\nRain? Or. Let me see", None),
+        ("explain", "Words such as <think> in code.", "Words such as <think> in code."),
+        ("fuzzing", "so it is A</thinking>B", 1),
+        ("fuzzing", "<thought>A</thought><thought>B</thought> A", 0),
+        ("fuzzing", "[THINK]A[/THINK]B", 1),
+        ("fuzzing", "<think>A</think><think>A", None),
+        ("strength", "<think></think>7", 7.0),
+        ("detection", "<seed:think>no</seed:think>\nyes", True),
     ],
 )
 def test_parse_takes_the_answer_and_nothing_else(task: Any, answer: str, value: Any) -> None:
@@ -103,8 +116,18 @@ def kept(path: Path) -> list[tuple[str, str, str]]:
         return table.execute("SELECT task, prompt, answer FROM answers").fetchall()
 
 
+def number(prompt: str) -> int:
+    """Which question it is; 0 for one that the judge asks on its own."""
+    return int((*re.findall(r"text number (\d+)", prompt), 0)[0])
+
+
+def counted(prompt: str) -> str:
+    """An answer like no other question's."""
+    return "yes" + "!" * number(prompt)
+
+
 class Counting:
-    """Answers "yes", except None for what is in `silent`; stops after `limit` answers."""
+    """Answers as `counted`, except None for what is in `silent`; stops after `limit` answers."""
 
     def __init__(self, limit: int = 10**9) -> None:
         self.identity: dict[str, Any] = {"judge": "counting"}
@@ -118,7 +141,7 @@ class Counting:
                 raise KeyboardInterrupt
             prompt = questions[index].prompt
             self.asked[prompt] += 1
-            yield index, None if prompt in self.silent else f"yes {prompt[-40:]}"
+            yield index, None if prompt in self.silent else counted(prompt)
 
 
 def test_a_killed_asking_goes_on_without_asking_twice(tmp_path: Path) -> None:
@@ -130,7 +153,7 @@ def test_a_killed_asking_goes_on_without_asking_twice(tmp_path: Path) -> None:
     again = AskOnce(judge, tmp_path / "answers.sqlite")
     assert len(kept(tmp_path / "answers.sqlite")) == 20
     answers = again.answers([*questions, *questions[:5]])  # a prompt that comes twice, too
-    assert all(a == f"yes {q.prompt[-40:]}" for q, a in zip(questions, answers, strict=False))
+    assert all(a == counted(q.prompt) for q, a in zip(questions, answers, strict=False))
     assert answers[50:] == answers[:5]
     assert set(judge.asked.values()) == {1}
 
@@ -154,14 +177,14 @@ def test_an_asking_ended_by_sigkill_goes_on_without_asking_twice(tmp_path: Path)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     judge = Counting()
     answers = AskOnce(judge, tmp_path / "a.sqlite").answers(questions)
-    assert answers == [f"yes {q.prompt[-40:]}" for q in questions]
+    assert answers == [counted(q.prompt) for q in questions]
     assert judge.asked.total() == 30 - 12
 
 
 def test_every_prompt_and_answer_is_in_the_table(tmp_path: Path) -> None:
     AskOnce(Counting(), tmp_path / "a.sqlite").answers([detection(1)])
     prompt = detection(1).prompt
-    assert kept(tmp_path / "a.sqlite") == [("detection", prompt, f"yes {prompt[-40:]}")]
+    assert kept(tmp_path / "a.sqlite") == [("detection", prompt, "yes!")]
 
 
 def test_what_got_no_answer_is_asked_again_next_time(tmp_path: Path) -> None:
@@ -183,8 +206,62 @@ def test_judges_do_not_share_answers(tmp_path: Path) -> None:
 
 def test_a_foreign_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.sqlite").write_text("this is no database, and long enough to be seen as such")
-    with pytest.raises(JudgeError, match=r"a\.sqlite is no table of answers"):
+    with pytest.raises(ArtefactError, match=r"a\.sqlite is no table of answers"):
         AskOnce(Counting(), tmp_path / "a.sqlite")
+
+
+def test_an_answer_that_cannot_be_read_is_asked_for_again_by_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Repaired(Counting):
+        says: str | None = "<think>Let me see"
+
+        def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
+            return ((index, self.says) for index, _ in super().ask(questions))
+
+    judge, question = Repaired(), detection(1)
+    for _ in range(2):  # the second time by another part of the same run
+        assert AskOnce(judge, tmp_path / "a.sqlite").answers([question]) == [judge.says]
+    assert judge.asked.total() == 1
+    for judge.says, asked in (("no idea", 2), ("?", 3), ("yes", 3)):  # "?": it cannot tell
+        monkeypatch.setattr(questions_module, "_UNREAD", set())  # as in the next process
+        AskOnce(judge, tmp_path / "a.sqlite").answers([question])
+        assert judge.asked.total() == asked
+    assert [answer for *_, answer in kept(tmp_path / "a.sqlite")] == ["?"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here: that needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_under_the_answers_is_named_and_loses_nothing(small_disk: Path) -> None:
+    questions = [
+        Question("detection", "x" * 4000, (example(f"text number {k}"),)) for k in range(9)
+    ]
+    once, judge = AskOnce(Counting(), small_disk / "a.sqlite"), Counting()
+    with pytest.raises(ArtefactError, match=r"full.*: free some space, and run again"):
+        once.answers(questions)
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    assert AskOnce(judge, small_disk / "a.sqlite").answers(questions) == [
+        counted(q.prompt) for q in questions
+    ]
+    assert 0 < judge.asked.total() < 9  # the others were kept
+    filler, free = small_disk / "filler", shutil.disk_usage(small_disk).free
+    filler.write_bytes(bytes(free - 28 * 1024))  # enough for a table, and not for what goes with it
+    with pytest.raises(ArtefactError, match=r"I/O.*: free some space, and run again"):
+        AskOnce(judge, small_disk / "b.sqlite")
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(ArtefactError, match="a disk with write access and locks, and run again"):
+        AskOnce(judge, small_disk / "a.sqlite")
 
 
 # --------------------------------------------------------------------------- lexical
@@ -311,6 +388,9 @@ class Server:
         self.good: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
         self.sends: dict[str, str] = {}
+        self.asked: list[dict[str, Any]] = []
+        self.says = b""  # the body of a fault
+        self.parted: dict[str, str | None] = {}  # of the message, beside or instead of its content
         self.faults: Counter[str] = Counter()
         self.most = self.active = 0
         self.delay = 0.0
@@ -342,8 +422,7 @@ class Server:
 
     def said(self, prompt: str) -> tuple[str, str]:
         """Content and finish reason of a good answer."""
-        number = int(prompt.split("text number ")[1].split()[0])
-        return ("yes" if number % 2 else "no"), "stop"
+        return ("yes" if number(prompt) % 2 else "no"), "stop"
 
     @property
     def url(self) -> str:
@@ -355,6 +434,7 @@ class Server:
         with self.lock:
             self.attempts[prompt] += 1
             self.headers.append(dict(request.headers))
+            self.asked.append(body)
             self.active += 1
             self.most = max(self.most, self.active)
             fault = self.fault(prompt, self.attempts[prompt])
@@ -367,8 +447,8 @@ class Server:
 
     def respond(self, request: BaseHTTPRequestHandler, prompt: str, fault: str) -> None:
         content, reason = self.said(prompt)
-        choice = {"message": {"role": "assistant", "content": content}, "finish_reason": reason}
-        answer = json.dumps({"choices": [choice]}).encode()
+        message = {"role": "assistant", "content": content} | self.parted
+        answer = json.dumps({"choices": [{"message": message, "finish_reason": reason}]}).encode()
         status = 200
         if fault == "hang":
             self.released.wait(20)
@@ -378,6 +458,8 @@ class Server:
             status = int(fault)
         if fault in ("500", "429"):
             answer = answer.replace(b"yes", b"YES!").replace(b"no", b"yes").replace(b"YES!", b"no")
+        if fault and self.says:
+            answer = self.says
         if fault == "garbage":
             answer = b"<html>yes</html>"
         if fault == "shape":
@@ -425,13 +507,9 @@ def truth(numbers: Sequence[int]) -> list[str]:
 
 
 def test_two_hundred_faults_and_a_restart_cost_nothing(server: Server, tmp_path: Path) -> None:
-    kinds = ["hang", "500", "cut", "garbage", "shape", "429", "reset", "drip"]
+    kinds = ["500", "hang", "cut", "garbage", "shape", "429", "reset", "drip"]
     server.fault = (  # type: ignore[method-assign]
-        lambda prompt, attempt: (
-            kinds[int(prompt.split("text number ")[1].split()[0]) % len(kinds)]
-            if attempt == 1
-            else ""
-        )
+        lambda prompt, attempt: kinds[number(prompt) % len(kinds)] if attempt == 1 else ""
     )
     questions = [detection(k) for k in range(200)]
     once = AskOnce(judge_at(server, parallel=32), tmp_path / "answers.sqlite")
@@ -454,11 +532,12 @@ def test_two_hundred_faults_and_a_restart_cost_nothing(server: Server, tmp_path:
 
 def test_a_question_that_always_fails_costs_only_itself(server: Server) -> None:
     def fault(prompt: str, attempt: int) -> str:
-        return {"3": "500", "5": "400"}.get(prompt.split("text number ")[1].split()[0], "")
+        return {3: "500", 5: "400"}.get(number(prompt), "")
 
     server.fault = fault  # type: ignore[method-assign]
-    judge = judge_at(server, tries=3)
-    answers = dict(judge.ask([detection(k) for k in range(8)]))
+    judge = judge_at(server, tries=3, parallel=1)
+    with pytest.warns(UserWarning, match="answer 2 of 8 questions; the last because: 400 Bad Requ"):
+        answers = dict(judge.ask([detection(k) for k in range(8)]))
     assert answers[3] is None and answers[5] is None
     assert [answers[k] for k in (0, 1, 2, 4, 6, 7)] == truth((0, 1, 2, 4, 6, 7))
     assert server.attempts[detection(3).prompt] == 3
@@ -477,13 +556,20 @@ def test_a_server_that_stays_away_stops_with_a_sentence(tmp_path: Path) -> None:
     gone = Server()
     gone.stop()
     judge = judge_at(gone, patience=0.2)
-    with pytest.raises(JudgeError, match="gave no answer for 0 s: start it and run again"):
+    with pytest.raises(JudgeError, match=r"no answer for 0 s \(.*refused\): start it and run"):
         AskOnce(judge, tmp_path / "a.sqlite").answers([detection(1)])
+
+
+def test_a_server_that_says_later_for_ever_is_heard(server: Server) -> None:
+    server.fault = lambda prompt, attempt: "429"  # type: ignore[method-assign]
+    server.says = b'{"error": {"message": "You exceeded your quota"}}'
+    with pytest.raises(JudgeError, match=r"\(429 Too Many Requests: You exceeded your quota\)"):
+        dict(judge_at(server, patience=0.2).ask([detection(k) for k in range(9)]))
 
 
 def test_a_wrong_model_name_stops_at_once(server: Server) -> None:
     server.fault = lambda prompt, attempt: "404"  # type: ignore[method-assign]
-    with pytest.raises(JudgeError, match=r"answered 404 .*a-model"):
+    with pytest.raises(JudgeError, match=r"answered 404 Not Found: .*a-model"):
         dict(judge_at(server, parallel=2).ask([detection(k) for k in range(100)]))
     assert server.attempts.total() <= 4
 
@@ -516,16 +602,31 @@ def test_the_key_comes_from_the_environment_and_stays_there(
     server.fault = lambda prompt, attempt: "404"  # type: ignore[method-assign]
     with pytest.raises(JudgeError, match="METASAE_JUDGE_KEY") as refused:
         dict(judge.ask([detection(2)]))
-    for raised in (error, refused):
+    server.says = b'{"error": {"message": "Bearer secret-7f3a may not do that"}}'
+    with pytest.raises(JudgeError, match=r"Bearer \(the key\) may not") as repeated:
+        dict(judge.ask([detection(2)]))
+    server.fault = lambda prompt, attempt: ""  # type: ignore[method-assign]
+    server.said = lambda prompt: ("secret-7f3a", "stop")  # type: ignore[method-assign]
+    assert dict(judge.ask([detection(3)])) == {0: "(the key)"}
+    for raised in (error, refused, repeated):
         assert "secret-7f3a" not in "".join(traceback.format_exception(raised.value))
     assert "secret-7f3a" not in caplog.text
 
 
+WRONG_ADDRESSES = (
+    "ftp://127.0.0.1", "127.0.0.1:8000", "http://127.0.0.1:99999/v1", "http://127.0.0.1:0",
+    "http://127.0.0.1:8o", "http://[::1/v1", "http://:80", f"http://{'a' * 70}.org", "http://a..b",
+)  # fmt: skip
+
+
 def test_addresses_are_checked() -> None:
     assert HttpJudge().url.hostname == "127.0.0.1"
-    for url in ("ftp://127.0.0.1", "127.0.0.1:8000", "http://name:word@127.0.0.1"):
-        with pytest.raises(JudgeError, match="not an http address"):
+    for url in (*WRONG_ADDRESSES, "http://name:word@127.0.0.1", "http://127.0.0.1/v1?key=word"):
+        with pytest.raises(JudgeError, match="address cannot be asked: give http") as error:
             HttpJudge(url)
+        with pytest.raises(ProfileError, match=r"autointerp\.url must be http") as refused:
+            Profile.load("tiny", overrides={"autointerp.url": url})
+        assert "word" not in f"{error.value}{refused.value}".replace("password", "")
 
 
 def test_an_explanation_that_was_cut_off_is_none(server: Server) -> None:
@@ -550,17 +651,144 @@ def test_what_is_the_same_for_every_question_stops_at_once(server: Server, statu
 
 @pytest.mark.parametrize("status", ["400", "413", "422"])
 def test_a_question_that_is_rejected_has_no_answer(server: Server, status: str) -> None:
-    server.fault = lambda prompt, attempt: status  # type: ignore[method-assign]
-    assert list(judge_at(server).ask([detection(1)])) == [(0, None)]
-    assert server.attempts.total() == 1
+    server.fault = lambda prompt, attempt: status if number(prompt) else ""  # type: ignore[method-assign]
+    server.says = b'{"object": "error", "message": "This prompt is\\ntoo long"}'
+    with pytest.warns(
+        UserWarning, match=f"1 of 1 questions; .*{status} .*: This prompt is too lon"
+    ):
+        assert list(judge_at(server).ask([detection(1)])) == [(0, None)]
+    assert server.attempts[detection(1).prompt] == 1
 
 
 def test_a_server_that_asks_for_a_pause_gets_it(server: Server) -> None:
     server.fault = lambda prompt, attempt: "429" if attempt == 1 else ""  # type: ignore[method-assign]
     server.sends = {"Retry-After": "2"}
     started = time.monotonic()
-    assert list(judge_at(server).ask([detection(1)])) == [(0, "yes")]
+    assert list(judge_at(server, tries=1).ask([detection(1)])) == [(0, "yes")]  # costs no try
     assert time.monotonic() - started > 2  # its own first pause is half a second at most
+
+
+def test_a_server_that_is_still_loading_is_waited_for(server: Server) -> None:
+    server.fault = lambda prompt, attempt: "503" if attempt == 1 else ""  # type: ignore[method-assign]
+    assert list(judge_at(server, tries=1).ask([detection(1)])) == [(0, "yes")]
+
+
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        (
+            b'{"error": {"message": "temperature 0 is not supported", "code": 3}}',
+            "temperature 0 is",
+        ),
+        (b'{"detail": [{"loc": ["body"], "msg": "seed: not permitted"}]}', "seed: not permitted"),
+        (b'{"error": "no \\ud83d such\\u0000 thing"}', "no \ufffd such\ufffd thing"),
+        (b"<html><h1>The plain HTTP request</h1></html>", "The plain HTTP request"),
+        (b"\xff[" * 9999, "\ufffd"),
+        (b"{}", "{}"),
+    ],
+)
+@pytest.mark.parametrize(("status", "tries"), [("400", 6), ("500", 1)])
+def test_a_server_that_refuses_every_question_is_heard(
+    server: Server, status: str, tries: int, says: bytes, words: str
+) -> None:
+    server.fault = lambda prompt, attempt: status  # type: ignore[method-assign]
+    server.says = says
+    with pytest.raises(JudgeError, match=rf"answers nothing \({status} [\w ]+: ") as error:
+        dict(judge_at(server, tries=tries).ask([detection(k) for k in range(50)]))
+    assert words in str(error.value)
+    assert server.attempts.total() == 2 and len(str(error.value)) < 500
+
+
+def test_what_is_no_judge_is_heard(server: Server) -> None:
+    server.fault = lambda prompt, attempt: "garbage"  # type: ignore[method-assign]
+    with pytest.raises(JudgeError, match=r"answers nothing \(no answer, but: yes\)"):
+        dict(judge_at(server, tries=1).ask([detection(1)]))
+
+
+def test_no_such_host_and_no_tls_stop_at_once(server: Server) -> None:
+    tls = f"https://127.0.0.1:{server.port}/v1"
+    for url, words in (("http://judge.invalid", r"\[Errno -"), (tls, r"\[SSL: ")):
+        started = time.monotonic()
+        with pytest.raises(JudgeError, match=rf"cannot be reached \({words}.*\): check its name"):
+            dict(HttpJudge(url).ask([detection(k) for k in range(50)]))
+        assert time.monotonic() - started < 10
+
+
+def test_a_server_that_knows_the_newer_limit_alone_gets_it(server: Server) -> None:
+    newer = "max_completion_tokens"
+    server.fault = lambda prompt, attempt: "" if newer in server.asked[-1] else "400"  # type: ignore[method-assign]
+    server.says = f'{{"error": {{"message": "Use \'{newer}\' instead."}}}}'.encode()
+    asked = [detection(k) for k in range(5)]
+    assert dict(judge_at(server, parallel=1).ask(asked)) == dict(enumerate(truth(range(5))))
+    assert server.attempts.total() == 6 and "max_tokens" not in server.asked[-1]
+
+
+@pytest.mark.parametrize("reason", ["eos_token", "stop_sequence", None])
+def test_other_words_for_the_end_of_an_answer(server: Server, reason: Any) -> None:
+    server.said = lambda prompt: ("yes", reason)  # type: ignore[method-assign]
+    assert list(judge_at(server).ask([detection(1)])) == [(0, "yes")]
+
+
+def test_an_answer_holds_only_what_can_be_kept(server: Server, tmp_path: Path) -> None:
+    server.said = lambda prompt: ("Words \ud83d like\0 these.", "stop")  # type: ignore[method-assign]
+    question = Question("explain", "", (example("text number 1"),))
+    once = AskOnce(judge_at(server), tmp_path / "a.sqlite")
+    assert once.answers([question]) == ["Words \ufffd like\ufffd these."]
+    assert kept(tmp_path / "a.sqlite")[0][2] == "Words \ufffd like\ufffd these."
+
+
+# Tokens of thoughts, how many it takes to close them, and the fields in which servers send them.
+Sends = Callable[[bool], tuple[str | None, dict[str, str]]]
+THINKING: dict[str, Sends] = {
+    "marked": lambda done: ("<think>\nNo, or" + "</think>\n\nyes" * done, {}),
+    "opened by the template": lambda done: ("No, or. So" + "</think>\n\nyes" * done, {}),
+    "parted": lambda done: ("yes" if done else None, {"reasoning_content": "No, or"}),
+    "parted by vLLM": lambda done: ("yes" if done else None, {"reasoning": "No, or"}),
+    "hidden": lambda done: ("yes" * done, {}),
+}
+
+
+@pytest.mark.parametrize("sends", THINKING.values(), ids=THINKING)
+def test_a_judge_that_thinks_first_gets_room_and_is_read(server: Server, sends: Sends) -> None:
+    def said(prompt: str) -> tuple[Any, str]:
+        done = server.asked[-1]["max_tokens"] > 1000
+        content, server.parted = sends(done)  # type: ignore[assignment]
+        return content, "stop" if done else "length"
+
+    server.said = said  # type: ignore[method-assign]
+    asked = [detection(k) for k in range(3)]
+    answers = dict(judge_at(server, parallel=1).ask(asked))
+    assert [parse(q, answers[k]) for k, q in enumerate(asked)] == [True] * 3
+    assert server.attempts.total() == 4  # only the first was asked twice
+
+
+# One that a template opened, and nothing closes, looks like an answer with many words.
+@pytest.mark.parametrize("how", sorted(THINKING.keys() - {"opened by the template"}))
+def test_a_judge_that_never_ends_its_thoughts_is_named(server: Server, how: str) -> None:
+    def said(prompt: str) -> tuple[Any, str]:
+        content, server.parted = THINKING[how](False)  # type: ignore[assignment]
+        return content, "length"
+
+    server.said = said  # type: ignore[method-assign]
+    with pytest.raises(JudgeError, match=r"cut off in its thoughts.*chat_template_kwargs"):
+        dict(judge_at(server).ask([detection(k) for k in range(50)]))
+    assert server.attempts.total() == 2
+
+
+def test_thoughts_without_room_for_them_are_named_too(server: Server) -> None:
+    server.said = lambda prompt: ("<think>No", "length")  # type: ignore[method-assign]
+    server.fault = lambda prompt, attempt: "400" if server.asked[-1]["max_tokens"] > 99 else ""  # type: ignore[method-assign]
+    with pytest.raises(JudgeError, match="cut off in its thoughts"):
+        dict(judge_at(server).ask([detection(k) for k in range(50)]))
+
+
+def test_one_answer_that_is_cut_off_in_thoughts_is_none(server: Server) -> None:
+    server.said = lambda prompt: (  # type: ignore[method-assign]
+        ("yes", "stop") if number(prompt) == 0 else ("<think>No", "length")
+    )
+    with pytest.warns(UserWarning, match="2 of 3 questions; .*thoughts.*chat_template_kwargs"):
+        answers = dict(judge_at(server).ask([detection(k) for k in range(3)]))
+    assert answers == {0: "yes", 1: None, 2: None}
 
 
 def test_nothing_else_of_the_environment_reaches_the_server(

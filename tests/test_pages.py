@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +12,20 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from bs4 import BeautifulSoup
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from metasae_lib import Profile, Run
+from metasae_lib.study.errors import ProfileError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "workflow"))
 
 import book  # noqa: E402
+import build  # noqa: E402
 import execute  # noqa: E402
+import landing  # noqa: E402
 import pages  # noqa: E402
 import toc  # noqa: E402
 from check_site import check_site  # noqa: E402
@@ -65,6 +70,11 @@ print("after the heading")
 """
 
 
+# What globs, Sphinx, Snakemake, papermill and addresses give a meaning to.
+STRANGE = "we[i]rd {dir} #1 100% d’été?a=b&'c'"
+MARKDOWN = "1. [no](gone.md), {numref}`gone` $x$, *a* <b>\n```{gone}\n:::\n(tab)= | \\begin{x}"
+
+
 def _ran(source: str, count: int = 1, outputs: list[NotebookNode] | None = None) -> NotebookNode:
     return new_code_cell(source, execution_count=count, outputs=outputs or [])
 
@@ -74,12 +84,15 @@ def _shown(**data: str) -> NotebookNode:
 
 
 def _repository(folder: Path, extra: str = "") -> Path:
-    """A repository with the real prose and two small notebooks."""
+    """A repository with the real prose, a small notebook and a profile full of Markdown."""
     shutil.copytree(REPOSITORY / "book", folder / "book")
     shutil.copy(REPOSITORY / "_config.yml", folder)
     (folder / "profiles").mkdir()
     for name in ("tiny", "smollm2-135m", "gpt2-large"):
-        shutil.copy(REPOSITORY / "profiles" / f"{name}.yml", folder / "profiles")
+        profile = yaml.safe_load((REPOSITORY / "profiles" / f"{name}.yml").read_text())
+        profile["about"] = MARKDOWN if name != "tiny" else profile["about"]
+        profile["text"]["source"] = profile["text"]["source"].replace("fineweb", "a_*b*_$x$_<b>")
+        (folder / "profiles" / f"{name}.yml").write_text(yaml.safe_dump(profile))
     (folder / "notebooks").mkdir()
     (folder / "notebooks" / "01_first.py").write_text(NOTEBOOK.format(extra=extra))
     return folder
@@ -88,7 +101,7 @@ def _repository(folder: Path, extra: str = "") -> Path:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with its rendered book: the same notebook for two profiles."""
-    root = _repository(tmp_path_factory.mktemp("repository"))
+    root = _repository(tmp_path_factory.mktemp("repository") / STRANGE)
     notebook = root / "notebooks" / "01_first.py"
     for name in ("tiny", "smollm2-135m"):
         run = Run.open(Profile.load(root / "profiles" / f"{name}.yml"), root / "runs")
@@ -288,9 +301,55 @@ def test_the_same_figure_stands_on_both_profiles_pages(site: Path) -> None:
 def test_downloads_are_the_run_s_own_files(site: Path) -> None:
     tables = sorted(path for path in site.rglob("small.csv"))
     assert tables and {path.read_text() for path in tables} == {"x,y\n1,3.0\n2,4.0\n"}
+    page = BeautifulSoup((site / "tiny" / "01_first.html").read_text(), "html.parser")
+    assert len(page.select('article a[href$="small.csv"]')) == 2  # the cell's, and the block's
     notebook = nbformat.read(next(site.rglob("01_first.ipynb")), as_version=4)
     assert pages.unfinished(notebook) == "" and "papermill" not in notebook.metadata
     assert str(Path.home()) not in nbformat.writes(notebook)
+
+
+def test_what_a_profile_says_is_shown_as_it_stands(site: Path) -> None:
+    for page in ("smollm2-135m/index", "smollm2-135m/01_first", "gpt2-large/index"):
+        html = (site / f"{page}.html").read_text()
+        article = BeautifulSoup(html, "html.parser").select_one("article")
+        assert article and " ".join(MARKDOWN.split()) in article.get_text()
+        assert ("gpt2" in page) == ("hf:HuggingFaceFW/a_*b*_$x$_<b>" in article.get_text())
+
+
+def test_no_profile_takes_a_name_that_the_book_or_runs_have(site: Path, tmp_path: Path) -> None:
+    root = site.parents[1]
+    profiles = {path.stem for path in (root / "profiles").iterdir()}
+    folders = (root / "runs", root / "_build" / "site-src", site)
+    taken = {path.name for folder in folders for path in folder.iterdir()} - profiles
+    values = yaml.safe_load((root / "profiles" / "tiny.yml").read_text())
+    others = ["_static", "..", "a/b", "Together", "artefacts", "explorer"]
+    for name in [name for name in taken if name[0].isalnum()] + others:
+        path = tmp_path / f"{Path(name).name}.yml"
+        path.write_text(yaml.safe_dump(values | {"name": name}))
+        with pytest.raises(ProfileError, match=r"name (is|must be)"):
+            Profile.load(path)
+
+
+def test_snakemake_takes_any_folder_and_any_name(tmp_path: Path) -> None:
+    root = _repository(tmp_path / STRANGE)
+    shutil.copytree(REPOSITORY / "workflow", root / "workflow")
+    tiny = yaml.safe_load((root / "profiles" / "tiny.yml").read_text())
+    (root / "profiles" / "1e3.yml").write_text(yaml.safe_dump(tiny | {"name": "1e3"}))
+    (root / ".venv").symlink_to(sys.prefix)
+    _, *command = [*build.command(["1e3"], "-[x] 'é'"), "--dry-run"]
+    command.insert(0, str(root / ".venv" / "bin" / "python"))
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["tiny", "--output", "a{b}"], "rename it"), (["profiles/tiny.yml"], "give its bare name")],
+)
+def test_what_snakemake_cannot_take_is_refused_at_once(arguments: list[str], words: str) -> None:
+    command = [sys.executable, REPOSITORY / "workflow" / "build.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and words in done.stderr
 
 
 def test_the_landing_page_speaks_from_the_tables(site: Path) -> None:
@@ -315,7 +374,7 @@ def test_equations_need_no_network(site: Path) -> None:
 
 
 def test_a_run_without_a_headline_says_so(run: Run) -> None:
-    assert "not drawn its conclusions yet" in book._findings(run, link=True)
+    assert "not drawn its conclusions yet" in landing.findings(run, link=True)
 
 
 def test_a_book_with_a_dead_reference_is_not_rendered(tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ def test_hand_written_gradient(sigma_sq: float) -> None:
 def test_refuses_what_makes_no_sense() -> None:
     with pytest.raises(DictionaryError, match="same shape"):
         decomposability_penalty(torch.zeros(3, 2), torch.zeros(2, 2), 1.0)
+    for shape in ((3,), (1, 3, 2), (0, 2)):
+        with pytest.raises(DictionaryError, match=r"same shape \(n, d\)"):
+            decomposability_penalty(torch.zeros(shape), torch.zeros(shape), 1.0)
     with pytest.raises(DictionaryError, match="above 0"):
         decomposability_penalty(torch.zeros(3, 2), torch.zeros(3, 2), 0.0)
 

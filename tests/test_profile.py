@@ -188,6 +188,7 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
         ({"text.roles.train": 9_000_000}, ["text.roles.train", "9,000,000", "lower it"]),
         ({"evaluation.ce_rows": 300}, ["evaluation.ce_rows", "236 rows", "text.roles.scan"]),
         ({"name": "other"}, ["name cannot be overridden"]),
+        ({"model.source": "folder:" + "a" * 5000}, ["model.source names the folder"]),
         ("{'training.k_aux': 1}", ["overrides must map", "papermill"]),
     ],
 )  # fmt: skip
@@ -209,12 +210,31 @@ def test_bad_files(tmp_path: Path) -> None:
     assert "not valid YAML at line 2" in sentence(path)
     path.write_text("name: own\nname: own\n")
     assert "the key name is written twice" in sentence(path)
+    path.write_text("name: own\0\n")
+    assert "not valid YAML" in sentence(path)
     path.write_text("- a list\n")
     assert "holds no keys" in sentence(path)
     text = {"source": "files:" + str(tmp_path / "*.txt"), "max_share": {}}
     assert "no file is there" in sentence("tiny", {"text": text})
     (tmp_path / "a.txt").write_text("Some text.")
     assert Profile.load("tiny", {"text": text}).text.max_share == {}
+
+
+def test_names_that_a_book_does_not_tell_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "profiles").mkdir()
+    for name in ("own", "Own"):
+        write(tmp_path, name=name).rename(tmp_path / "profiles" / f"{name}.yml")
+    monkeypatch.chdir(tmp_path)
+    assert "capitals alone" in sentence("own")
+
+
+def test_surrogates_in_a_profile_are_characters(tmp_path: Path) -> None:
+    path = tmp_path / "own.yml"
+    values = yaml.safe_load((REPOSITORY / "profiles" / "tiny.yml").read_text())
+    path.write_text(json.dumps(values | {"name": "own", "about": "😀 \ud83d"}))
+    assert Profile.load(path).about == "😀 \ufffd"
 
 
 def test_shape_of_a_local_folder(tmp_path: Path) -> None:

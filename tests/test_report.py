@@ -12,6 +12,13 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it.common.utils import escapeHtml
+from markdown_it.renderer import RendererHTML
+from myst_parser.config.main import MdParserConfig
+from myst_parser.parsers.mdit import create_md_parser
 
 from metasae_lib import Profile, Run, measure
 from metasae_lib.show import cases, scorecard, tables
@@ -98,6 +105,26 @@ def test_tables_are_numbered_and_keep_their_bars() -> None:
     assert lines[:3] == [":::{table} A caption", ":name: tab-a", ""]
     assert lines[3:6] == ["| mean \\|φ\\| | b |", "| --- | --- |", "| 0.5 | x\\|y |"]
     assert lines[6] == ":::"
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\u2028", "\x85", "\v", "\f", "\x1c", "\0"])
+def test_no_cell_ends_its_row(end: str) -> None:
+    frame = pd.DataFrame({"x": [f"a{end}b", f"{end}c", f"d{end}"]})
+    rows = formats.table(frame, "A caption", "tab-a").data.splitlines()[5:-1]
+    assert len(rows) == len(frame)
+
+
+@settings(deadline=None)
+@given(st.text(st.one_of(st.sampled_from("\\`*_{}[]<>()#+-.!|$~:%=&^ \n1a"), st.characters())))
+def test_what_someone_wrote_is_shown_letter_by_letter(written: str) -> None:
+    """By the parser of the book's pages."""
+    extensions = yaml.safe_load((ROOT / "_config.yml").read_text())["parse"]
+    parser = create_md_parser(
+        MdParserConfig(enable_extensions=extensions["myst_enable_extensions"]), RendererHTML
+    )
+    said = " ".join(written.split()).replace("\0", "\ufffd")
+    shown = parser.render(formats.literal(written)).strip()
+    assert shown == (f"<p>{escapeHtml(said)}</p>" if said else "")
 
 
 def test_reading_never_claims_more_than_the_interval() -> None:

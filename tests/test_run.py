@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import json
@@ -199,6 +200,12 @@ def test_tables_come_back_as_they_were(run: Run) -> None:
     words = pd.DataFrame({"word": ["null", "None", "NA", None], "x": [1.0, None, 2.0, 3.0]})
     run.save_table("words", words, "Words that pandas would take for missing, and missing values.")
     pd.testing.assert_frame_equal(run.load_table("words"), words)
+    ends = pd.DataFrame([(f"a{c}b", f"{c}x", f"x{c}") for c in "\r\n\u2028\x85\v\f\x1c\0\u202e"])
+    ends = ends.rename(columns=str)
+    path_of_ends = run.save_table("ends", ends, "What ends a line for some readers.")
+    pd.testing.assert_frame_equal(run.load_table("ends"), ends, check_column_type=False)
+    with path_of_ends.open(newline="", encoding="utf-8") as lines:
+        assert [tuple(row) for row in csv.reader(lines)][1:] == list(ends.itertuples(index=False))
     path.write_text("arm,phi\nx,1\n")
     with pytest.raises(ArtefactError, match="was changed after it was made"):
         run.load_table("fidelity")
@@ -278,6 +285,11 @@ def test_cache_folder_follows_the_environment(
 ) -> None:
     monkeypatch.setenv("METASAE_CACHE", str(tmp_path / "cache"))
     assert cache_folder() == tmp_path / "cache" and cache_folder().is_dir()
+    repository = Path(__file__).parents[1]
+    monkeypatch.setenv("METASAE_CACHE", os.path.relpath(tmp_path / "other", repository))
+    for place in (repository, repository / "notebooks"):  # a command and a kernel
+        monkeypatch.chdir(place)
+        assert cache_folder().resolve() == (tmp_path / "other").resolve()
     monkeypatch.setenv("METASAE_CACHE", "/dev/null/cache")
     with pytest.raises(ArtefactError, match="cannot be made"):
         cache_folder()

@@ -61,7 +61,7 @@ def test_removing_a_feature_removes_it(sae: BatchTopK) -> None:
     q = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))[0]
     sae.W_dec.data, sae.W_enc.data = q[:16], q[:16].T
     x = torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(2))
-    fires = sae.encode_threshold((x - x.mean(-1, True)) / x.std(-1, keepdim=True))[0, :, 3] > 0
+    fires = sae.encode_threshold(((x - x.mean(-1, True)) / x.std(-1, keepdim=True))[0])[:, 3] > 0
     x = scaled(sae, 3, 0.0)(x)
     left = (x - x.mean(-1, keepdim=True)) @ q[3]
     assert fires.any() and (left[0, fires].abs() < 0.2).all()

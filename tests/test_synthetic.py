@@ -102,7 +102,8 @@ def test_a_short_training_finds_independent_atoms_and_the_control_is_solo() -> N
     sizes = {"n_features": 20, "k": 2, "n_meta_features": 4, "meta_k": 2}
     training = {"train_tokens": 256 * 500, "batch_tokens": 256, "dtype": "float32", "k_aux": 8}
     profile = Profile.load(
-        "tiny", {"dictionary": sizes, "training": training, "training.learning_rate": 5e-3}
+        "tiny",
+        {"dictionary": sizes, "training": training | {"learning_rate": 5e-3, "arms": ["solo"]}},
     )
     specs = [ArmSpec("solo", 0), ArmSpec("control", 0, 0.0, 1.0)]
     saes = train(world, specs, profile)

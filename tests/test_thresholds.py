@@ -151,6 +151,14 @@ def test_bad_calls_are_one_sentence() -> None:
         calibrate([*batches, torch.zeros(4, 29)], 4)
     with pytest.raises(MeasureError, match="train first"):
         calibrate([-torch.ones(4, 5)], 2)
+    for k in (0, 31):
+        with pytest.raises(MeasureError, match="give 1 to 30"):
+            calibrate(batches, k)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        harmed = batches[0].clone()
+        harmed[3, 2] = value
+        with pytest.raises(MeasureError, match="not finite"):
+            calibrate([*batches, harmed], 4)
     with pytest.raises(MeasureError, match="bin_width above"):
         calibrate([pre * 100 for pre in batches], 4, "eer")
 

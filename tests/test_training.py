@@ -31,6 +31,7 @@ from metasae_lib.train.dictionary import BatchTopK, JumpReLU, denormalise, norma
 from metasae_lib.train.kernels.common import Pull
 from metasae_lib.train.learner import JumpReLULearner, Learner, Settings
 from metasae_lib.train.penalty import decomposability_penalty, orthogonality, penalty_pull
+from metasae_lib.train.start import Start
 from metasae_lib.train.trainer import HISTORY_EVERY, Trainer
 
 D = 24
@@ -58,6 +59,10 @@ class Residuals:
     d, inputs = D, ("synthetic",)
 
     def __init__(self, run: Run, role: str) -> None: ...
+
+    def chunk(self, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randn(300, D, generator=generator) + torch.linspace(-1, 1, D)
 
 
 @pytest.fixture
@@ -347,6 +352,52 @@ def test_every_kind_of_arm(tmp_path: Path) -> None:
     # Less of each input is told by fewer features, from the same start.
     assert last["frontier-k3-seed0"].l2 > solo.history["l2"].iloc[-1]
     assert last["frontier-k3-seed0"].l0 == 3 and "frontier-k3-seed1" in arms
+
+
+@pytest.mark.parametrize("name", ["zeros", "mean", "standard"])
+def test_a_folded_dictionary_reads_plain_inputs(name: Any, tmp_path: Path) -> None:
+    """What it makes of z is what the trained one makes of its inputs, mapped back."""
+    generator = torch.Generator().manual_seed(0)
+    z = 3 * torch.randn(200, D, generator=generator) * torch.logspace(-1, 1, D) + 5
+    start = Start.of(name, z)
+    sae = BatchTopK(D, 96, 4, 1)
+    sae.b_dec.data = torch.randn(D, generator=generator)
+    sae.threshold = torch.rand(96, generator=generator)
+    start.fold(sae).save(tmp_path)
+    folded, inputs = BatchTopK.load(tmp_path), start.apply(z)
+    assert torch.equal(inputs, z) == (name == "zeros")
+    acts = sae.encode_threshold(inputs)
+    torch.testing.assert_close(folded.encode_threshold(z), acts, rtol=1e-3, atol=1e-3)
+    expected = sae.decode(acts) * start.scale + start.shift
+    torch.testing.assert_close(folded.decode(acts), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(folded.directions, sae.W_dec.data)
+    torch.testing.assert_close(folded.directions.norm(dim=1), torch.ones(96))
+    if name == "standard":
+        assert inputs.std(dim=0).allclose(torch.ones(D)) and inputs.mean(0).abs().max() < 1e-4
+
+
+def test_a_start_that_cannot_be_scaled_says_what_to_do() -> None:
+    z = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    z[:, 2] = 1.0
+    Start.of("mean", z)
+    with pytest.raises(TrainingError, match=r"set training\.start to mean"):
+        Start.of("standard", z)
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_starts_have_arms_of_their_own(tmp_path: Path) -> None:
+    """The paper's start stays as an arm; with it, `training.start` changes no other key."""
+    plain = training.train_arms(Run.open(small(), tmp_path))["solo-seed0"]
+    kinds = ["solo", "joint", "zero-start"]
+    arms = training.train_arms(
+        Run.open(small(training__start="mean", training__arms=kinds), tmp_path)
+    )
+    assert torch.equal(arms["zero-start-seed0"].sae.W_dec, plain.sae.W_dec)
+    assert not torch.equal(arms["solo-seed0"].sae.W_dec, plain.sae.W_dec)
+    for name in ("solo-seed0", "joint-lambda0.3-sigma1-seed0"):
+        lengths = arms[name].sae.W_dec.norm(dim=1)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths))
+    assert arms["solo-seed0"].folder != plain.folder
 
 
 @pytest.mark.usefixtures("synthetic")

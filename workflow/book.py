@@ -96,7 +96,9 @@ def render(root: Path, staging: Path, output: Path) -> None:
         "-n", "--keep-going", "--quiet", "--config", str(root / "_config.yml"),
         "--toc", str(staging / "_toc.yml"), "--path-output", str(output),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     log = output / "_build" / "site.log"
     text = ANSI.sub("", done.stdout + done.stderr).replace(str(staging) + os.sep, "")
     log.write_text(text, encoding="utf-8")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from environment import clean
 from metasae_lib import Profile
 from metasae_lib.study.errors import MetaSAEError
 
@@ -24,33 +27,50 @@ def main() -> int:
     parser.add_argument("profiles", nargs="*")
     parser.add_argument("--output", default=".", help="folder in which _build/html is made")
     arguments = parser.parse_args()
-    profiles = list(dict.fromkeys(arguments.profiles))
+    profiles, output = list(dict.fromkeys(arguments.profiles)), arguments.output
     if not profiles:
         sys.exit('Name a profile: make book PROFILES="smollm2-135m"')
+    if {"{", "}"} & set(output):
+        sys.exit(f"--output is {output}, but Snakemake fills in what stands in braces: rename it")
     os.chdir(REPOSITORY)
     try:
         for name in profiles:
             Profile.load(name)
+            if not Path("profiles", f"{name}.yml").is_file():
+                sys.exit(f"{name} names no file of profiles/: put it there, and give its bare name")
     except MetaSAEError as error:
         sys.exit(str(error))
     Path("_build").mkdir(exist_ok=True)
     with open("_build/.lock", "a+") as lock:
         _wait_for(lock.fileno())
-        command = [
-            sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile",
-            "--cores", "all", "--keep-going", "--nolock", "--rerun-incomplete", "--quiet", "all",
-            "--config", f"profiles={' '.join(profiles)}", f"output={arguments.output}",
-        ]  # fmt: skip
         try:
             # Snakemake holds the lock too: should this process be killed, it works on alone.
-            done = subprocess.run(command, pass_fds=[lock.fileno()], check=False)
+            done = subprocess.run(
+                command(profiles, output), pass_fds=[lock.fileno()], check=False,
+                env=clean(os.environ, Path("_build/settings")),
+            )  # fmt: skip
         except KeyboardInterrupt:
             return 130
     if done.returncode:
         print("\nThe book is not finished; the reason stands above.", file=sys.stderr)
         return done.returncode
-    print(f"The book is ready: {Path(arguments.output, '_build/html/index.html')}")
+    index = Path(output, "_build/html/index.html")
+    if not index.is_file():
+        print(f"\nNo book was made: {index} is missing.", file=sys.stderr)
+        return 1
+    print(f"The book is ready: {index}")
     return 0
+
+
+def command(profiles: Sequence[str], output: str) -> list[str]:
+    """What makes the book of some profiles in the folder `output`, run in the repository."""
+    return [
+        sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile",
+        "--cores", "all", "--keep-going", "--nolock", "--rerun-incomplete", "--quiet", "all",
+        "--profile", "none", "--workflow-profile", "none",  # the user's are for other work
+        # As lists: of a bare value Snakemake makes a number where it can.
+        "--config", f"profiles={json.dumps(profiles)}", f"output={json.dumps([output])}",
+    ]  # fmt: skip
 
 
 def _wait_for(lock: int) -> None:

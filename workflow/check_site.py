@@ -130,7 +130,7 @@ def _headings(article: Tag) -> Iterator[str]:
 
 
 def _machine_paths(repository: Path) -> re.Pattern[str]:
-    roots = [r"/(?:root|home|Users|tmp)/\w", re.escape(str(repository.resolve())) + r"\b"]
+    roots = [r"/(?:root|home|Users|tmp)/\w", re.escape(str(repository.resolve())) + r"(?!\w)"]
     return re.compile(rf"(?<![\w.:~/-])(?:{'|'.join(roots)})[^\s\"'<]*")
 
 

@@ -164,8 +164,8 @@ def _run_papermill(
     """The traceback of the failure, or ''."""
     try:
         papermill.execute_notebook(
-            source,
-            target,
+            _as_format(source),
+            _as_format(target),
             parameters,
             engine_name="reporting",
             kernel_name=KERNEL["name"],
@@ -180,6 +180,11 @@ def _run_papermill(
     except Exception:
         return traceback.format_exc()
     return ""
+
+
+def _as_format(path: Path) -> str:
+    """A path for papermill, which fills parameters into the braces of its name."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _began(notebook: Path) -> bool:

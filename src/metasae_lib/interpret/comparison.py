@@ -18,7 +18,7 @@ from metasae_lib.train import Arm
 
 def matched_pairs(solo: Arm, joint: Arm) -> pd.DataFrame:
     """Hungarian matching of two arms on decoder cosine. Columns: solo, joint, cosine."""
-    rows, columns, cosines = hungarian(solo.sae.W_dec, joint.sae.W_dec)
+    rows, columns, cosines = hungarian(solo.sae.directions, joint.sae.directions)
     return pd.DataFrame({"solo": rows, "joint": columns, "cosine": cosines})
 
 

@@ -102,10 +102,9 @@ def _read(questions: Sequence[Question], answers: Answers) -> list[Value | None]
 def in_words(explanation: str | None) -> str | None:
     """A lexical explanation as a judge that reads words gets it: its heaviest tokens."""
     try:
-        tokens = list(json.loads(explanation or "")["tokens"])
+        return ", ".join(list(json.loads(explanation or "")["tokens"])[:6]) or None
     except (ValueError, KeyError, TypeError):
         return explanation
-    return ", ".join(tokens[:6]) or None
 
 
 def score(

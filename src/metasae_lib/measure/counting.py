@@ -220,7 +220,8 @@ def _pattern(fired: Any, n: int) -> Pattern:
         return fired
     if isinstance(fired, Tensor):
         fired = fired.detach().cpu()
-        if fired.layout == torch.sparse_csr:
+        if fired.layout != torch.strided:
+            fired = fired.to_sparse_csr()
             parts = fired.values(), fired.col_indices(), fired.crow_indices()
             arrays = tuple(part.numpy() for part in parts)
             fired = scipy.sparse.csr_array(arrays, tuple(fired.shape))
@@ -242,8 +243,9 @@ def _pattern(fired: Any, n: int) -> Pattern:
 
 def _dense(fired: Any, n: int) -> Tensor:
     """Any accepted form of firing -> dense bool (t, n)."""
-    if isinstance(fired, Tensor) and fired.layout == torch.strided and fired.shape[1:] == (n,):
-        return fired != 0
+    plain = isinstance(fired, Tensor) and fired.layout == torch.strided
+    if plain and fired.dtype == torch.bool and fired.shape[1:] == (n,):
+        return fired
     pattern = _pattern(fired, n)
     return torch.from_numpy(pattern.matrix(n, np.ones(len(pattern.indices), bool)).toarray())
 

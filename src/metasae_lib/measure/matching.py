@@ -76,9 +76,9 @@ def same_features(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:
             spec.kind == "joint" and (spec.lambda2, spec.sigma_sq) == run.profile.selected
         ):
             sae = arm.sae
-            kinds[spec.kind][spec.seed] = sae.W_dec
+            kinds[spec.kind][spec.seed] = sae.directions
             fresh = BatchTopK(sae.d_in, sae.n_features, sae.k, spec.seed)
-            kinds["start"][spec.seed] = fresh.W_dec.to(sae.W_dec)
+            kinds["start"][spec.seed] = fresh.W_dec.to(sae.directions)
     solo, joint, start = kinds.values()
 
     def same_seed(a: Mapping[int, Tensor], b: Mapping[int, Tensor]) -> list[tuple[Tensor, Tensor]]:

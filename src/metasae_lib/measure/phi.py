@@ -30,12 +30,21 @@ def phi(n11: N11, n1_a: Any, n1_b: Any, n_tokens: int) -> N11:
     """φ of every pair (Eq. 1). n11: (n_a, n_b), n1_a: (n_a,), n1_b: (n_b,) integers.
 
     Returns float64 (n_a, n_b), a tensor for a tensor; nan where a marginal is 0 or n_tokens.
+    Raises MeasureError for shapes that do not fit, and for marginals of another scan.
     """
     if isinstance(n11, Tensor):
-        together, a, b = (torch.as_tensor(x).cpu().numpy() for x in (n11, n1_a, n1_b))
-        return torch.from_numpy(phi(together, a, b, n_tokens)).to(n11.device)
-    a, b = np.asarray(n1_a, np.float64), np.asarray(n1_b, np.float64)
+        together, one, other = (torch.as_tensor(x).cpu().numpy() for x in (n11, n1_a, n1_b))
+        return torch.from_numpy(phi(together, one, other, n_tokens)).to(n11.device)
+    a: Array = np.asarray(n1_a, np.float64)
+    b: Array = np.asarray(n1_b, np.float64)
     n = float(n_tokens)
+    if a.ndim != 1 or b.ndim != 1 or np.shape(n11) != (*a.shape, *b.shape):
+        raise MeasureError(
+            f"n11 is {np.shape(n11)} with n1_a {a.shape} and n1_b {b.shape}: give (n_a, n_b) with "
+            f"(n_a,) and (n_b,)"
+        )
+    if not all(((n1 >= 0) & (n1 <= n)).all() for n1 in (a, b)):
+        raise MeasureError(f"n1_a and n1_b must lie between 0 and n_tokens, {n_tokens}")
     deviation_a, deviation_b = np.sqrt(a * (n - a)), np.sqrt(b * (n - b))
     with np.errstate(invalid="ignore", divide="ignore"):
         excess = n * np.asarray(n11, np.float64) - np.outer(a, b)

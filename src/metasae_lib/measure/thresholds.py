@@ -83,6 +83,8 @@ class Calibrator:
         bin_width: float = 0.05,
         window: tuple[float, float] | None = None,
     ) -> None:
+        if not 1 <= k <= n_features:
+            raise MeasureError(f"k is {k}: give 1 to {n_features}, as many as there are features")
         self.n_features, self.k, self.bin_width = n_features, k, bin_width
         self.window = window
         self.selected = np.zeros(n_features, np.int64)
@@ -104,6 +106,8 @@ class Calibrator:
                 f"it must be (tokens, {self.n_features})"
             )
         pre = pre.detach().float().contiguous()
+        if not pre.sum().isfinite():
+            raise MeasureError("a pre-activation is not finite: look at the residuals it is of")
         self.n_tokens += len(pre)
         features, values = self._select(pre)
         self.selected += np.bincount(features, minlength=self.n_features)

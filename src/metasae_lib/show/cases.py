@@ -90,7 +90,7 @@ def explained_candidates(
         named = told[told.arm == arms[kind].spec.name][["feature", "explanation", "fuzz"]]
         named = named.add_prefix(prefix).rename(columns={f"{prefix}feature": side})
         found = found.merge(named.astype({side: int}), on=side, how="left")
-        rows.append(arms[kind].sae.W_dec.detach()[found[side].to_numpy()])
+        rows.append(arms[kind].sae.directions.detach()[found[side].to_numpy()])
     return found.assign(cosine=(rows[0] * rows[1]).sum(1).tolist())  # rows have length 1
 
 

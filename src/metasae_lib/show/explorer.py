@@ -104,7 +104,7 @@ def collect(
         own, text, cross = counts[name], contexts[name], crosses[name, others[name]]
         activations = [text.activations(i) for i in range(own.n1.size)]
         sae, n = arms[name].sae, len(own.n1)
-        rows, partners, cosines = hungarian(sae.W_dec, arms[others[name]].sae.W_dec)
+        rows, partners, cosines = hungarian(sae.directions, arms[others[name]].sae.directions)
         matched = [
             phi(cross.n11[[[i]], [[j]]], cross.n1_a[[i]], cross.n1_b[[j]], cross.n_tokens).item()
             for i, j in zip(rows, partners, strict=True)

@@ -54,6 +54,7 @@ def arms_by_kind(profile: Profile) -> dict[str, list[ArmSpec]]:
     paper names the number of its configurations (§4), not what they are. `critic`: the selected
     configuration with either choice of the released code for its meta SAE. `control`: one, since a
     penalty of weight zero leaves the weights alone whatever its σ². `frontier`: solo at smaller k.
+    `zero-start`: solo as the paper starts it, in a profile with another `training.start`.
     """
     training = profile.training
     seeds, first = training.seeds, training.seeds[0]
@@ -85,6 +86,7 @@ def arms_by_kind(profile: Profile) -> dict[str, list[ArmSpec]]:
             for seed in seeds[: training.seeds_frontier]
             for k in training.frontier
         ],
+        "zero-start": [ArmSpec("zero-start", first)],
         "jumprelu": pair("jumprelu"),
         "ablation": pair("jumprelu") + pair("jumprelu", k=half) + pair("batchtopk", k=half),
         "ortsae": [ArmSpec("ortsae", first)],

@@ -14,10 +14,15 @@ from torch import Tensor
 
 def start() -> None:
     """Join the other processes if a launcher started this one."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def launched() -> bool:
+    """Whether this is one of several processes; a rank left in the environment makes none."""
+    return dist.is_initialized()
 
 
 def rank() -> int:

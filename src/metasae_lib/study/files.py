@@ -11,7 +11,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from metasae_lib.study.errors import ArtefactError
 
 _REMEMBER_FROM = 2**24  # bytes; smaller files are read faster than looked up
 _CLOCK_TICK = 10**9  # nanoseconds within which two changes may have one time
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _HASH_LIMIT = 64 * 2**20  # larger files are checked by size alone
 
 
@@ -37,6 +38,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
+        if getattr(error, "errno", None) in _REFUSED:
+            raise may_not_write(path) from error
         # Writers in C++ and Rust report a full disk under types of their own, some without saying.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         full = full or os.strerror(errno.ENOSPC) in str(error)
@@ -47,7 +50,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def repository_folders(name: str) -> list[Path]:
@@ -89,8 +93,14 @@ def encodable(text: str) -> str:
 
 def cache_folder() -> Path:
     """Folder of downloads and conversions: $METASAE_CACHE, or ~/.cache/metasae."""
-    folder = local_path(os.environ.get("METASAE_CACHE") or "~/.cache/metasae")
-    make_folder(folder)
+    given = os.environ.get("METASAE_CACHE")
+    folder = local_path(given or "~/.cache/metasae")
+    if not given and os.path.expanduser("~") == "~":
+        raise ArtefactError("this account has no home: set METASAE_CACHE to a folder of yours")
+    try:
+        make_folder(folder)
+    except ArtefactError as error:
+        raise ArtefactError(f"{error}; METASAE_CACHE names it") from None
     return folder
 
 
@@ -138,15 +148,28 @@ def content_hash(path: Path) -> str:
     known = f"{path.resolve()} {state.st_dev} {state.st_ino} {state.st_size} {state.st_ctime_ns}"
     folder = cache_folder() / "hashes"
     memory = folder / hashlib.sha256(known.encode("utf-8", "surrogateescape")).hexdigest()
-    if not memory.exists():
+    if memory.exists():
+        return memory.read_text(encoding="ascii")
+    found = sha256_of(path)
+    with suppress(ArtefactError):  # a cache that another user shares may be read-only
         make_folder(folder)
         with atomic_write(memory) as temporary:
-            temporary.write_text(sha256_of(path), encoding="ascii")
-    return memory.read_text(encoding="ascii")
+            temporary.write_text(found, encoding="ascii")
+    return found
+
+
+def may_not_write(path: Path) -> ArtefactError:
+    """The error of a file that the system refuses to write."""
+    return ArtefactError(
+        f"{path.name} may not be written to {path.parent}, which is read-only or another user's: "
+        f"choose a folder of yours (runs_dir, or METASAE_CACHE for the cache)"
+    )
 
 
 def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArtefactError(f"the folder {folder} cannot be made: {error.strerror}") from None
+        raise ArtefactError(
+            f"the folder {folder} cannot be made ({error.strerror}): choose a folder of yours"
+        ) from None

@@ -76,7 +76,7 @@ def model_shape(source: str) -> ModelShape | None:
         return SHAPES.get(source.partition("@")[0])
     path = local_path(source.removeprefix("folder:")) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         config = config.get("text_config", config)
         d_model = int(next(config[key] for key in _WIDTH if key in config))
         n_layers = int(next(config[key] for key in _LAYERS if key in config))

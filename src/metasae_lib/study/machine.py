@@ -20,7 +20,9 @@ _LIBRARIES = (
 def _printed(*command: str) -> str | None:
     """What a program prints; None where it is missing or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -41,7 +43,9 @@ def hardware() -> dict[str, Any]:
     """Processor, usable cores, memory in GiB, and the GPUs by name."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        named = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.M
+        )
         processor = named.group(1) if named else processor
     usable = getattr(os, "sched_getaffinity", None)
     gpus = _printed("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or ""

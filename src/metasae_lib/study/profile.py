@@ -259,8 +259,8 @@ def _find(name_or_path: str | os.PathLike[str]) -> Path:
     if given in found:
         if alike := [name for name in found if name.lower() == given.lower() and name != given]:
             raise ProfileError(
-                f"the profiles {given} and {alike[0]} differ in capitals alone, which the book does "
-                f"not tell apart: rename one"
+                f"the profiles {given} and {alike[0]} differ in capitals alone, which the book "
+                f"does not tell apart: rename one"
             )
         return found[given]
     why = ": no folder 'profiles' is here or above; give a path"

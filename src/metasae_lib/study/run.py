@@ -102,7 +102,12 @@ class Artefact:
 
         Not re-entrant: a second lock of the same artefact in one process waits for ever.
         """
-        with self.folder.with_name(f"{self.folder.name}.lock").open("w") as file:
+        path = self.folder.with_name(f"{self.folder.name}.lock")
+        try:
+            file = path.open("w")
+        except PermissionError:
+            raise files.may_not_write(path) from None
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self._started, self._checked = time.monotonic(), False
             files.make_folder(self.folder)
@@ -110,7 +115,7 @@ class Artefact:
 
     def _read(self) -> dict[str, Any]:
         try:
-            info = json.loads((self.folder / "artefact.json").read_text())
+            info = json.loads((self.folder / "artefact.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise self._harmed("artefact.json", "cannot be read") from None
         known = isinstance(info, dict) and isinstance(info.get("files"), dict)

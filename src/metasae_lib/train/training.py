@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import psutil
 import torch
+from torch import Tensor
 
 from metasae_lib.study import (
     ArmSpec,
@@ -27,6 +28,7 @@ from metasae_lib.subject import BatchStream, Residuals
 from metasae_lib.subject.model import compute_device
 from metasae_lib.train.dictionary import BatchTopK, Dictionary, normalise
 from metasae_lib.train.learner import Losses, workspace
+from metasae_lib.train.start import Name, Start
 from metasae_lib.train.trainer import (
     HISTORY_EVERY,
     Trainer,
@@ -67,6 +69,8 @@ def _place(run: Run, spec: ArmSpec, residuals: dict[str, Any]) -> _Place:
     if spec.has_meta:
         names |= {"meta_learning_rate", "n_primary_steps", "n_meta_steps"}
     names |= {name for name in training if name.startswith(f"{spec.kind}_")}
+    if _start(run.profile, spec) != "zeros":
+        names |= {"start"}
     # What decides an arm's weights, but for the number of steps.
     inputs = {
         "arm": asdict(spec),
@@ -76,6 +80,10 @@ def _place(run: Run, spec: ArmSpec, residuals: dict[str, Any]) -> _Place:
     }
     result = run.artefact("arm", {**inputs, "steps": run.profile.steps}, VERSION)
     return _Place(spec, run.artefact("arm-state", inputs, VERSION), result)
+
+
+def _start(profile: Profile, spec: ArmSpec) -> Name:
+    return "zeros" if spec.kind == "zero-start" else profile.training.start
 
 
 def _places(run: Run) -> list[_Place]:
@@ -176,6 +184,9 @@ def _train_group(
         if path := latest_checkpoint(place.state.folder, steps):
             restore_checkpoint(trainer, path, place.state.key)
         trainers.append((place, trainer))
+    starts = {name: Start.of(name, _first_chunk(stream, device)) for name in {
+        _start(run.profile, place.spec) for place in places
+    } - {"zeros"}}  # fmt: skip
     # Processes that share residuals walk through the text together.
     first = distributed.least(min((trainer.step_count for _, trainer in trainers), default=steps))
     arms = places[0].spec.name if len(places) == 1 else f"{len(places)} arms"
@@ -187,7 +198,11 @@ def _train_group(
                 order: normalise(stream.batch(step, order).to(device, torch.float32))[0]
                 for order in {place.spec.order for place, _ in active} or {0}
             }
-            losses = [trainer.step(batches[place.spec.order]) for place, trainer in active]
+            losses = []
+            for place, trainer in active:
+                start = starts.get(_start(run.profile, place.spec))
+                z = batches[place.spec.order]
+                losses.append(trainer.step(z if start is None else start.apply(z)))
             bar.update(training.batch_tokens)
             if (step + 1) % HISTORY_EVERY == 0 and active:
                 bar.set_postfix_str(_state_line(losses))
@@ -199,7 +214,8 @@ def _train_group(
                     save_checkpoint(trainer, place.state.folder, place.state.key, False)
     for place, trainer in trainers:
         save_checkpoint(trainer, place.state.folder, place.state.key, True)
-        _save_result(run.profile, place, trainer)
+        start = starts.get(_start(run.profile, place.spec))
+        _save_result(run.profile, place, trainer, start)
 
 
 def _state_line(losses: Sequence[Losses]) -> str:
@@ -210,7 +226,13 @@ def _state_line(losses: Sequence[Losses]) -> str:
     return f"L2 {span}, L0 ≤ {l0:.1f}, dead ≤ {max(int(loss.dead) for loss in losses)}"
 
 
-def _save_result(profile: Profile, place: _Place, trainer: Trainer) -> None:
+def _first_chunk(stream: BatchStream, device: torch.device) -> Tensor:
+    return normalise(stream.residuals.chunk(0).to(device, torch.float32))[0]
+
+
+def _save_result(
+    profile: Profile, place: _Place, trainer: Trainer, start: Start | None = None
+) -> None:
     about = {
         "model_name": profile.model.source,
         "hook_name": f"blocks.{profile.model.layer}.hook_resid_pre",
@@ -219,7 +241,8 @@ def _save_result(profile: Profile, place: _Place, trainer: Trainer) -> None:
         "arm": place.spec.name,
     }
     folder = place.result.folder
-    trainer.primary.sae.save(folder / "sae", about)
+    sae = trainer.primary.sae
+    (sae if start is None else start.fold(sae)).save(folder / "sae", about)
     if trainer.meta is not None:
         trainer.meta.sae.save(folder / "meta")
     with atomic_write(folder / "history.csv") as path:

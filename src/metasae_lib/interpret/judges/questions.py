@@ -11,19 +11,23 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from metasae_lib.interpret.examples import Example
-from metasae_lib.study import MetaSAEError, progress
+from metasae_lib.study import ArtefactError, MetaSAEError, progress
 
 Task = Literal["explain", "fuzzing", "strength", "detection"]
 Value = str | int | float | bool
 _EXPLANATION_LIMIT = 400  # characters of an explanation that is one sentence
+_UNDECIDED = "?"  # what a judge says that was asked and cannot tell: an answer, if no value
+_THOUGHT = r"<{0}(?:seed:)?(?:think(?:ing)?|thought|reasoning)>|\[{0}THINK\]"
+_UNREAD: set[tuple[Path, str]] = set()  # what was answered unreadably in this process
 _ASKED = {  # what stands before and after the texts of a question
     "fuzzing": (
         "Both texts showed this pattern. In one of them the words that showed it were replaced by "
@@ -103,14 +107,23 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def after_thinking(answer: str) -> str:
+    """What a judge says after its thoughts, without space around it; "" if these do not end.
+
+    Some servers leave out the mark that opens them.
+    """
+    text = re.split(_THOUGHT.format("/"), answer)[-1].strip()
+    return "" if re.match(_THOUGHT.format(""), text) else text
+
+
 def parse(question: Question, answer: str | None) -> Value | None:
-    """The value of a raw answer, or None if it is not one.
+    """The value of a raw answer after its thoughts, or None if it is not one.
 
     explain: the first sentence. fuzzing: 0 or 1. strength: 0 to 10. detection: True or False.
     Apart from an explanation, the whole answer must be the choice, so that "A strange text" is
     no vote for A.
     """
-    text = (answer or "").strip()
+    text = after_thinking(answer or "")
     if question.task == "explain":
         line = text.splitlines()[0].strip() if text else ""
         return line if 0 < len(line) <= _EXPLANATION_LIMIT else None
@@ -139,13 +152,16 @@ class Judge(Protocol):
 class AskOnce:
     """A judge whose prompts and answers are kept in a table (SQLite), written as they come.
 
-    A prompt that has an answer is never asked again, whatever the answer; one that got none is
-    asked again next time. The table holds: key, task, prompt, answer.
+    A prompt whose answer can be read, or says that the judge cannot tell, is never asked again. One
+    that got no answer is asked again next time, and one whose answer cannot be read by the next
+    process, as its server may be repaired by then. The table holds: key, task, prompt, answer.
+    Raises ArtefactError where it cannot be read or written.
     """
 
     def __init__(self, judge: Judge, path: str | os.PathLike[str]) -> None:
         self.judge, self._path = judge, Path(path)
-        self._open().close()
+        with self._table():
+            pass  # known to be in order before anything is asked
 
     def answers(self, questions: Sequence[Question]) -> list[str | None]:
         """The raw answer to every question, in their order; equal prompts are asked once."""
@@ -154,36 +170,54 @@ class AskOnce:
             hashlib.sha256(f"{name}\n{question.task}\n{question.prompt}".encode()).hexdigest()
             for question in questions
         ]
-        with closing(self._open()) as table:
-            known: dict[str, str] = dict(
-                table.execute(
-                    "SELECT key, answer FROM answers WHERE key IN (SELECT value FROM json_each(?))",
-                    [json.dumps(keys)],
-                )
+        by_key = dict(zip(keys, questions, strict=True))
+        with self._table() as table:
+            rows = table.execute(
+                "SELECT key, answer FROM answers WHERE key IN (SELECT value FROM json_each(?))",
+                [json.dumps(keys)],
             )
-            new = {k: q for k, q in zip(keys, questions, strict=True) if k not in known}
+            known = {k: a for k, a in rows if _final(by_key[k], a) or (self._path, k) in _UNREAD}
+            new = {key: question for key, question in by_key.items() if key not in known}
             order, asked = list(new), list(new.values())
             with progress(len(asked), "questions to the judge") as bar:
                 for index, answer in self.judge.ask(asked):
                     bar.update()
                     if answer is not None:
                         known[order[index]] = answer
+                        if not _final(asked[index], answer):
+                            _UNREAD.add((self._path, order[index]))
                         row = (order[index], asked[index].task, asked[index].prompt, answer)
                         with table:
-                            table.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row)
+                            table.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
         return [known.get(key) for key in keys]
 
-    def _open(self) -> sqlite3.Connection:
+    @contextmanager
+    def _table(self) -> Iterator[sqlite3.Connection]:
         try:
-            table = sqlite3.connect(self._path, timeout=60)
-            table.execute("PRAGMA synchronous = NORMAL")
-            table.execute("PRAGMA journal_mode = WAL")
-            table.execute(
-                "CREATE TABLE IF NOT EXISTS answers"
-                " (key TEXT PRIMARY KEY, task TEXT, prompt TEXT, answer TEXT)"
-            )
-            return table
+            with closing(sqlite3.connect(self._path, timeout=60)) as table:
+                table.execute("PRAGMA synchronous = NORMAL")
+                table.execute("PRAGMA journal_mode = WAL")
+                table.execute(
+                    "CREATE TABLE IF NOT EXISTS answers"
+                    " (key TEXT PRIMARY KEY, task TEXT, prompt TEXT, answer TEXT)"
+                )
+                yield table
         except sqlite3.DatabaseError as error:
-            raise JudgeError(
-                f"{self._path} is no table of answers ({error}): delete it and run again"
+            code = error.sqlite_errorcode & 0xFF
+            if code in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise ArtefactError(
+                    f"{self._path} is no table of answers ({error}): delete it and run again"
+                ) from None
+            # On a full disk, what SQLite needs beside the table fails without saying why.
+            full = code == sqlite3.SQLITE_FULL or (
+                code == sqlite3.SQLITE_IOERR and shutil.disk_usage(self._path.parent).free < 2**20
+            )
+            cure = "free some space" if full else "keep runs on a disk with write access and locks"
+            raise ArtefactError(
+                f"{self._path} could not be used ({error}): {cure}, and run again; what it holds "
+                f"is kept"
             ) from None
+
+
+def _final(question: Question, answer: str) -> bool:
+    return answer == _UNDECIDED or parse(question, answer) is not None

@@ -73,7 +73,10 @@ def styled(
     def decorate(draw: Callable[Concatenate[Any, P], None]) -> Callable[P, Figure]:
         @functools.wraps(draw)
         def function(*args: P.args, **kwargs: P.kwargs) -> Figure:
-            with sns.axes_style("ticks"), sns.plotting_context("notebook"), mpl.rc_context(_STYLE):
+            with mpl.rc_context():
+                mpl.rcdefaults()  # not the reader's own matplotlibrc
+                mpl.rcParams.update(sns.axes_style("ticks") | sns.plotting_context("notebook"))
+                mpl.rcParams.update(_STYLE)
                 figure = Drawing(figsize=(width, height), layout="constrained")
                 draw(figure.subplots(**panels), *args, **kwargs)
                 return figure
