@@ -43,8 +43,7 @@ runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
 import pandas as pd
 from IPython.display import Markdown, display
 
-from metasae_lib import show
-from metasae_lib.measure import calibrate_arms, fidelity_pairs, measure_arms, same_features
+from metasae_lib import measure, show
 from metasae_lib.show import figures
 from metasae_lib.train import meta_posthoc, train_arms
 
@@ -59,6 +58,19 @@ Markdown(
     f"{training.train_tokens:,} tokens each ({run.profile.steps:,} steps of "
     f"{training.batch_tokens:,}). {show.scale_of_run(run)}"
 )
+
+# %% [markdown]
+# ## What the residual is made of
+#
+# Many models have *massive activations*: a few dimensions that are large, and much the same, on every
+# token. A dictionary that starts at zero spends its features on them, and most of the others die.
+# L2 flatters it, since a constant is easily rebuilt; FVU, the share of the variance *around the mean*,
+# does not. `training.start` can take the mean out of what training sees.
+
+# %% mystnb={"figure": {"name": "fig-makeup", "caption": "Left: the largest dimensions of the normalised residual z, and all others together: their share of its mean square, of its variance around the mean, and of what training sees. Right: the mean norm of the raw residual along a row of text."}, "image": {"alt": "Left, bars in groups of three for the ten largest dimensions and the rest; right, a line of the mean residual norm against the position in the row."}}
+shares, by_position = measure.residual_makeup(run), measure.norms_by_position(run)
+display(Markdown(show.makeup_sentence(run, shares)))
+figures.makeup(shares, by_position)
 
 # %% [markdown]
 # ## The arms
@@ -109,12 +121,9 @@ figures.training_curve(felt, "penalty", "mean penalty p (0 to 1)")
 # layer is replaced by its reconstruction. Features fire above fixed thresholds here (Appendix A),
 # not by a batch's top-k, and position 0 keeps its true residual.
 
-# %% mystnb={"figure": {"name": "fig-fidelity", "caption": "Held-out reconstruction error (left) and CE overhead (right) of every arm. The paper's claim is about the horizontal distance between joint and solo, and the spread of the solo seeds shows how much of it chance could make."}, "image": {"alt": "Two dot plots with one row per arm: L2 on the left, CE overhead in percent on the right; solo arms as black circles, joint arms as blue squares, controls as orange triangles."}}
-calibrate_arms(run, arms)
-fidelity = measure_arms(run, arms)
-figures.fidelity(fidelity)
-
 # %%
+measure.calibrate_arms(run, arms)
+fidelity = measure.measure_arms(run, arms)
 display(show.fidelity_sentences(run, fidelity), show.both_modes(run, fidelity))
 
 # %% [markdown]
@@ -123,7 +132,7 @@ display(show.fidelity_sentences(run, fidelity), show.both_modes(run, fidelity))
 # several seeds, for other seeds too.
 
 # %% mystnb={"figure": {"name": "fig-fidelity-pairs", "caption": "Change of L2 (left) and of cross-entropy (right) of each setting against the solo arm of its own seed, on the same held-out text, with 95% intervals for other text and, where there are several, other seeds."}, "image": {"alt": "Two dot plots with one row per setting: change of L2 in percent on the left, of cross-entropy in nats on the right, each with a horizontal interval and a line at zero."}}
-costs = fidelity_pairs(run, arms)
+costs = measure.fidelity_pairs(run, arms)
 figures.fidelity_pairs(costs)
 
 # %% [markdown]
@@ -135,7 +144,7 @@ figures.fidelity_pairs(costs)
 # random directions have about √(2 ln n / d).
 
 # %% mystnb={"figure": {"name": "fig-same", "caption": "Mean cosine of decoder rows: feature i with feature i of another dictionary, and each feature with the nearest of all (PW-MCC). Whiskers: the least and the largest over pairs of dictionaries. Random directions are the starts of two seeds."}, "image": {"alt": "Dots in rows: cosines of solo and joint arms with their starts and with each other, of two seeds, and of random directions."}}
-same = same_features(run, arms)
+same = measure.same_features(run, arms)
 figures.same_features(same)
 
 # %% [markdown]
@@ -193,6 +202,8 @@ figures.time_spent(time)
 
 # %% tags=["hide-input"]
 run.save_table("training", history, "Losses of every arm during training, every ten steps")
+run.save_table("makeup", shares, "What the normalised residual is made of, by dimension")
+run.save_table("norms_by_position", by_position, "Mean norm of the residual by position")
 run.save_table("arms", fidelity, "Fidelity of every arm on held-out text, at its thresholds")
 run.save_table("fidelity_pairs", costs, "Settings against their solo partners, same text")
 run.save_table("same_features", same, "Cosines of decoder rows between dictionaries")
@@ -209,7 +220,7 @@ display(
     ),
     show.provenance(run),
     show.downloads(
-        run, "arms", "fidelity_pairs", "same_features", "training", "control", "ablation",
+        run, "arms", "makeup", "norms_by_position", "fidelity_pairs", "same_features", "training", "control", "ablation",
         "meta_posthoc", "time",
     ),
 )  # fmt: skip

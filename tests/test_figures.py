@@ -87,6 +87,17 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "losses": lambda: figures.losses(
         along(tokens=np.arange(1, 9) * 1e5, l2=np.linspace(1, 0.1, 8), dead=np.arange(8))
     ),
+    "makeup": lambda: figures.makeup(
+        pd.DataFrame(
+            {
+                "dimension": [4, 9, -1],
+                "share": [0.7, 0.1, 0.2],
+                "varying": [0.2, 0.2, 0.6],
+                "trained": [0.2, 0.2, 0.6],
+            }
+        ),
+        pd.DataFrame({"position": [1, 2, 3], "norm": [9.0, 8.0, 8.0]}),
+    ),
     "fidelity_pairs": lambda: figures.fidelity_pairs(
         pd.DataFrame(
             {

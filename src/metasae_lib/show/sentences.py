@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from IPython.display import Markdown
 
+from metasae_lib.measure.makeup import DOMINATED, FEW
 from metasae_lib.measure.statistics import over_seeds
 from metasae_lib.show.published import grid_id, load_published
 from metasae_lib.show.scorecard import collapsed, scorecard_sentence
@@ -59,6 +60,22 @@ def flattening_sentence(history: pd.DataFrame) -> str:
         + ("That is flat enough to compare arms." if flat else
            "It still moves, so differences between arms may yet change with more tokens.")
     )  # fmt: skip
+
+
+def makeup_sentence(run: Run, shares: pd.DataFrame) -> str:
+    """Whether a few dimensions, or a constant, make most of the residual, and what to do then."""
+    few = shares[shares.dimension >= 0].head(FEW)
+    start, seen = run.profile.training.start, few.trained.sum()
+    text = (
+        f"The {len(few)} largest dimensions hold {few.share.sum():.0%} of the mean square of z, "
+        f"and one constant vector {shares.mean_share[0]:.0%}. Of what training sees under "
+        f"`training.start: {start}` they hold {seen:.0%}"
+    )
+    if seen < DOMINATED:
+        return text + "."
+    better = {"zeros": "mean", "mean": "standard"}.get(start)
+    cure = f": set `training.start` to `{better}`" if better else ""
+    return f"{text}, so **the loss is dominated by {len(few)} dimensions**{cure}."
 
 
 def fidelity_sentences(run: Run, arms: pd.DataFrame) -> Markdown:

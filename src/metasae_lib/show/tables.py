@@ -193,7 +193,7 @@ def _selected(run: Run, frame: pd.DataFrame) -> pd.Series:
 def both_modes(run: Run, arms: pd.DataFrame) -> Markdown:
     """Fidelity at the thresholds beside that of the training form, on the same held-out text."""
     names = {
-        "arm": "arm", "l2": "L2", "l2_batch": "L2, training", "l0_threshold": "L0",
+        "arm": "arm", "l2": "L2", "fvu": "FVU", "l2_batch": "L2, training", "l0_threshold": "L0",
         "l0_batch": "L0, training", "ce_overhead_pct": "CE %",
         "ce_overhead_batch_pct": "CE %, training",
     }  # fmt: skip

@@ -36,6 +36,7 @@ from metasae_lib.show.figures.training import (
     fidelity,
     fidelity_pairs,
     losses,
+    makeup,
     penalty_profile,
     phi_against_recovery,
     push_2d,

@@ -179,6 +179,25 @@ def same_features(ax: Axes, frame: pd.DataFrame) -> None:
     style.legend_below(ax, 2)
 
 
+@style.styled(8.0, 3.4, ncols=2)
+def makeup(axes: NDArray[Any], shares: pd.DataFrame, norms: pd.DataFrame) -> None:
+    """What the residual is made of. `shares`: dimension, share, varying, trained, the last row all
+    other dimensions. `norms`: position, norm."""
+    left, right = axes
+    names = [f"{d}" if d >= 0 else "others" for d in shares.dimension]
+    places = np.arange(len(names))
+    for offset, (column, colour, label) in enumerate((
+        ("share", style.GREY, "of z"), ("varying", style.SKY, "of z around its mean"),
+        ("trained", style.BLUE, "of what training sees"),
+    )):  # fmt: skip
+        left.bar(places + 0.27 * (offset - 1), shares[column], 0.27, color=colour, label=label)
+    left.set_xticks(places, names, rotation=60)
+    left.set(xlabel="dimension of the residual", ylabel="share of the mean square", ylim=(0, 1))
+    left.legend()
+    right.plot(norms.position, norms.norm, color=style.BLUE)
+    right.set(xlabel="position in the row", ylabel="mean ‖x‖₂ (model units)", ylim=(0, None))
+
+
 @style.styled(7.0, 3.8)
 def ablation(ax: Axes, frame: pd.DataFrame) -> None:
     """BatchTopK against JumpReLU: held-out L2 over L0, solo and joint.
