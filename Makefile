@@ -21,11 +21,17 @@ test: lint browser
 	$(BIN)/python workflow/build.py tiny --output _build/test
 	$(BIN)/pytest
 
-# Pages are tested in a real browser. Another apt at work is waited for.
-WAIT := -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3
+# Pages are tested in a real browser. apt waits for another one only when it installs, so it is asked again.
+BROWSER := apt-get -qq update && apt-get -qq -y -o DPkg::Lock::Timeout=600 install chromium
 browser:
-	@command -v chromium google-chrome >/dev/null || (apt-get $(WAIT) -qq update && apt-get $(WAIT) -qq -y install chromium) >.browser.log 2>&1 \
-	  || (tail -n 3 .browser.log; echo "The pages are tested in a browser, which could not be installed (see above): install chromium, then run make test again"; exit 1)
+	@command -v chromium google-chrome >/dev/null && exit; mkdir -p _build; \
+	  for try in $$(seq 120); do \
+	    ($(BROWSER)) >_build/browser.log 2>&1 && exit; \
+	    grep -q 'get lock' _build/browser.log || break; \
+	    [ $$try -gt 1 ] || echo "Another apt is at work: waiting for its end"; sleep 5; \
+	  done; \
+	  tail -n 3 _build/browser.log; \
+	  echo "The pages are tested in a browser, and none could be installed: see to it, then run make test again"; exit 1
 
 lint: $(READY)
 	$(BIN)/ruff check .
