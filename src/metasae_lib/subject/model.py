@@ -9,7 +9,8 @@ stays as it is, since RMSNorm, unlike LayerNorm, does not ignore the mean.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,10 @@ def load_subject(profile: Profile) -> Subject:
                 device="cpu",
             )
             if expected is not None:
-                bridge.enable_compatibility_mode(disable_warnings=True)
-                _check_processed(source, expected, _log_probabilities(bridge))
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    bridge.enable_compatibility_mode(disable_warnings=True)
+                _check_processed(source, said, expected, _log_probabilities(bridge))
             bridge.to(device=device, dtype=dtype, print_details=False)
     except MetaSAEError:
         raise
@@ -216,8 +219,16 @@ def _log_probabilities(model: Any) -> Tensor:
     return getattr(made, "logits", made).float().log_softmax(-1)
 
 
-def _check_processed(source: str, expected: Tensor, processed: Tensor) -> None:
-    """Refuse weights that another form has turned into another model."""
+def _check_processed(
+    source: str, said: Iterable[warnings.WarningMessage], expected: Tensor, processed: Tensor
+) -> None:
+    """Refuse weights that are not processed, or that processing has made another model's."""
+    for warning in said:
+        if "does not support" in str(warning.message):
+            raise SubjectError(
+                f"TransformerLens cannot process the weights of {source} "
+                f"({first_line(UserWarning(warning.message))}): set model.weights to as_trained"
+            )
     shift = float((processed - expected).abs().mean())
     if not shift <= _SHIFT:
         raise SubjectError(
