@@ -39,6 +39,14 @@ runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
 # own: what you see here stays as it is.
 # :::
 
+# %% [markdown]
+# ## What the residual is made of
+#
+# Many models have *massive activations*: a few dimensions that are large, and much the same, on every
+# token. A dictionary that starts at zero spends its features on them, and most of the others die.
+# L2 flatters it, since a constant is easily rebuilt; FVU, the share of the variance *around the mean*,
+# does not. `training.start` can take the mean out of what training sees.
+
 # %% tags=["hide-input"]
 import pandas as pd
 from IPython.display import Markdown, display
@@ -48,6 +56,14 @@ from metasae_lib.show import figures
 from metasae_lib.train import meta_posthoc, train_arms
 
 run = show.open_run(profile, overrides, runs_dir)
+shares, by_position = measure.residual_makeup(run), measure.norms_by_position(run)
+Markdown(show.makeup_sentence(run, shares))
+
+# %% mystnb={"figure": {"name": "fig-makeup", "caption": "Left: the largest dimensions of the normalised residual z, and all others together: their share of its mean square, of its variance around the mean, and of what training sees. Right: the mean norm of the raw residual along a row of text."}, "image": {"alt": "Left, bars in groups of three for the ten largest dimensions and the rest; right, a line of the mean residual norm against the position in the row."}}
+figures.makeup(shares, by_position)
+
+# %% [markdown]
+# ## Training
 
 # %%
 arms = train_arms(run)
@@ -58,19 +74,6 @@ Markdown(
     f"{training.train_tokens:,} tokens each ({run.profile.steps:,} steps of "
     f"{training.batch_tokens:,}). {show.scale_of_run(run)}"
 )
-
-# %% [markdown]
-# ## What the residual is made of
-#
-# Many models have *massive activations*: a few dimensions that are large, and much the same, on every
-# token. A dictionary that starts at zero spends its features on them, and most of the others die.
-# L2 flatters it, since a constant is easily rebuilt; FVU, the share of the variance *around the mean*,
-# does not. `training.start` can take the mean out of what training sees.
-
-# %% mystnb={"figure": {"name": "fig-makeup", "caption": "Left: the largest dimensions of the normalised residual z, and all others together: their share of its mean square, of its variance around the mean, and of what training sees. Right: the mean norm of the raw residual along a row of text."}, "image": {"alt": "Left, bars in groups of three for the ten largest dimensions and the rest; right, a line of the mean residual norm against the position in the row."}}
-shares, by_position = measure.residual_makeup(run), measure.norms_by_position(run)
-display(Markdown(show.makeup_sentence(run, shares)))
-figures.makeup(shares, by_position)
 
 # %% [markdown]
 # ## The arms
