@@ -63,7 +63,7 @@ def _answer(runs: Mapping[str, Run], picture: Path) -> str:
     lines = {"the paper, −7.5%": figures.HEADLINE, "its four seeds, −2.3%": -2.3}
     figures.effect(pd.DataFrame(rows), lines).savefig(picture)
     return (
-        f"**{said}.**\n\n```{{figure}} {PICTURE}\n:name: fig-answer\n"
+        f"**{said}.**\n\n```{{figure}} generated/{PICTURE}\n:name: fig-answer\n"
         ":alt: Intervals of the percent change of mean absolute phi by joint training, two rows a "
         "run: against the solo partner and at equal L2, with lines at zero and at the paper's "
         "values.\n\nChange of mean |φ| by joint training, pair by pair, with 95% intervals for new "
