@@ -15,8 +15,10 @@ import yaml
 from bs4 import BeautifulSoup
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from test_report import fill
 
 from metasae_lib import Profile, Run
+from metasae_lib.show import run_scorecard
 from metasae_lib.study.errors import ProfileError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -107,6 +109,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = Run.open(Profile.load(root / "profiles" / f"{name}.yml"), root / "runs")
         run.save_json("headline", {"sentences": [f"Found on {name}: 3 < 4."], "profile": name})
         execute.execute(notebook, run)
+    fill(run)  # so that the first page has an answer and its picture
+    run.save_table("scorecard", run_scorecard(run), "made up")
     book.stage(root, ["tiny", "smollm2-135m"], root / "runs", root / "_build" / "site-src")
     book.render(root, root / "_build" / "site-src", root)
     return root / "_build" / "html"
@@ -358,6 +362,8 @@ def test_the_landing_page_speaks_from_the_tables(site: Path) -> None:
     assert "Found on tiny: 3 &lt; 4." in html and "Found on smollm2-135m" in html
     assert f"{published['gpt2-large']['fuzz_delta_pct']['value']}%" in html
     assert "its numbers say nothing" in html
+    assert "mean |φ| falls under joint training" in html and "answer.png" in html
+    assert "smollm2-135m: inconclusive" in html  # a badge
 
 
 def test_a_profile_that_was_not_run_says_so(site: Path) -> None:

@@ -52,6 +52,7 @@ def _answer(runs: Mapping[str, Run], picture: Path) -> str:
             "its numbers say nothing about the paper."
         )
     said = "; ".join(sentences.answer(run) for run in runs.values())
+    said = said[0].upper() + said[1:]
     rows = []
     for name, run in runs.items():
         ways = sentences.effects_by_way(run)
@@ -92,7 +93,8 @@ def _claims(published: Mapping[str, Any], runs: Mapping[str, Run]) -> str:
         ("without the penalty nothing changes (§5.1)", "gpt2-large.lambda0_control"),
         ("λ₂ = 1 is too much: mean |φ| rises (§6)", "gemma-2-9b.lambda1_failure"),
         ("on Gemma 2 9B the same setting gives a fuzzing score"
-         f" {value('fuzz_delta_pct_selected', gemma)}% higher (§6)", ""),
+         f" {value('fuzz_delta_pct_selected', gemma)}% higher (§6)",
+         "gemma-2-9b.fuzz_delta_pct_selected"),
         ("features of ambiguous words such as *too*, *let*, *cookies* and *flash* split into"
          " their senses (§5.4, §6)", ""),
     ]  # fmt: skip
@@ -100,7 +102,7 @@ def _claims(published: Mapping[str, Any], runs: Mapping[str, Run]) -> str:
     lines = []
     for text, value_id in claims:
         badges = [_badge(name, card.get(value_id, "")) for name, card in verdicts.items()]
-        lines.append(" ".join([f"- {text};", *filter(None, badges)]))
+        lines.append(" ".join([f"- {text}", *filter(None, badges)]))
     return "\n".join(lines)
 
 
