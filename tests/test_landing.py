@@ -56,7 +56,7 @@ def test_the_first_page_answers(fresh: Run, published: Any, tmp_path: Path) -> N
     assert (tmp_path / landing.PICTURE).stat().st_size > 10_000
     claims = (tmp_path / "claims.md").read_text()
     assert "{bdg-success}`smollm2-135m: agrees`" in claims
-    assert "{bdg-secondary}`smollm2-135m: inconclusive`" in claims
+    assert "{bdg-dark}`smollm2-135m: inconclusive`" in claims
     assert "{bdg-light}`smollm2-135m: not judged`" in claims
     assert "[smollm2-135m](smollm2-135m/index.md)" in (tmp_path / "findings.md").read_text()
 

@@ -617,7 +617,8 @@ def test_a_step_on_a_gpu_does_not_wait(kind: str, monkeypatch: pytest.MonkeyPatc
     joint = kind in ("joint", "control", "as-released")
     spec = ArmSpec(kind, 0, *((0.3, 1.0) if joint else ()))
     sizes = {"n_features": 96, "k": 4, "n_meta_features": 16, "meta_k": 2}
-    settings = {"batch_tokens": 64, "n_primary_steps": 2, "n_meta_steps": 1, "k_aux": 8}
+    settings = {"batch_tokens": 64, "n_primary_steps": 2, "n_meta_steps": 1, "k_aux": 8,
+                "arms": ["solo"]}  # fmt: skip
     profile = Profile.load("tiny", {"dictionary": sizes, "training": settings})
     monkeypatch.setattr(Learner, "_bound", lambda self: 70)
     trainer = Trainer(spec, profile, 24, torch.device("meta"))

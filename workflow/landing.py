@@ -20,7 +20,7 @@ from metasae_lib.study.kept import KeptRun, agreement
 
 _BADGES = {
     paper.AGREES: "success", paper.SAME_DIRECTION: "info", paper.DISAGREES: "danger",
-    paper.INCONCLUSIVE: "secondary",
+    paper.INCONCLUSIVE: "dark",
 }  # fmt: skip
 PICTURE = "answer.png"
 
