@@ -114,6 +114,14 @@ def test_snakemake_reads_no_profile_of_the_user(hostile: dict[str, str], tmp_pat
     assert "notebook" in done.stdout + done.stderr
 
 
+def test_snakemake_says_what_it_lacks(tmp_path: Path) -> None:
+    done = subprocess.run(
+        build.command(["nosuch"], str(tmp_path)), cwd=REPOSITORY, capture_output=True, text=True,
+        check=False, env=clean(os.environ, tmp_path / "settings"),
+    )  # fmt: skip
+    assert done.returncode and "profiles/nosuch.yml" in done.stdout + done.stderr
+
+
 def test_no_book_is_never_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

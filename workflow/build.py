@@ -66,7 +66,8 @@ def command(profiles: Sequence[str], output: str) -> list[str]:
     """What makes the book of some profiles in the folder `output`, run in the repository."""
     return [
         sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile",
-        "--cores", "all", "--keep-going", "--nolock", "--rerun-incomplete", "--quiet", "all",
+        "--cores", "all", "--keep-going", "--nolock", "--rerun-incomplete",
+        "--quiet", "progress", "rules", "host", "reason",  # "all" would keep its errors too
         "--profile", "none", "--workflow-profile", "none",  # the user's are for other work
         # As lists: of a bare value Snakemake makes a number where it can.
         "--config", f"profiles={json.dumps(profiles)}", f"output={json.dumps([output])}",
