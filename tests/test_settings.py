@@ -103,6 +103,20 @@ def test_other_tools_settings_change_nothing(hostile: dict[str, str], tmp_path: 
     assert f"{sys.prefix} None 1 True" in str(expected[0])
 
 
+@pytest.mark.parametrize("own", [{}, {"XDG_CACHE_HOME": "/its/own"}, {"HF_HOME": "/its/hub"}])
+def test_the_hubs_downloads_and_login_stay_where_they_are(
+    own: dict[str, str], tmp_path: Path
+) -> None:
+    user = {k: v for k, v in os.environ.items() if k not in ("HF_HOME", "XDG_CACHE_HOME")} | own
+    asked = "from huggingface_hub import constants as c; print(c.HF_HUB_CACHE, c.HF_TOKEN_PATH)"
+    places = [
+        subprocess.run([sys.executable, "-c", asked], env=environment, check=True,
+                       capture_output=True, text=True).stdout
+        for environment in (user, clean(user, tmp_path))
+    ]  # fmt: skip
+    assert places[0] == places[1]
+
+
 def test_snakemake_reads_no_profile_of_the_user(hostile: dict[str, str], tmp_path: Path) -> None:
     """The user's would only be shown what would run, and say that all is well."""
     command = [*build.command(["tiny"], str(tmp_path)), "--list-rules"]

@@ -18,7 +18,7 @@ _FOREIGN = (
 _RANKS = {"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 #: Where tools look for settings and write what they must: folders of the build's own.
 _FOLDERS = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR",
-            "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")  # fmt: skip
+            "MPLCONFIGDIR", "XDG_CACHE_HOME")  # fmt: skip
 
 
 def clean(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
@@ -28,6 +28,9 @@ def clean(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
         for name, value in environment.items()
         if name not in _RANKS and not name.startswith(_FOREIGN)
     }
+    # What was downloaded from the hub and its login stay where the user has them.
+    cache = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    kept.setdefault("HF_HOME", os.path.join(cache, "huggingface"))
     for name in _FOLDERS:
         path = folder.absolute() / name.lower()
         path.mkdir(parents=True, exist_ok=True)
