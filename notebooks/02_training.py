@@ -56,7 +56,7 @@ from metasae_lib.show import figures
 from metasae_lib.train import meta_posthoc, train_arms
 
 run = show.open_run(profile, overrides, runs_dir)
-shares, by_position = measure.residual_makeup(run), measure.norms_by_position(run)
+shares, by_position = measure.residual_makeup(run)
 Markdown(show.makeup_sentence(run, shares))
 
 # %% mystnb={"figure": {"name": "fig-makeup", "caption": "Left: the largest dimensions of the normalised residual z, and all others together: their share of its mean square, of its variance around the mean, and of what training sees. Right: the mean norm of the raw residual along a row of text."}, "image": {"alt": "Left, bars in groups of three for the ten largest dimensions and the rest; right, a line of the mean residual norm against the position in the row."}}

@@ -58,12 +58,17 @@ def save_model(architecture: str, folder: Path) -> Path:
     else:
         assert architecture == "gemma3"
         model = Gemma3ForCausalLM(Gemma3TextConfig(**_SIZES | {"query_pre_attn_scalar": 8}))
+    save_random(model, folder)
+    return folder
+
+
+def save_random(model: Any, folder: Path) -> None:
+    """A model with norms and biases that are not trivial, and a byte tokenizer."""
     for parameter in model.parameters():
         spread = 0.3 if parameter.dim() == 1 else 0.1
         parameter.data += spread * torch.randn_like(parameter)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import BOS, VOCABULARY, byte_tokenizer, save_text, small_profile
+from small_models import BOS, VOCABULARY, save_random, save_text, small_profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from metasae_lib.interpret.judges.in_process import InProcessJudge
@@ -89,11 +89,7 @@ def save(architecture: str, folder: Path) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    for parameter in model.parameters():
-        spread = 0.3 if parameter.dim() == 1 else 0.1
-        parameter.data += spread * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save_random(model, folder)
     return model
 
 

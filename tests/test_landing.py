@@ -83,10 +83,10 @@ def test_kept_runs_stand_beside_fresh_ones_and_are_marked(
 
 
 def test_a_fresh_run_is_held_against_the_kept_one(fresh: Run, kept: KeptRun) -> None:
-    same = landing.agreement_sentence(fresh, [kept])
+    same = landing.agreement_sentence(fresh, kept)
     assert "kept in `results/`" in same and "equal" in same and "differs" not in same
     arms = fresh.load_table("arms")
     fresh.save_table("arms", arms.assign(l2=arms.l2 * 1.1), "another machine")
-    moved = landing.agreement_sentence(fresh, [kept])
+    moved = landing.agreement_sentence(fresh, kept)
     assert "1 differs: `arms` (l2, by up to 10%)" in moved
-    assert landing.agreement_sentence(fresh, []) == ""
+    assert landing.agreement_sentence(fresh, None) == ""

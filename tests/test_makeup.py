@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metasae_lib import Run
-from metasae_lib.measure import makeup, norms_by_position, residual_makeup
+from metasae_lib.measure import makeup, residual_makeup
 from metasae_lib.show import makeup_sentence
 
 D, KEPT = 24, 127  # of the profile tiny: rows of 128 without position 0
@@ -45,7 +45,7 @@ def test_shares_by_hand(run: Run) -> None:
     x = massive().double().numpy()
     z = (x - x.mean(axis=1, keepdims=True)) / (x.std(axis=1, ddof=1, keepdims=True) + 1e-5)
     square, variance = (z**2).mean(axis=0), z.var(axis=0)
-    found = residual_makeup(run)
+    found, _ = residual_makeup(run)
     assert found.dimension[0] == 5 and len(found) == 11 and found.dimension.iloc[-1] == -1
     assert found.share[0] == pytest.approx(square[5] / square.sum(), rel=1e-4)
     assert found.varying[0] == pytest.approx(variance[5] / variance.sum(), rel=1e-4)
@@ -59,7 +59,7 @@ def test_shares_by_hand(run: Run) -> None:
 def test_the_sentence_names_the_next_start(run: Run) -> None:
     """Without the mean one dimension still varies too much; scaled, none does."""
     said = {
-        start: makeup_sentence(run, residual_makeup(started(run, start)))
+        start: makeup_sentence(run, residual_makeup(started(run, start))[0])
         for start in ("zeros", "mean", "standard")
     }
     assert "dominated by 3 dimensions" in said["zeros"] and "to `mean`" in said["zeros"]
@@ -68,7 +68,7 @@ def test_the_sentence_names_the_next_start(run: Run) -> None:
 
 
 def test_norms_by_position(run: Run) -> None:
-    found = norms_by_position(run)
+    _, found = residual_makeup(run)
     assert found.position.tolist() == list(range(1, 128))
     expected = np.linalg.norm(massive().numpy(), axis=1).reshape(4, KEPT).mean(axis=0)
     assert found.norm.tolist() == pytest.approx(expected.tolist(), rel=1e-5)

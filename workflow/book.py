@@ -65,22 +65,23 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     generated.mkdir()
     notebooks = toc.notebooks(root / "notebooks")
     runs = {name: Run.open(_profile(root, name), runs_dir) for name in profiles}
-    kept = list(kept_runs(root / "results"))
+    kept = {run.name: run for run in kept_runs(root / "results")}
     for run in runs.values():
-        _stage_run(run, notebooks, root / "notebooks", staging / run.profile.name, kept)
+        _stage_run(
+            run, notebooks, root / "notebooks", staging / run.profile.name, kept.get(run.name)
+        )
     known = sorted(path.stem for path in (root / "profiles").glob("*.yml"))
     # A toy that was not run is nothing that a reader misses.
     others = [name for name in known if name not in runs and not toy(name)]
     for name in others:
         (staging / name).mkdir()
-        stored = next((run for run in kept if run.name == name), None)
         (staging / name / "index.md").write_text(
-            _not_run_page(_profile(root, name), profiles, stored), encoding="utf-8"
+            _not_run_page(_profile(root, name), profiles, kept.get(name)), encoding="utf-8"
         )
     published = yaml.safe_load((root / "book" / "published.yml").read_text(encoding="utf-8"))
     (generated / "workflow.svg").write_text(toc.workflow_svg(notebooks), encoding="utf-8")
     # A fresh run stands for the kept one of its profile; of others, what is kept is shown.
-    shown = runs | {run.name: run for run in kept if run.name in others}
+    shown = runs | {name: kept[name] for name in others if name in kept}
     landing.write(published, shown, generated)
     claims = together.write(shown, staging)
     table = toc.contents(list(runs), others, notebooks, claims)
@@ -117,7 +118,7 @@ def render(root: Path, staging: Path, output: Path) -> None:
 
 
 def _stage_run(
-    run: Run, notebooks: Sequence[str], sources: Path, folder: Path, kept: Sequence[KeptRun]
+    run: Run, notebooks: Sequence[str], sources: Path, folder: Path, kept: KeptRun | None
 ) -> None:
     (folder / "executed").mkdir(parents=True)
     executed = {}
@@ -172,9 +173,7 @@ def _small_run(profile: Profile) -> str:
     )
 
 
-def _run_page(
-    run: Run, executed: Mapping[str, nbformat.NotebookNode], kept: Sequence[KeptRun]
-) -> str:
+def _run_page(run: Run, executed: Mapping[str, nbformat.NotebookNode], kept: KeptRun | None) -> str:
     profile = run.profile
     titles = {name: next(iter(headings(notebook)))[1] for name, notebook in executed.items()}
     listed = "\n".join(f"- [{title}]({name}.ipynb)" for name, title in titles.items())

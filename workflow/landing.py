@@ -5,7 +5,7 @@ Every number comes from a run's tables, fresh or kept, or from the paper's own v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,7 @@ def _answer(runs: Mapping[str, Run], picture: Path) -> str:
                 rows.append(ways[way] | {"comparison": f"{name}: {words}"})
     if not rows:
         return f"**{said}.**"
-    lines = {"the paper, −7.5%": figures.HEADLINE, "its four seeds, −2.3%": -2.3}
-    figures.effect(pd.DataFrame(rows), lines).savefig(picture)
+    figures.effect(pd.DataFrame(rows)).savefig(picture)
     return (
         f"**{said}.**\n\n```{{figure}} generated/{PICTURE}\n:name: fig-answer\n"
         ":alt: Intervals of the percent change of mean absolute phi by joint training, two rows a "
@@ -135,17 +134,16 @@ def kept_mark(run: KeptRun) -> str:
     return f"kept run of {made['date'][:10]}, {machine}, commit {made['commit'][:8]}"
 
 
-def agreement_sentence(fresh: Run, kept: Sequence[KeptRun]) -> str:
-    """Whether a fresh run gives what is kept of the same profile; empty if nothing is kept."""
-    same = next((run for run in kept if run.name == fresh.name), None)
-    if same is None:
+def agreement_sentence(fresh: Run, kept: KeptRun | None) -> str:
+    """Whether a fresh run gives what is kept of it; empty if nothing is."""
+    if kept is None:
         return ""
-    found = agreement(fresh, same)
+    found = agreement(fresh, kept)
     counts = found.agreement.value_counts()
     text = ", ".join(f"{n} {what}" for what, n in counts.items())
     differs = found[found.agreement == "differs"]
     where = "; ".join(f"`{row.table}` ({row.where})" for row in differs.head(8).itertuples())
     return (
-        f"A run of this profile is kept in `results/` ({kept_mark(same)}). Of its {len(found)} "
+        f"A run of this profile is kept in `results/` ({kept_mark(kept)}). Of its {len(found)} "
         f"tables this run has {text}" + (f": {where}" if where else "") + "."
     )

@@ -44,12 +44,6 @@ class Claim:
     pictures: tuple[Picture, ...]
 
 
-def _effect(frame: pd.DataFrame) -> Figure:
-    return figures.effect(
-        frame, {"the paper, −7.5%": figures.HEADLINE, "its four seeds, −2.3%": -2.3}
-    )
-
-
 def _trade_off(frame: pd.DataFrame) -> Figure:
     return figures.trade_off(frame, tables.paper_grid())
 
@@ -69,7 +63,7 @@ CLAIMS = (
             Picture(
                 "effects", "Change of mean |φ| under each way to compare",
                 "Points with intervals, one row for each way to compare joint with solo, and lines"
-                " at the paper's two values.", _effect,
+                " at the paper's two values.", figures.effect,
             ),
             Picture(
                 "phi", "mean |φ| of every arm against chance",

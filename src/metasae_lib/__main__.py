@@ -37,8 +37,7 @@ def _keep(folder: str) -> None:
 
     target = keep(folder)
     effects = KeptRun(target).load_table("effects")
-    lines = {"the paper, −7.5%": figures.HEADLINE, "its four seeds, −2.3%": -2.3}
-    figures.effect(effects, lines).savefig(target / "effect.png", dpi=100)
+    figures.effect(effects).savefig(target / "effect.png", dpi=100)
     print(f"kept in {target}")
 
 

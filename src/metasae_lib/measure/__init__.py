@@ -17,10 +17,7 @@ from metasae_lib.measure.fidelity import (
     measure_arms,  # L2, L0, CE and dead features of every arm
     norms,  # norms of the residuals, with and without position 0
 )
-from metasae_lib.measure.makeup import (
-    norms_by_position,  # mean norm of the residual along a row
-    residual_makeup,  # shares of its largest dimensions and of its mean
-)
+from metasae_lib.measure.makeup import residual_makeup  # its largest dimensions, mean and norms
 from metasae_lib.measure.matching import (
     hungarian,  # features matched by decoder cosine
     same_features,  # feature i against its start, its partner, other seeds

@@ -164,15 +164,18 @@ def conclusion(run: Run) -> list[str]:
     ways = effects_by_way(run)
     published = load_published()[f"gpt2-large.table1.{grid_id(0.3, 1.0)}.d_mean_abs_phi_pct"]
     lambda2, sigma_sq = run.profile.selected
-    told = "seeds" in ways and not math.isnan(ways["seeds"]["low"])
-    main = ways["seeds" if told else "features"]
+    main = ways.get("seeds") or ways["features"]
     kind, _, place = run.profile.model.source.partition(":")
     model = literal(Path(place).name if kind == "folder" else place)
     first = (
         f"On {model}, layer {run.profile.model.layer}, joint training (λ₂ {lambda2:g}, "
         f"σ² {sigma_sq:g}) changes mean |φ| by {percent(main['change_pct'])} against the solo "
         f"dictionary of the same seed ({between(main['low'], main['high'], percent)} for new "
-        + (f"seeds and features, {main['n_seeds']:.0f} pairs)" if told else "features, one pair)")
+        + (
+            f"seeds and features, {main['n_seeds']:.0f} pairs)"
+            if main["way"] == "seeds"
+            else "features, one pair)"
+        )
     )
     rest = [reading(main["low"], main["high"], published)]
     if "frontier" in ways:

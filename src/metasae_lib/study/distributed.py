@@ -20,9 +20,9 @@ def start() -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
-def launched() -> bool:
-    """Whether this is one of several processes; a rank left in the environment makes none."""
-    return dist.is_initialized()
+def local_rank() -> int:
+    """This process among those of its machine; a rank that was left behind counts for nothing."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
 
 
 def rank() -> int:

@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 
 from metasae_lib.study.errors import ArtefactError
-from metasae_lib.study.files import make_folder, sha256_of
+from metasae_lib.study.files import make_folder, sha256_of, write_json
 from metasae_lib.study.profile import Profile
 from metasae_lib.study.run import Run
 
@@ -33,8 +33,7 @@ class KeptRun(Run):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder).absolute()
         manifest = self._read(folder / "manifest.json")
-        values = yaml.safe_load((folder / "profile.yml").read_text(encoding="utf-8"))
-        super().__init__(Profile.of(values, folder.name), folder.parent)
+        super().__init__(_profile(folder), folder.parent)
         self.name, self.folder = folder.name, folder
         self.profile_hash = str(manifest.get("profile_hash"))
         for name, sha256 in manifest.get("files", {}).items():
@@ -64,13 +63,9 @@ def keep(folder: str | os.PathLike[str], results: str | os.PathLike[str] = "resu
     have not all been run, if a file does not have the hash or the profile that its record says, or
     if a number is infinite; nothing is stored then.
     """
-    folder = Path(folder)
-    try:
-        values = yaml.safe_load((folder / "profile.yml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ArtefactError(f"{folder} is not the folder of a run: {error}") from None
-    run = Run(Profile.of(values, folder.name), folder.absolute().parent)
-    run.folder = folder.absolute()
+    folder = Path(folder).absolute()
+    run = Run(_profile(folder), folder.parent)
+    run.folder = folder
     tables = [path for path in _tables(run) if path.stat().st_size <= LIMIT]
     for path in tables:
         frame = run.load_table(path.stem)
@@ -94,8 +89,7 @@ def keep(folder: str | os.PathLike[str], results: str | os.PathLike[str] = "resu
         if path.is_file()
     }
     manifest = {"profile_hash": run.profile_hash, "made": made, "files": hashes}
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True)
-    (new / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    write_json(new / "manifest.json", manifest)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(new, target)
     return target
@@ -118,6 +112,15 @@ def agreement(fresh: Run, kept: Run) -> pd.DataFrame:
             continue
         rows.append((name, *_compared(fresh.load_table(name), kept.load_table(name))))
     return pd.DataFrame(rows, columns=["table", "agreement", "where"])
+
+
+def _profile(folder: Path) -> Profile:
+    """The profile that a run's folder holds. Raises `ArtefactError`."""
+    try:
+        values = yaml.safe_load((folder / "profile.yml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ArtefactError(f"{folder} is not the folder of a run: {error}") from None
+    return Profile.of(values, folder.name)
 
 
 def _tables(run: Run) -> list[Path]:

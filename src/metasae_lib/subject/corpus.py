@@ -100,9 +100,8 @@ def load_tokens(run: Run) -> Tokens:
     elif profile.text.source.startswith("files:"):
         inputs["files"] = [content_hash(path) for path in _files(profile.text.source)]
     else:
-        name, _ = _dataset_name(profile.text.source)
-        local = os.path.isabs(name)
-        inputs["dataset"] = folder_hashes(Path(name)) if local else hub_commit("dataset", name)
+        name, commit, _ = _dataset_at(profile.text.source)
+        inputs["dataset"] = commit or folder_hashes(Path(name))
     made = run.made("tokens", {"": inputs}, _VERSION, lambda new: _make(profile, new[""]))
     return Tokens(made[""], profile)
 
@@ -301,10 +300,7 @@ def _dataset(source: str, column: str) -> Iterator[Document]:
     """A Hugging Face dataset, streamed in its own order."""
     import datasets
 
-    name, config = _dataset_name(source)
-    commit = None if os.path.isabs(name) else hub_commit("dataset", name)
-    if commit:
-        name = name.partition("@")[0]
+    name, commit, config = _dataset_at(source)
     try:
         stream = datasets.load_dataset(name, config, split="train", streaming=True, revision=commit)
         for number, example in enumerate(stream):
@@ -320,18 +316,18 @@ def _dataset(source: str, column: str) -> Iterator[Document]:
         ) from error
 
 
-def _dataset_name(source: str) -> tuple[str, str | None]:
-    """Name, of a folder the whole path, and configuration of a `text.source` that is `hf:`."""
+def _dataset_at(source: str) -> tuple[str, str | None, str | None]:
+    """Name and commit, of a folder the whole path and None, and configuration of an `hf:` text."""
     name, _, config = source.removeprefix("hf:").partition(":")
     folder = str(local_path(name))
     if not os.path.isdir(folder):
-        return name, config or None
+        return name.partition("@")[0], hub_commit("dataset", name), config or None
     if glob.escape(folder) != folder:
         raise CorpusError(
             f"text.source is the folder {folder}, and datasets takes the *, ? or [ in its name for "
             f"a pattern: rename it, or name its files by files:"
         )
-    return folder, config or None
+    return folder, None, config or None
 
 
 def _files(source: str) -> list[Path]:

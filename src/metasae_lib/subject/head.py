@@ -34,10 +34,9 @@ class Head:
         """Logits (..., vocabulary) in float32."""
         return self._logits(self._unembed(hidden), self._scales[0])
 
-    def blocks(self, hidden: Tensor) -> tuple[Tensor, ...]:
+    def blocks(self, hidden: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
         """Hidden states (t, d) in parts whose logits take about `BLOCK_BYTES`."""
-        width = self(hidden[:1]).shape[-1]
-        return hidden.split(max(1, BLOCK_BYTES // (4 * width)))
+        return hidden.split(max(1, BLOCK_BYTES // (4 * vocabulary)))
 
     def check(self, hidden: Tensor, logits: Tensor) -> None:
         """Compare with the logits that the model made of the same states.

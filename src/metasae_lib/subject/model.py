@@ -8,7 +8,6 @@ stays as it is, since RMSNorm, unlike LayerNorm, does not ignore the mean.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -85,7 +84,7 @@ class Subject:
         (hidden,) = final
         self._head.check(hidden[:, -1:], last)
 
-        parts = self._head.blocks(hidden[:, :-1].flatten(0, 1))
+        parts = self._head.blocks(hidden[:, :-1].flatten(0, 1), last.shape[-1])
         targets = ids[:, 1:].flatten().split(len(parts[0]))
         losses = [
             F.cross_entropy(self._head(part), target, reduction="none")
@@ -258,7 +257,7 @@ def compute_device(profile: Profile) -> torch.device:
         raise SubjectError("device is cuda, but PyTorch finds no GPU: set device to auto or cpu")
     if profile.device == "cpu" or not available:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if distributed.launched() else 0)
+    return torch.device("cuda", distributed.local_rank())
 
 
 def fingerprint(profile: Profile) -> dict[str, Any]:

@@ -184,9 +184,9 @@ def _train_group(
         if path := latest_checkpoint(place.state.folder, steps):
             restore_checkpoint(trainer, path, place.state.key)
         trainers.append((place, trainer))
-    starts = {name: Start.of(name, _first_chunk(stream, device)) for name in {
-        _start(run.profile, place.spec) for place in places
-    } - {"zeros"}}  # fmt: skip
+    seen = {place.spec: (place.spec.order, _start(run.profile, place.spec)) for place in places}
+    starts = {name: Start.of(name, _first_chunk(stream, device))
+              for name in {start for _, start in seen.values()} - {"zeros"}}  # fmt: skip
     # Processes that share residuals walk through the text together.
     first = distributed.least(min((trainer.step_count for _, trainer in trainers), default=steps))
     arms = places[0].spec.name if len(places) == 1 else f"{len(places)} arms"
@@ -198,11 +198,13 @@ def _train_group(
                 order: normalise(stream.batch(step, order).to(device, torch.float32))[0]
                 for order in {place.spec.order for place, _ in active} or {0}
             }
-            losses = []
-            for place, trainer in active:
-                start = starts.get(_start(run.profile, place.spec))
-                z = batches[place.spec.order]
-                losses.append(trainer.step(z if start is None else start.apply(z)))
+            inputs = {
+                (order, name): starts[name].apply(batches[order])
+                if name in starts
+                else batches[order]
+                for order, name in {seen[place.spec] for place, _ in active}
+            }
+            losses = [trainer.step(inputs[seen[place.spec]]) for place, trainer in active]
             bar.update(training.batch_tokens)
             if (step + 1) % HISTORY_EVERY == 0 and active:
                 bar.set_postfix_str(_state_line(losses))
@@ -214,8 +216,7 @@ def _train_group(
                     save_checkpoint(trainer, place.state.folder, place.state.key, False)
     for place, trainer in trainers:
         save_checkpoint(trainer, place.state.folder, place.state.key, True)
-        start = starts.get(_start(run.profile, place.spec))
-        _save_result(run.profile, place, trainer, start)
+        _save_result(run.profile, place, trainer, starts.get(seen[place.spec][1]))
 
 
 def _state_line(losses: Sequence[Losses]) -> str:
@@ -230,9 +231,7 @@ def _first_chunk(stream: BatchStream, device: torch.device) -> Tensor:
     return normalise(stream.residuals.chunk(0).to(device, torch.float32))[0]
 
 
-def _save_result(
-    profile: Profile, place: _Place, trainer: Trainer, start: Start | None = None
-) -> None:
+def _save_result(profile: Profile, place: _Place, trainer: Trainer, start: Start | None) -> None:
     about = {
         "model_name": profile.model.source,
         "hook_name": f"blocks.{profile.model.layer}.hook_resid_pre",

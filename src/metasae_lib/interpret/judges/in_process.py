@@ -157,7 +157,7 @@ class InProcessJudge:
         with torch.no_grad():
             (hidden,) = final
             head.check(hidden[:, -1:], last)
-            parts = head.blocks(hidden[[r for r, _ in read], before])
+            parts = head.blocks(hidden[[r for r, _ in read], before], last.shape[-1])
             logps = []
             for part, t in zip(parts, targets.split(len(parts[0])), strict=True):
                 logits = head(part)
