@@ -19,8 +19,8 @@
 # 0.230, a difference of 0.0175 over 20,456 matched pairs, judged by Qwen2.5-72B-Instruct-AWQ.
 #
 # A difference that small needs a judge that can tell a right explanation from a wrong one. So the
-# judge is judged first, on features whose meaning we planted, and the line below says whether it
-# passed *before* any result is shown.
+# judge is judged first, on features whose meaning we planted, and the lines below say *before* any
+# result is shown whether it passed, and how fine a difference it can show at all.
 # %% tags=["parameters"]
 profile = "smollm2-135m"  # a file of profiles/, without .yml
 overrides = {}  # changes by dotted key, such as {"autointerp.features": 1000}
@@ -39,49 +39,62 @@ auto, sampling = run.profile.autointerp, interpret.sampling_of(run.profile)
 # %%
 every_arm = load_arms(run)
 solo, joint = show.compared_arms(run)  # the solo arm and the selected joint arm, first seed
-arms = {"solo": every_arm[solo], "joint": every_arm[joint]}
-contexts = interpret.collect_contexts(run, arms, auto.window)
-judges = {"lexical": interpret.LexicalJudge()} | {auto.judge: interpret.judge_of(run.profile)}
-controls = {name: interpret.examine(run, contexts["solo"], judge) for name, judge in judges.items()}
-verdicts = interpret.verdict_table(controls)
-Markdown(interpret.first_line(verdicts, auto.judge))
+rivals = interpret.rivals(run, run.load_table("arms"))  # of every seed, and of equal L2
+names = dict.fromkeys([*rivals.base_arm, *rivals.joint_arm])
+contexts = interpret.collect_contexts(run, {name: every_arm[name] for name in names}, auto.window)
+pairs = interpret.choose_pairs(every_arm, contexts, rivals, sampling, auto.features, auto.cosine)
+judges = {"lexical": interpret.LexicalJudge()}
+judges[auto.judge] = interpret.judge_of(run.profile, contexts[solo])
+controls = {
+    name: interpret.examine(run, contexts[solo], every_arm[solo], judge)
+    for name, judge in judges.items()
+}
+verdicts, n_pairs = interpret.verdict_table(controls), int((pairs.against == "solo").sum())
+fine = interpret.fineness(controls[auto.judge], n_pairs)
+Markdown(interpret.first_lines(verdicts, fine, auto.judge, n_pairs))
 
 # %% [markdown]
 # :::{admonition} Change this yourself
 # :class: tip
 # `overrides = {"autointerp.judge": "http", "autointerp.model": "...", "autointerp.explainer":
 # "judge"}` asks any OpenAI-compatible server on this machine; `benchmarks/serve_qwen.sh` starts the
-# paper's. Everything that it says is kept, and a killed run goes on without asking twice.
+# paper's. `{"autointerp.explainer": "in-process"}` has a small chat model write sentences. What a
+# model says is kept, and a killed run goes on without asking twice.
 # :::
 #
 # ## Judging the judge
 #
-# *Planted* features "fire" on the words of one known concept, such as the months of the year. The
-# judge gets the right explanation, one that belongs to another feature, none, and the right one a
-# second time. Planted strength is the number of these words in the text. On *features* of the solo dictionary the right explanation is the one under study.
-# The rules that make a judge *able* were fixed beforehand; `judge_verdict` lists them.
-# %% mystnb={"figure": {"name": "fig-controls", "caption": "What the judge makes of right, shuffled and empty explanations, how often it answers that the first text is the real one, and how its scores correlate when it is asked again: means with 95% intervals. A judge that can be believed stands right of chance (dashed) with right explanations and at chance with the others, has no order bias, and says the same twice."}, "image": {"alt": "Five panels of dots with intervals and a dashed line at chance. Three show a score each, for planted features and for features of the dictionary under right, shuffled and empty explanations; the fourth the share of answers A under the same; the fifth the correlation of each score when asked again."}}
+# *Planted* features "fire" on the words of one known concept: of meaning, such as the months of the
+# year, or of form, such as modal verbs. Their strength is the number of these words. Each gets the
+# explanation that the run's explainer writes for it (*right*), the concept's name (*words*), that of
+# a concept which is easily mistaken for it (*near*), that of any other (*shuffled*), and none
+# (*empty*). *Blends* fire on two concepts: the paper says that fuzzing is sensitive to just this.
+# For *features* of the solo dictionary, *near* is the explanation of the feature with the nearest
+# decoder row. A judge is *able* if it passes on meaning and on form, by rules that were fixed
+# beforehand (`judge_verdict` lists them).
+# %% mystnb={"figure": {"name": "fig-controls", "caption": "What the judge makes of explanations that are right, in words, nearly right, of half a blend, of something else, or missing: means with 95% intervals. A judge that can be believed stands right of chance (dashed) with right explanations and at chance with shuffled ones; how far near misses lie from both says how fine a difference it sees."}, "image": {"alt": "Three panels, one a score, of dots with intervals and a dashed line at chance, in rows of groups (meaning, form, blends, features) by condition (right, words, near, half, shuffled, empty, again)."}}
 summary = pd.concat([interpret.control_summary(c).assign(judge=j) for j, c in controls.items()])
 figures.judge_controls(summary[summary.judge == auto.judge])
 # %%
-show.table(verdicts, "Which judge can be believed on which score, and why", "tab-able")
+show.table(verdicts, "Which judge can be believed on which score, and why", "tab-able", "wide")
 
 # %% [markdown]
 # ## Which features, which pairs
 #
-# Features are matched one to one by the cosine of their decoder rows (Hungarian algorithm, App. F;
-# SciPy's exact solver, 15 s for the paper's 20,480 features on two cores).
+# Joint is held against the solo arm of each seed and, since less fidelity alone changes features,
+# against the solo arm of a smaller k whose L2 is nearest to its own (*frontier*). Features are
+# matched one to one by the cosine of their decoder rows (Hungarian algorithm, App. F; SciPy's exact
+# solver, 15 s for the paper's 20,480 features on two cores).
 # The paper has a cosine threshold and does not print it, so several are shown. Solo and joint of one
 # seed *start from the same weights*, which is why nearly all of their features match; what a training
 # finds by itself shows against the solo arms of other seeds, beside them. A feature needs
 # enough segments of held-out text in which it fires, some for the explainer and others for the
 # questions, and as many in which it does not.
 # %%
-pairs = interpret.matched_pairs(arms["solo"], arms["joint"])
-tables = {kind: c.table(sampling.examples, sampling.examples) for kind, c in contexts.items()}
-features = pd.concat([table.assign(kind=kind) for kind, table in tables.items()])
-counts = features.groupby(["kind", "verdict"], sort=False).size().unstack(fill_value=0)
-kept = interpret.kept_pairs(every_arm, arms["joint"], [0.0, 0.3, 0.5, 0.7, 0.9])
+tables = {name: c.table(sampling.examples, sampling.examples) for name, c in contexts.items()}
+features = pd.concat([table.assign(arm=name) for name, table in tables.items()])
+counts = features.groupby(["arm", "verdict"], sort=False).size().unstack(fill_value=0)
+kept = interpret.kept_pairs(every_arm, every_arm[joint], [0.0, 0.3, 0.5, 0.7, 0.9])
 display(
     show.table(counts.reset_index(), "Features with and without enough examples", "tab-features"),
     show.table(kept, "Share of matched pairs with at least a decoder cosine", "tab-pairs"),
@@ -90,21 +103,17 @@ display(
 # %% [markdown]
 # ## The scores
 #
-# The lexical judge has no model: its explanation is the list of tokens on which a feature is
-# strongest, and it is the floor that a language model must beat. It scores every pair. The other
-# judge scores a random sample of them, if it passed its controls on any score; what it says on a
-# score that it failed is shown, and nothing is concluded from it.
+# The profile's judge scores the pairs of every seed, if it passed its controls on any score; what it
+# says on a score that it failed is shown, and nothing is concluded from it. The lexical judge has no
+# model: its explanation is the list of tokens on which a feature is strongest, with weights, and it
+# is the floor that a model must beat. It scores the pairs of the first seed.
 # %%
-able = set(verdicts.judge[verdicts.able]) | {"lexical"}
-asked = {
-    judge: interpret.choose_pairs(
-        pairs, contexts["solo"], contexts["joint"], sampling, count, auto.cosine
-    )
-    for judge, count in ((auto.judge, auto.features), ("lexical", len(pairs)))
-    if judge in able
-}
+passes = verdicts.groupby(["judge", "score"]).able.all().groupby("judge").any()
+first = pairs[(pairs.joint_arm == joint) & (pairs.against == "solo")].reset_index(drop=True)
+asked = {auto.judge: pairs} if passes[auto.judge] and auto.judge != "lexical" else {}
+asked["lexical"] = first
 scores = interpret.score_pairs(run, contexts, asked, judges)
-unread = scores.groupby(["judge", "kind"])[["asked", "unreadable"]].sum().reset_index()
+unread = scores.groupby(["judge", "arm"])[["asked", "unreadable"]].sum().reset_index()
 show.table(unread, "Questions asked, and answers that could not be read", "tab-unreadable")
 
 # %%
@@ -124,7 +133,8 @@ figures.fuzzing_difference(figure_2)
 # better one in 51.6% of the pairs. How many pairs would *this* run need to see a difference of
 # 0.0175 in four of five tries?
 # %%
-fuzz = compared[(compared.pairs == "matched") & (compared.score == "fuzzing")]
+matched = (compared.pairs == "matched") & (compared.against == "solo")
+fuzz = compared[matched & (compared.score == "fuzzing")]
 power = fuzz[["judge", "n", "spread"]].dropna()
 power["pairs_needed"] = [interpret.pairs_needed(spread) for spread in power.spread]
 show.table(power, "Pairs needed to see the paper's difference with a power of 80%", "tab-power")
@@ -136,29 +146,36 @@ show.table(power, "Pairs needed to see the paper's difference with a power of 80
 # literature mostly reports detection. If they measured one thing, dots would follow a line.
 # %% mystnb={"figure": {"name": "fig-scores", "caption": "Three scores of the same features by the same judge, against each other."}, "image": {"alt": "Three scatter plots of fuzzing, Spearman and detection scores, solo features as black circles and joint ones as blue squares."}}
 best = next(iter(asked))  # the profile's judge, or the lexical one where that failed
-figures.scores_together(scores[scores.judge == best])
+together = scores[(scores.judge == best) & scores.arm.isin([solo, joint])]
+figures.scores_together(together.assign(kind=together.arm.map({solo: "solo", joint: "joint"})))
 
 # %% [markdown]
 # ## Some explanations
 #
-# Three features of each arm, drawn at random, with their strongest segments. The shade of a token
-# is its activation.
+# Three features of each arm of the first seed, drawn at random, with their strongest segments. The
+# shade of a token is its activation. Where the profile has a language model write sentences, ten
+# features follow with both: the sentence, and the list of tokens on which the feature is strongest.
 # %%
-for kind, mine in scores[scores.judge == best].groupby("kind", sort=False):
-    page = show.examples_page(contexts[kind], mine.sample(3, random_state=0))
-    display(HTML(f"<p>The {kind} arm</p>{page}"))
+shown = scores[(scores.judge == best) & scores.arm.isin([solo, joint])]
+for arm, mine in shown.groupby("arm", sort=False):
+    page = show.examples_page(contexts[arm], mine.sample(3, random_state=0))
+    display(HTML(f"<p>{arm}</p>{page}"))
+both = interpret.against_lists(run, contexts[solo], judges[best], shown[shown.arm == solo].feature)
+display(show.sentences_and_lists(both))
 
 # %% tags=["hide-input"]
 run.save_table("autointerp_controls", summary, "Judge controls: mean scores by condition")
 run.save_table("autointerp_verdicts", verdicts, "Which judge can be believed on which score")
 run.save_table("autointerp_features", features, "Segments in which each feature fires")
 run.save_table("autointerp_scores", scores, "Explanation and three scores of every feature")
-run.save_table("autointerp_compared", compared, "Joint minus solo scores over pairs of features")
+run.save_table("autointerp_compared", compared, "Joint minus solo and frontier scores, in pairs")
+run.save_table("autointerp_explainers", both, "Sentences and token lists of the same features")
 run.save_table("figure_2", figure_2, "Density of fuzzing scores, joint minus solo")
 # A judge that failed gives the paper's values no answer.
-passed = verdicts[(verdicts.judge == auto.judge) & (verdicts.score == "fuzzing")].able.all()
+passed = interpret.is_able(verdicts, auto.judge)
 headline = fuzz[fuzz.judge == auto.judge].iloc[0].dropna().to_dict() if passed else {}
-values = interpret.published_values(headline, int((pairs.cosine >= auto.cosine).sum()))
+cosine = interpret.matched_pairs(every_arm[solo], every_arm[joint]).cosine
+values = interpret.published_values(headline, int((cosine >= auto.cosine).sum()))
 about = "The paper's auto-interpretability values on this model"
 _ = run.save_table("autointerp_values", values, about)
 

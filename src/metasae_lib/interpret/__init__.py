@@ -10,6 +10,7 @@ from metasae_lib.interpret.comparison import (
     matched_pairs,  # features of two arms matched by cosine
     pairs_needed,  # pairs that would show a difference
     published_values,  # under the paper's ids
+    rivals,  # what the joint arm of every seed is held against
 )
 from metasae_lib.interpret.contexts import (
     Contexts,  # one arm's stretches of text
@@ -18,12 +19,15 @@ from metasae_lib.interpret.contexts import (
 from metasae_lib.interpret.controls import (
     control_summary,  # its controls as means with intervals
     examine,  # what a judge makes of right and wrong explanations
-    first_line,  # the same in words
+    fineness,  # how fine a difference it sees
+    first_lines,  # the same in words
+    is_able,  # the verdict on one score
     verdict_table,  # whether it can be believed
 )
 from metasae_lib.interpret.examples import Example  # a window of tokens with its activations
 from metasae_lib.interpret.judges.lexical import LexicalJudge  # the floor for every other judge
 from metasae_lib.interpret.scores import (
+    against_lists,  # sentences and token lists of the same features
     detection_score,  # does it fire here? 0 to 1
     fuzzing_score,  # which text is real? -1 to 1
     in_words,  # an explanation for a reader

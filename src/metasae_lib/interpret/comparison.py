@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,69 +13,115 @@ from metasae_lib.interpret.contexts import Contexts
 from metasae_lib.interpret.material import Sampling
 from metasae_lib.interpret.scores import SCORES
 from metasae_lib.measure import hungarian
-from metasae_lib.measure.statistics import needed, paired_t, share_higher
+from metasae_lib.measure.statistics import (
+    Effect,
+    needed,
+    paired_difference,
+    paired_t,
+    share_higher,
+)
+from metasae_lib.study import Run
 from metasae_lib.train import Arm
 
 
-def matched_pairs(solo: Arm, joint: Arm) -> pd.DataFrame:
-    """Hungarian matching of two arms on decoder cosine. Columns: solo, joint, cosine."""
-    rows, columns, cosines = hungarian(solo.sae.directions, joint.sae.directions)
-    return pd.DataFrame({"solo": rows, "joint": columns, "cosine": cosines})
+def matched_pairs(base: Arm, joint: Arm) -> pd.DataFrame:
+    """Hungarian matching of two arms on decoder cosine. Columns: base, joint, cosine."""
+    rows, columns, cosines = hungarian(base.sae.directions, joint.sae.directions)
+    return pd.DataFrame({"base": rows, "joint": columns, "cosine": cosines})
+
+
+def rivals(run: Run, fidelity: pd.DataFrame) -> pd.DataFrame:
+    """The selected joint arm of every seed, and what it is held against.
+
+    fidelity: columns arm, kind, seed, k, l2. Columns: against (`solo`, or `frontier`: the solo arm
+    at the smaller k whose mean L2 is nearest to that of the joint arms), seed, base_arm, joint_arm.
+    A seed whose arms were not all trained is left out.
+    """
+    lambda2, sigma_sq = run.profile.selected
+    joint = fidelity[
+        (fidelity.kind == "joint") & (fidelity.lambda2 == lambda2) & (fidelity.sigma_sq == sigma_sq)
+    ]
+    frontier = fidelity[fidelity.kind == "frontier"]
+    away = (frontier.groupby("k").l2.mean() - joint.l2.mean()).abs()
+    equal = frontier[frontier.k == away.idxmin()] if len(away) else frontier
+    solo = fidelity[fidelity.kind == "solo"]
+    both = pd.concat([solo.assign(against="solo"), equal.assign(against="frontier")])
+    found = both.merge(joint[["arm", "seed"]], on="seed", suffixes=("", "_joint"))
+    found = found.rename(columns={"arm": "base_arm", "arm_joint": "joint_arm"})
+    return found[["against", "seed", "base_arm", "joint_arm"]]
 
 
 def choose_pairs(
-    pairs: pd.DataFrame,
-    solo: Contexts,
-    joint: Contexts,
+    arms: Mapping[str, Arm],
+    contexts: Mapping[str, Contexts],
+    compared: pd.DataFrame,
     sampling: Sampling,
     count: int,
     cosine: float,
 ) -> pd.DataFrame:
-    """Up to `count` of the pairs at a cosine or more whose features both have enough examples.
+    """Of every two arms up to `count` matched pairs, of at least a cosine, with enough examples.
 
-    A random sample by `sampling.seed`, in ascending order of the solo feature; a larger count has
-    the smaller one's pairs among its own.
+    compared: as of `rivals`; the result has its columns and base, joint (features) and
+    cosine. A random sample by `sampling.seed`, in ascending order of the base's feature; a larger
+    count has the smaller one's pairs among its own.
     """
-    size = sampling.examples
-    kept = pairs[
-        (pairs.cosine >= cosine)
-        & pairs.solo.isin(solo.usable(size, size))
-        & pairs.joint.isin(joint.usable(size, size))
-    ]
-    order = np.random.default_rng(sampling.seed).permutation(len(pairs))
-    rank = pd.Series(order, index=pairs.index)[kept.index]
-    return kept.loc[rank.sort_values().index[:count]].sort_values("solo").reset_index(drop=True)
+    size, chosen = sampling.examples, []
+    for row in compared.to_dict("records"):
+        base, joint = row["base_arm"], row["joint_arm"]
+        pairs = matched_pairs(arms[base], arms[joint])
+        kept = pairs[
+            (pairs.cosine >= cosine)
+            & pairs.base.isin(contexts[base].usable(size, size))
+            & pairs.joint.isin(contexts[joint].usable(size, size))
+        ]
+        order = np.random.default_rng(sampling.seed).permutation(len(pairs))
+        rank = pd.Series(order, index=pairs.index)[kept.index]
+        mine = kept.loc[rank.sort_values().index[:count]].sort_values("base")
+        chosen.append(mine.assign(**{str(key): value for key, value in row.items()}))
+    return pd.concat(chosen, ignore_index=True)
 
 
 def _of_pairs(pairs: pd.DataFrame, scores: pd.DataFrame, score_name: str) -> pd.DataFrame:
-    """One score of both features of each pair, columns solo and joint. scores: as in `compare`."""
-    of = {kind: scores[scores.kind == kind].set_index("feature") for kind in ("solo", "joint")}
-    return pd.DataFrame({kind: pairs[kind].map(mine[score_name]) for kind, mine in of.items()})
+    """One score of both features of each pair: seed, base and joint. scores: as in `compare`."""
+    of = scores.set_index(["arm", "feature"])[score_name]
+    found = {
+        side: of.reindex(pd.MultiIndex.from_frame(pairs[[f"{side}_arm", side]])).to_numpy()
+        for side in ("base", "joint")
+    }
+    return pd.DataFrame(found).assign(seed=pairs.seed.to_numpy())
 
 
 def compare(
     pairs: pd.DataFrame, scores: pd.DataFrame, score_name: str, resamples: int
-) -> dict[str, float]:
-    """Joint minus solo over pairs of features (§5.2).
+) -> dict[str, Any]:
+    """Joint minus base over pairs of features (§5.2), of all seeds.
 
-    pairs: columns solo and joint. scores: frames of `score` with the column kind (solo, joint).
-    Pairs of which either has no score are left out and counted.
-    Returns n, lost, solo and joint means, delta with its bootstrap interval (low, high), t, p, d,
-    share higher (ties left out) with its interval, ties, the change in percent, and the pairs
-    needed to see the paper's effect size at this many, with a power of 80%. nan where the
-    differences do not vary.
+    pairs: as of `choose_pairs`. scores: frames of `score` with the column arm. Pairs of which
+    either has no score are left out and counted.
+    Returns n, lost, base and joint means, delta with its interval (low, high) and what that is
+    `over` (new seeds and features, where there are several seeds: a t interval of the seeds' means;
+    features alone with one: a bootstrap), n_seeds, and over all pairs as the paper has it: t, p, d,
+    share higher (ties left out) with its interval, ties, the change in percent, and the spread of
+    the differences. nan where the differences do not vary.
     """
     both = _of_pairs(pairs, scores, score_name)
-    a, b = both.dropna().to_numpy(float).T
-    result: dict[str, float] = {"n": len(a), "lost": len(both) - len(a)}
+    kept = both.dropna()
+    a, b = kept.base.to_numpy(float), kept.joint.to_numpy(float)
+    result: dict[str, Any] = {"n": len(a), "lost": len(both) - len(a)}
     if not len(a):
         return result
     change = b - a
-    means = _resampled_means(change, max(resamples, 1000))
-    low, high = np.quantile(means, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    by_seed = pd.Series(change).groupby(kept.seed.to_numpy()).mean()
+    if len(by_seed) > 1:
+        effect, over = paired_difference(by_seed), "seeds and features"
+    else:
+        means = _resampled_means(change, max(resamples, 1000))
+        ends = np.quantile(means, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+        effect, over = Effect(float(change.mean()), *ends.tolist()), "features"
     result |= {
-        "solo": float(a.mean()), "joint": float(b.mean()), "delta": float(change.mean()),
-        "low": float(low), "high": float(high), "ties": int((a == b).sum()),
+        "base": float(a.mean()), "joint": float(b.mean()), "delta": effect.difference,
+        "low": effect.low, "high": effect.high, "over": over, "n_seeds": len(by_seed),
+        "ties": int((a == b).sum()),
         "percent": 100 * float(change.mean() / a.mean()) if a.mean() > 0 else np.nan,
     }  # fmt: skip
     tests = "t", "p", "d", "higher", "higher_low", "higher_high"
@@ -117,20 +164,24 @@ def kept_pairs(arms: Mapping[str, Arm], joint: Arm, thresholds: Sequence[float])
 def compare_all(
     asked: Mapping[str, pd.DataFrame], scores: pd.DataFrame, resamples: int
 ) -> pd.DataFrame:
-    """`compare` for every judge and score, over its matched pairs and over the same features
-    paired at random.
+    """`compare` for every judge and score and what joint is held against, over its matched pairs
+    and over the same features paired at random within their arms.
 
-    asked: pairs by judge. scores: frames of `score` with the columns judge and kind (solo, joint).
-    Columns: judge, pairs (`matched`, `random`), score, and those of `compare`.
+    asked: pairs by judge. scores: frames of `score` with the columns judge and arm.
+    Columns: judge, against, pairs (`matched`, `random`), score, and those of `compare`.
     """
     rows = []
-    for judge, pairs in asked.items():
+    for judge, every in asked.items():
         mine = scores[scores.judge == judge]
-        random = pairs.assign(joint=pairs.joint.sample(frac=1, random_state=0).to_numpy())
-        for which, chosen in (("matched", pairs), ("random", random)):
-            for name in SCORES:
-                found = compare(chosen, mine, name, resamples)
-                rows.append({"judge": judge, "pairs": which, "score": name} | found)
+        for against, pairs in every.groupby("against", sort=False):
+            mixed = pairs.groupby("seed").joint.transform(
+                lambda joint: joint.sample(frac=1, random_state=0).to_numpy()
+            )
+            for which, chosen in (("matched", pairs), ("random", pairs.assign(joint=mixed))):
+                for name in SCORES:
+                    found = compare(chosen, mine, name, resamples)
+                    about = {"judge": judge, "against": against, "pairs": which, "score": name}
+                    rows.append(about | found)
     return pd.DataFrame(rows)
 
 
@@ -138,9 +189,10 @@ def figure_2(asked: Mapping[str, pd.DataFrame], scores: pd.DataFrame) -> pd.Data
     """`density_difference` of fuzzing scores over each judge's pairs, with a column judge."""
     frames = []
     for judge, pairs in asked.items():
-        both = _of_pairs(pairs, scores[scores.judge == judge], "fuzzing").dropna()
+        chosen = pairs[pairs.against == "solo"]
+        both = _of_pairs(chosen, scores[scores.judge == judge], "fuzzing").dropna()
         if len(both):
-            frames.append(density_difference(both.solo, both.joint).assign(judge=judge))
+            frames.append(density_difference(both.base, both.joint).assign(judge=judge))
     columns = ["score", "difference", "low", "high", "judge"]
     return pd.concat(frames) if frames else pd.DataFrame(columns=columns)
 
@@ -168,16 +220,16 @@ def density_difference(
     )  # fmt: skip
 
 
-def published_values(found: dict[str, float], matched: int) -> pd.DataFrame:
+def published_values(found: Mapping[str, Any], matched: int) -> pd.DataFrame:
     """A fuzzing comparison (`compare`) under the ids of the paper's values (§5.2, §4, §6).
 
     Columns: id, value, low, high, words.
     """
 
-    def values(*names: str) -> list[float]:
+    def values(*names: str) -> list[Any]:
         return [found.get(name, np.nan) for name in names]
 
-    (solo,), delta, alone = values("solo"), values("delta", "low", "high"), [np.nan, np.nan]
+    (solo,), delta, alone = values("base"), values("delta", "low", "high"), [np.nan, np.nan]
     change = [100 * value / solo if solo > 0 else np.nan for value in delta]
     share = [100 * value for value in values("higher", "higher_low", "higher_high")]
     rows = {

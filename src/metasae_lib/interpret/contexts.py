@@ -139,6 +139,13 @@ class Contexts:
         frame = pd.DataFrame({"n_firing": self.n_firing, "verdict": verdict})
         return frame.rename_axis("feature").reset_index()
 
+    def sample(self, count: int) -> list[Example]:
+        """Up to `count` segments of the role's text as it comes, a uniform sample."""
+        segments = self.layout.segments()
+        order = np.argsort(_hash(self._seed + 3, 0, segments), kind="stable")[:count]
+        none = np.zeros(self.layout.window, np.float32)
+        return [self._example(int(segment), none) for segment in segments[order]]
+
     def with_words(self, words: Sequence[str], count: int) -> tuple[list[Example], list[Example]]:
         """Up to `count` segments that hold one of the words, and as many that hold none.
 

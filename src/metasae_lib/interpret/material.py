@@ -14,22 +14,42 @@ from metasae_lib.interpret.judges.questions import Question
 from metasae_lib.study import MeasureError
 from metasae_lib.study.sections import Negatives
 
-# Words of one meaning, found by themselves in any English text: features with a known explanation.
-PLANTED: dict[str, tuple[str, ...]] = {
-    "months of the year": ("January", "February", "March", "April", "June", "July", "August",
-        "September", "October", "November", "December"),
-    "numbers written as words": ("two", "three", "four", "five", "six", "seven", "eight", "nine"),
-    "negation, such as not and never": ("not", "never", "nor", "cannot", "without"),
-    "money and prices": ("money", "dollars", "price", "cost", "tax", "pay", "paid", "million"),
-    "war and the military": ("war", "army", "military", "troops", "soldiers", "navy", "weapons"),
-    "rivers, lakes and the sea": ("river", "lake", "sea", "ocean", "water", "coast", "island"),
-    "family relations": ("mother", "father", "son", "daughter", "brother", "wife", "husband",
-        "family", "children"),
-    "schools and universities": ("university", "school", "college", "students", "education"),
-    "colours": ("red", "blue", "green", "yellow", "black", "white", "brown"),
-    "cooking and ingredients": ("salt", "butter", "sugar", "oil", "sauce", "flour", "heat", "pan"),
-    "parliaments and laws": ("law", "bill", "congress", "parliament", "senate", "act", "court"),
-    "sports and games": ("football", "team", "game", "player", "players", "league", "season"),
+# Concepts with a known explanation and the words that show them, of meaning and of form. Neighbours
+# (first and second, third and fourth, ...) are near misses of each other.
+PLANTED: dict[str, dict[str, tuple[str, ...]]] = {
+    "meaning": {
+        "months of the year": ("January", "February", "March", "April", "June", "July", "August",
+            "September", "October", "November", "December"),
+        "days of the week": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday",
+            "Sunday"),
+        "numbers written as words": ("two", "three", "four", "five", "six", "seven", "eight",
+            "nine"),
+        "order, such as first and second": ("first", "second", "third", "fourth", "last", "next"),
+        "family relations": ("mother", "father", "son", "daughter", "brother", "wife", "husband"),
+        "people by sex and age": ("man", "woman", "men", "women", "boy", "girl", "child"),
+        "war and the military": ("war", "army", "military", "troops", "soldiers", "navy"),
+        "courts and crime": ("court", "police", "crime", "judge", "prison", "justice", "criminal"),
+        "cooking ingredients": ("salt", "butter", "sugar", "oil", "sauce", "flour", "milk"),
+        "cooking actions": ("cook", "boil", "stir", "mix", "heat", "bake", "add", "pour"),
+        "parliaments and laws": ("law", "bill", "congress", "parliament", "senate", "laws"),
+        "elections and parties": ("election", "vote", "party", "president", "campaign"),
+    },
+    "form": {
+        "modal verbs, such as would": ("would", "could", "should", "might", "must", "may"),
+        "forms of the verb to be": ("is", "was", "were", "are", "been", "being"),
+        "pronouns of the third person": ("he", "she", "they", "him", "them"),
+        "possessive pronouns, such as its": ("his", "her", "its", "their", "our", "my"),
+        "the articles a and the": ("a", "an", "the"),
+        "demonstratives, such as those": ("this", "that", "these", "those"),
+        "conjunctions, such as and": ("and", "or", "but", "because", "although", "while"),
+        "prepositions of place, such as under": ("under", "above", "near", "between", "behind",
+            "across", "inside", "outside", "around", "below"),
+        "question words, such as who": ("who", "what", "where", "why", "how"),
+        "comparatives, such as better": ("more", "less", "better", "larger", "higher", "lower",
+            "greater", "older"),
+        "commas": (",",),
+        "the word of": ("of",),
+    },
 }  # fmt: skip
 
 
@@ -152,28 +172,59 @@ def materials(contexts: Contexts, features: Iterable[int], sampling: Sampling) -
     return made
 
 
-def planted(contexts: Contexts, sampling: Sampling, copies: int = 5) -> list[tuple[Material, str]]:
-    """Features with a known concept and its explanation: they "fire" on the words of `PLANTED`.
+@dataclass(frozen=True)
+class Planted:
+    """A feature that we made up: it "fires" on the words of one concept, or of two (a blend).
 
-    Their strength is the number of these words, so that a judge can be asked for it. Up to `copies`
-    features a concept, on disjoint examples; the questions are about some of every strength. A
-    concept whose words are too rare in the text is left out.
+    kind: `meaning` or `form`. concepts: their names, as of `PLANTED`.
+    """
+
+    kind: str
+    concepts: tuple[str, ...]
+    material: Material
+
+
+def near_miss(concept: str) -> str:
+    """The concept that is most like another."""
+    names = next(list(named) for named in PLANTED.values() if concept in named)
+    return names[names.index(concept) ^ 1]
+
+
+def planted(
+    contexts: Contexts, sampling: Sampling, copies: int, blends: bool = False
+) -> list[Planted]:
+    """Features of known concepts, or `blends` of two of a kind that are no near misses.
+
+    Their strength is the number of words of the concept, so that a judge can be asked for it. Up to
+    `copies` features a concept, on disjoint examples (half of a blend's are of either); the
+    questions are about some of every strength. What is too rare in the text is left out.
     """
     marginal = Marginal(contexts.token_counts, contexts.pieces.special)
-    made = []
-    size = sampling.examples
+    size, made = sampling.examples, list[Planted]()
     asked = set(np.linspace(0, size - 1, sampling.score).round().astype(int))
-    for number, (explanation, words) in enumerate(PLANTED.items()):
-        firing, silent = contexts.with_words(words, copies * size)
-        possible = len(firing) // size
-        for copy in range(possible):
-            part = slice(copy, possible * size, possible)
-            examples = sorted(firing[part], key=lambda e: e.strength)
-            material = prepare(
-                number * copies + copy,
-                [example for k, example in enumerate(examples) if k not in asked],
-                [example for k, example in enumerate(examples) if k in asked],
-                silent[part], sampling, marginal, contexts.pieces,
-            )  # fmt: skip
-            made.append((material, explanation))
+    for kind, words in PLANTED.items():
+        names = list(words)
+        partners = zip(names, names[2:] + names[:2], strict=True)
+        for concepts in partners if blends else ((name,) for name in names):
+            sets = [contexts.with_words(words[name], copies * size)[0] for name in concepts]
+            every = [word for name in concepts for word in words[name]]
+            silent = contexts.with_words(every, copies * size)[1]
+            sizes = [len(part) for part in np.array_split(range(size), len(concepts))]
+            possible = min(len(found) // size for found in sets)
+            for copy in range(possible):
+                firing = {
+                    example.segment: example
+                    for found, n in zip(sets, sizes, strict=True)
+                    for example in found[copy : possible * size : possible][:n]
+                }
+                if len(firing) < size or len(silent) < possible * size:
+                    continue  # a segment that shows both halves of a blend
+                examples = sorted(firing.values(), key=lambda e: e.strength)
+                material = prepare(
+                    len(made),
+                    [example for k, example in enumerate(examples) if k not in asked],
+                    [example for k, example in enumerate(examples) if k in asked],
+                    silent[copy : possible * size : possible], sampling, marginal, contexts.pieces,
+                )  # fmt: skip
+                made.append(Planted(kind, concepts, material))
     return made

@@ -20,14 +20,20 @@ import pandas as pd
 import scipy.stats
 
 from metasae_lib.interpret.contexts import Contexts
+from metasae_lib.interpret.judges.embedding import EmbeddingJudge
 from metasae_lib.interpret.judges.in_process import InProcessJudge
 from metasae_lib.interpret.judges.lexical import LexicalJudge
 from metasae_lib.interpret.judges.questions import AskOnce, Judge, Question, Value, parse
 from metasae_lib.interpret.material import Material, Sampling, materials
 from metasae_lib.study import MeasureError, Profile, Run
 
+_COLUMNS = (
+    "feature", "explanation", "asked", "unreadable", "said_first", "fuzzed", "fuzzing", "spearman",
+    "detection",
+)  # fmt: skip
 Answers = Callable[[Sequence[Question]], Sequence[str | None]]
 SCORES = ("fuzzing", "spearman", "detection")
+_USUAL = 200  # segments of the corpus that say how near an explanation is to any text
 CHANCE = {"fuzzing": 0.0, "spearman": 0.0, "detection": 0.5}
 
 
@@ -123,13 +129,12 @@ def score(
         for material, explanation in zip(made, explanations, strict=True)
     ]
     values = iter(_read(list(chain.from_iterable(asked)), answers))
-    return pd.DataFrame(
-        [
-            {"feature": material.feature, "explanation": explanation}
-            | _scores(material, list(islice(values, len(mine))))
-            for material, explanation, mine in zip(made, explanations, asked, strict=True)
-        ]
-    )
+    rows = [
+        {"feature": material.feature, "explanation": explanation}
+        | _scores(material, list(islice(values, len(mine))))
+        for material, explanation, mine in zip(made, explanations, asked, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=_COLUMNS)
 
 
 def _scores(material: Material, values: list[Any]) -> dict[str, Any]:
@@ -157,16 +162,30 @@ def sampling_of(profile: Profile) -> Sampling:
     return Sampling(auto.explain_examples, auto.score_examples, auto.rounds, auto.negatives)
 
 
-def judge_of(profile: Profile) -> Judge:
-    """The judge that a profile names."""
+def judge_of(profile: Profile, contexts: Contexts) -> Judge:
+    """The judge that a profile names. contexts: of any arm; the text that is usual."""
     auto = profile.autointerp
-    if auto.judge == "lexical":
+    if auto.judge == "embedding":
+        return EmbeddingJudge(auto.model, [one.text for one in contexts.sample(_USUAL)])
+    return LexicalJudge() if auto.judge == "lexical" else _model(profile, auto.judge, auto.model)
+
+
+def _explainer_of(profile: Profile, judge: Judge) -> Judge:
+    """Who writes the explanations that a judge gets. The lexical judge weighs its own."""
+    auto = profile.autointerp
+    if auto.explainer == "judge" or isinstance(judge, LexicalJudge):
+        return judge
+    if auto.explainer == "lexical":
         return LexicalJudge()
-    if auto.judge == "in-process":
-        return InProcessJudge(auto.model)
+    return _model(profile, auto.explainer, auto.explainer_model)
+
+
+def _model(profile: Profile, kind: str, model: str) -> Judge:
+    if kind == "in-process":
+        return InProcessJudge(model)
     from metasae_lib.interpret.judges.http import HttpJudge  # its client is slow to load
 
-    return HttpJudge(auto.url, auto.model, auto.parallel)
+    return HttpJudge(profile.autointerp.url, model, profile.autointerp.parallel)
 
 
 def answers_for(run: Run, judge: Judge, asking: int = 0) -> Answers:
@@ -181,13 +200,31 @@ def answers_for(run: Run, judge: Judge, asking: int = 0) -> Answers:
     return AskOnce(judge, run.artefact("answers", about).folder / "answers.sqlite").answers
 
 
-def explanations_of(
-    profile: Profile, judge: Judge, made: Sequence[Material], answers: Answers
-) -> list[str | None]:
-    """Explanations by the profile's explainer: the judge itself, or the lexical judge's tokens."""
-    if isinstance(judge, LexicalJudge) or profile.autointerp.explainer == "judge":
-        return explain(made, answers)
-    return [in_words(text) for text in explain(made, answers_of(LexicalJudge()))]
+def explanations_of(run: Run, judge: Judge, made: Sequence[Material]) -> list[str | None]:
+    """What the profile's explainer writes about features, as the judge reads it."""
+    explainer = _explainer_of(run.profile, judge)
+    texts = explain(made, answers_for(run, explainer))
+    return texts if explainer is judge else [in_words(text) for text in texts]
+
+
+def against_lists(
+    run: Run, contexts: Contexts, judge: Judge, features: Sequence[int], most: int = 200
+) -> pd.DataFrame:
+    """Sentences of the profile's explainer and token lists of the same features, both scored.
+
+    Columns as `score`, and explainer (`sentence`, `list`); no rows where the explainer writes lists
+    anyway. At most so many features.
+    """
+    made = materials(contexts, list(features)[:most], sampling_of(run.profile))
+    if run.profile.autointerp.explainer == "lexical" or isinstance(judge, LexicalJudge):
+        return score([], [], answers_for(run, judge)).assign(explainer="")
+    lists = [in_words(text) for text in explain(made, answers_of(LexicalJudge()))]
+    given = {"sentence": explanations_of(run, judge, made), "list": lists}
+    frames = [
+        score(made, texts, answers_for(run, judge)).assign(explainer=name)
+        for name, texts in given.items()
+    ]
+    return pd.concat(frames, ignore_index=True)
 
 
 def score_pairs(
@@ -198,14 +235,18 @@ def score_pairs(
 ) -> pd.DataFrame:
     """Explain and score the features of every judge's pairs, as the profile says.
 
-    contexts: by kind, `solo` and `joint`. asked: pairs by judge. Columns as `score`, and judge and
-    kind.
+    contexts: by arm. asked: pairs by judge, as of `choose_pairs`. Columns as `score`, and judge and
+    arm: one row for each feature of each.
     """
     frames = []
     for name, pairs in asked.items():
         judge, answers = judges[name], answers_for(run, judges[name])
-        for kind, mine in contexts.items():
-            made = materials(mine, pairs[kind], sampling_of(run.profile))
-            explanations = explanations_of(run.profile, judge, made, answers)
-            frames.append(score(made, explanations, answers).assign(judge=name, kind=kind))
+        features = pd.concat(
+            pairs[[arm, side]].set_axis(["arm", "feature"], axis=1)
+            for arm, side in (("base_arm", "base"), ("joint_arm", "joint"))
+        ).drop_duplicates()
+        for arm, mine in features.groupby("arm", sort=False):
+            made = materials(contexts[str(arm)], mine.feature, sampling_of(run.profile))
+            texts = explanations_of(run, judge, made)
+            frames.append(score(made, texts, answers).assign(judge=name, arm=arm))
     return pd.concat(frames, ignore_index=True)

@@ -236,7 +236,14 @@ def share_higher(differences: ArrayLike, level: float = 0.95) -> tuple[float, fl
 
 def needed(d: float, power: float = 0.8, level: float = 0.95) -> int:
     """Pairs that show an effect of size d that often: ((z_level + z_power) / d)², about normal."""
-    if d == 0 or not 0 < power < 1 or not 0 < level < 1:
-        raise MeasureError("power needs an effect that is not zero and shares between 0 and 1")
+    if d == 0:
+        raise MeasureError("no number of pairs shows an effect of zero")
+    return math.ceil((smallest(power=power, level=level) / d) ** 2)
+
+
+def smallest(spread: float = 1, n: int = 1, power: float = 0.8, level: float = 0.95) -> float:
+    """The difference that the mean of n values with this deviation shows that often."""
+    if n < 1 or not 0 < power < 1 or not 0 < level < 1:
+        raise MeasureError("power needs a value at least and shares between 0 and 1")
     z = float(scipy.stats.norm.ppf((1 + level) / 2) + scipy.stats.norm.ppf(power))
-    return math.ceil((z / d) ** 2)
+    return z * spread / math.sqrt(n)

@@ -70,7 +70,6 @@ def explanations(run: Run) -> pd.DataFrame:
         return pd.DataFrame(columns=columns)
     scores = run.load_table("autointerp_scores").sort_values("judge", key=lambda j: j == "lexical")
     told = scores.assign(
-        arm=scores.kind.map(dict(zip(("solo", "joint"), compared_arms(run), strict=True))),
         fuzz=scores.fuzzing,
         explanation=scores.explanation.map(in_words, na_action="ignore"),
     )

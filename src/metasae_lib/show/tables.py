@@ -15,6 +15,7 @@ import torch
 from IPython.display import Markdown
 
 from metasae_lib.measure import Counts, PhiSummary, noise_floor, null_mean_abs
+from metasae_lib.measure.statistics import paired_difference
 from metasae_lib.show.published import grid_id, load_published
 from metasae_lib.show.text import between, literal, plain, table
 from metasae_lib.study import ArmSpec, MeasureError, Profile, Run, repository_folders
@@ -251,15 +252,46 @@ def explained(run: Run, frame: pd.DataFrame) -> Markdown:
 
 def compared_scores(compared: pd.DataFrame) -> Markdown:
     """`interpret.compare_all` for reading: three digits, and intervals in brackets."""
-    shown = compared[["judge", "pairs", "score", "n", "solo", "joint", "t", "d"]].copy()
+    columns = ["judge", "against", "pairs", "score", "n", "n_seeds", "base", "joint", "t", "d"]
+    shown = compared[columns].copy()
     for column, low, high in (("delta", "low", "high"), ("higher", "higher_low", "higher_high")):
         ends = compared[[column, low, high]].map("{:.3f}".format).replace("-", "−", regex=True)
         shown[column] = ends[column] + " (" + ends[low] + " to " + ends[high] + ")"
     caption = (
-        "Joint minus solo: t, effect size d, paired difference (delta) with its bootstrap interval,"
-        " and the share of pairs in which joint is higher with its interval (ties left out)"
+        "Joint minus what it is held against (base): t and effect size d over pairs, as the paper "
+        "has them; the paired difference (delta) with its 95% interval, for new seeds and features "
+        "where there are several seeds; and the share of pairs in which joint is higher (ties left "
+        "out)"
     )
     return table(shown, caption, "tab-compared", "wide")
+
+
+def sentences_and_lists(both: pd.DataFrame) -> Markdown:
+    """Ten features with a sentence and a token list, and what the judge makes of all of them.
+
+    both: `interpret.against_lists`.
+    """
+    if both.empty:
+        return Markdown(
+            "The explanations of this run are token lists; `autointerp.explainer` can have a "
+            "language model write sentences."
+        )
+    wide = both.pivot(index="feature", columns="explainer")
+    change = {
+        name: paired_difference((wide[name].sentence - wide[name].list).dropna())
+        for name in ("fuzzing", "spearman", "detection")
+    }
+    said = ", ".join(
+        f"{name} {e.difference:+.3f} ({e.low:+.3f} to {e.high:+.3f})" for name, e in change.items()
+    )
+    parts = {
+        f"{name}, {column}": wide[column, name]
+        for column in ("explanation", "fuzzing")
+        for name in ("sentence", "list")
+    }
+    shown = pd.DataFrame(parts).reset_index().head(10)
+    caption = f"A sentence against a token list over {len(wide)} features: {said}"
+    return table(shown, caption, "tab-explainers", "wide")
 
 
 def noise_floors(scans: Mapping[str, int], rate: float) -> pd.DataFrame:

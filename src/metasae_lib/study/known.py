@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,18 @@ class GGUFModel:
     single_digits: bool
 
 
+@dataclass(frozen=True)
+class EncoderModel:
+    """A sentence encoder that packages hold as plain files.
+
+    `folders`: of each package that has it, any of which will do, the folder of its files. `sha256`
+    is of its weights, `model.safetensors`.
+    """
+
+    folders: Mapping[str, str]
+    sha256: str
+
+
 _KNOWN = yaml.safe_load(Path(__file__).with_name("known.yml").read_text(encoding="utf-8"))
 SHAPES: dict[str, ModelShape] = {
     source: ModelShape(**entry["shape"])
@@ -60,7 +72,10 @@ SHAPES: dict[str, ModelShape] = {
     for source in entry["sources"]
 }
 EMBEDDED_TOKENS: dict[str, int] = _KNOWN["texts"]
-MODELS = {name: GGUFModel(**model) for name, model in _KNOWN["models"].items()}
+MODELS: dict[str, GGUFModel | EncoderModel] = {
+    **{name: GGUFModel(**model) for name, model in _KNOWN["models"].items()},
+    **{name: EncoderModel(**model) for name, model in _KNOWN["encoders"].items()},
+}
 WHEELS = {package: Wheel(**pin) for package, pin in _KNOWN["wheels"].items()}
 # What architectures call the width of the residual stream, and the number of their blocks.
 _WIDTH = ("hidden_size", "n_embd", "d_model")

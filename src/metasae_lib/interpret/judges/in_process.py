@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from operator import itemgetter
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from metasae_lib.interpret.judges.questions import JudgeError, Question, Task, one_line
+from metasae_lib.interpret.judges.questions import JudgeError, Question, choice, one_line
 from metasae_lib.study.errors import first_line
 from metasae_lib.subject import embedded
 from metasae_lib.subject.head import Head
@@ -26,7 +25,7 @@ class InProcessJudge:
     The options of a question are its texts x, and the evidence for one under an explanation e is
     how much the explanation helps to predict it: log p(x | e) - log p(x), in nats. The difference
     takes out how fluent a text is, which would betray a replaced token by itself. Fuzzing: the text
-    with more evidence. Detection: evidence above 0. Strength: evidence through a logistic curve.
+    with more evidence. Detection: evidence above 0. Strength: evidence through a rising curve.
     Nothing is parsed or sampled. (A 135M model asked to *say* A or B always says A.)
 
     The model reads what it was trained to read: a chat model its own template, in which the text is
@@ -37,7 +36,7 @@ class InProcessJudge:
     def __init__(self, source: str = "embedded:smollm2-135m", batch_tokens: int = 4096) -> None:
         self._source, self._batch_tokens = source, batch_tokens
         model = embedded.identity(source)
-        self.identity = {"judge": "in-process", "model": model, "version": 3}
+        self.identity = {"judge": "in-process", "model": model, "version": 4}
         self._plain: dict[tuple[str, str], float] = {}
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, str | None]]:
@@ -53,7 +52,7 @@ class InProcessJudge:
             )
             for k in rest:
                 values = [evidence[block[k].explanation, e.text] for e in block[k].examples]
-                yield start + k, _choice(block[k].task, values)
+                yield start + k, choice(block[k].task, values)
 
     @cached_property
     def model(self) -> Any:
@@ -242,13 +241,3 @@ class _Tree:
             path.append(place - self.prompt)
             parent = place
         self.paths.append((text, path))
-
-
-def _choice(task: Task, evidence: Sequence[float]) -> str:
-    """The answer that evidence in nats gives; "?" where it decides nothing."""
-    if task == "strength":
-        return f"{10 / (1 + math.exp(-max(min(evidence[0], 50), -50))):.6f}"
-    first, second = (*evidence, 0.0)[:2]
-    if first == second:
-        return "?"
-    return ("A" if first > second else "B") if task == "fuzzing" else "yes" if first > 0 else "no"

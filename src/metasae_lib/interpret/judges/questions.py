@@ -139,6 +139,19 @@ def parse(question: Question, answer: str | None) -> Value | None:
     return number if 0 <= number <= 10 else None
 
 
+def choice(task: Task, evidence: Sequence[float]) -> str:
+    """The answer that evidence for each of the texts gives; "?" where it decides nothing.
+
+    Strength: 5 + 5 x / (1 + |x|), which rises for ever.
+    """
+    if task == "strength":
+        return f"{5 + 5 * evidence[0] / (1 + abs(evidence[0])):.6f}"
+    first, second = (*evidence, 0.0)[:2]
+    if first == second:
+        return _UNDECIDED
+    return ("A" if first > second else "B") if task == "fuzzing" else "yes" if first > 0 else "no"
+
+
 class Judge(Protocol):
     """Answers questions. `identity`: what its answers depend on besides the prompt; JSON."""
 

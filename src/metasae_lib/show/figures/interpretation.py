@@ -63,18 +63,17 @@ def sense_information(ax: Axes, frame: pd.DataFrame) -> None:
     style.add_legend(ax, loc="upper center", bbox_to_anchor=(0.45, 1.12), ncols=4)
 
 
-@style.styled(8.4, 6.0, nrows=2, ncols=3)
-def judge_controls(panels: NDArray[Any], frame: pd.DataFrame) -> None:
-    """What a judge makes of right, shuffled and empty explanations, whether it prefers the first
-    text, and whether it says the same when asked again: one panel each.
+@style.styled(8.4, 5.6, ncols=3, sharey=True)
+def judge_controls(axes: NDArray[Any], frame: pd.DataFrame) -> None:
+    """What a judge makes of right explanations, of near misses and of wrong ones: a panel a score.
 
-    Columns: group, condition, score (also `order bias` and `asked again`), mean, low, high, chance.
+    Columns: group, condition, score, mean, low, high, chance.
     """
-    labels = {"order bias": 'share of answers "A"', "asked again": "correlation, asked again"}
-    looks = {"planted": (style.BLUE, "o"), "features": (style.GREEN, "s")}
-    axes = panels.ravel()
+    frame = frame[frame.score.isin(["fuzzing", "spearman", "detection"])]
+    looks = {"meaning": (style.BLUE, "o"), "form": (style.ORANGE, "D"), "blends": (style.PINK, "^"),
+             "features": (style.GREEN, "s")}  # fmt: skip
+    rows = list(dict.fromkeys(zip(frame.group, frame.condition, strict=True)))
     for ax, (name, part) in zip(axes, frame.groupby("score", sort=False), strict=False):
-        rows = list(dict.fromkeys(zip(part.group, part.condition, strict=True)))
         for group, (colour, marker) in looks.items():
             same = part[part.group == group]
             y = [-rows.index((group, condition)) for condition in same.condition]
@@ -83,12 +82,10 @@ def judge_controls(panels: NDArray[Any], frame: pd.DataFrame) -> None:
                 ax.plot(same["mean"], y, marker, color=colour, label=group)
         chance = part.chance.iloc[0]
         ax.axvline(chance, color=style.RED, linestyle="--", linewidth=1.2, label="chance")
-        ax.set_xlabel(labels.get(str(name), f"{name} score"))
+        ax.set_xlabel(f"{name} score")
         ax.set_yticks([-i for i in range(len(rows))], [f"{g}: {c}" for g, c in rows])
-        ax.margins(y=0.15)
-    for ax in axes[frame.score.nunique() :]:
-        ax.remove()
-    style.legend_below(axes[0], 3)
+        ax.margins(y=0.05)
+    style.legend_below(axes[0], 5)
 
 
 @style.styled(7.0, 3.8)
