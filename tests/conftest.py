@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
+from small_hub import SmallHub
 
 from metasae_lib import Profile, Run
 
@@ -23,6 +25,40 @@ def tiny() -> Profile:
 def run(tiny: Profile, tmp_path: Path) -> Run:
     """A fresh run of `tiny` in a folder of its own."""
     return Run.open(tiny, tmp_path / "runs")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here: that needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty METASAE_CACHE."""
+    monkeypatch.setenv("METASAE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
+    """A hub of our own in the place of Hugging Face's."""
+    import datasets
+    from huggingface_hub import constants
+
+    with SmallHub().serving() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(own_cache / "hub"))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", served.url)
+        yield served
 
 
 @pytest.fixture(scope="session")

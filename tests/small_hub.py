@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
+STALL = 0.4  # seconds without a word
+
 
 class SmallHub:
     """`repositories`: folder of each `models/owner/name` or `datasets/owner/name`. `asked`: the
-    path of every request, in order."""
+    path of every request, in order. `fault`: given the path of a request for a file's content, what
+    goes wrong: `cut` (half of it comes), `stall` (nothing comes), `503`, `401`, or nothing.
+    `faults`: how many did."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Path] = {}
         self.asked: list[str] = []
         self.url = ""
+        self.fault: Callable[[str], str] = lambda path: ""
+        self.faults = 0
 
     def commit(self, repository: str) -> str:
         """40 hex digits out of the names and contents of a repository's files."""
@@ -52,6 +59,16 @@ class SmallHub:
                     self.end_headers()
                     return
                 content, commit = found
+                fault = hub.fault(path) if self.command == "GET" and "/resolve/" in path else ""
+                hub.faults += bool(fault)
+                if fault == "stall":
+                    time.sleep(STALL)
+                    return
+                if fault.isdigit():
+                    self.send_response(int(fault))
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 span = range(len(content))
                 if given := self.headers.get("Range"):
                     first, _, last = given.removeprefix("bytes=").partition("-")
@@ -66,7 +83,8 @@ class SmallHub:
                     self.send_header("Content-Range", place)
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(content[span.start : span.stop])
+                    sent = content[span.start : span.stop]
+                    self.wfile.write(sent[: len(sent) // 2] if fault == "cut" else sent)
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -23,7 +23,15 @@ from metasae_lib.interpret import scores as scoring
 from metasae_lib.interpret.examples import Example
 from metasae_lib.interpret.judges.lexical import LexicalJudge
 from metasae_lib.interpret.judges.questions import Question
-from metasae_lib.interpret.material import Marginal, Material, Sampling, alter, prepare
+from metasae_lib.interpret.material import (
+    PLANTED,
+    Marginal,
+    Material,
+    Sampling,
+    alter,
+    near_miss,
+    prepare,
+)
 from metasae_lib.show import examples
 from metasae_lib.show.published import load_published
 from metasae_lib.study.errors import MeasureError
@@ -213,30 +221,36 @@ def test_shuffled_is_a_permutation_without_right_ones(texts: list[int], seed: in
 
 
 def judged(wrong: str = "") -> pd.DataFrame:
-    known = [(m, WORDS[m.feature % 12]) for m in materials()]
-    answers = scoring.answers_of(Oracle(wrong))
-    return controls.control_table(known, known[:4], answers, answers)
+    made, answers = materials(), scoring.answers_of(Oracle(wrong))
+    right: list[str | None] = [WORDS[m.feature % 12] for m in made]
+    wrong_ones = controls.shuffled(right)
+    given = {"right": right, "near": wrong_ones, "shuffled": wrong_ones, "empty": [""] * len(made)}
+    groups = dict.fromkeys(PLANTED, controls.Group(made, given))
+    groups["features"] = controls.Group(made[:4], {name: g[:4] for name, g in given.items()})
+    return controls.control_table(groups, answers, answers)
 
 
 def test_the_controls_pass_a_judge_that_knows() -> None:
     table = judged()
-    assert set(table.group) == {"planted", "features"}
-    assert set(table.condition) == {"right", "shuffled", "empty", "again"}
+    assert set(table.group) == {"meaning", "form", "features"}
+    assert set(table.condition) == {"right", "near", "shuffled", "empty", "again"}
     for name in scoring.SCORES:
-        verdict = controls.judge_verdict(table, name)
+        verdict = controls.judge_verdict(table, name, "form")
         assert verdict.able and "right explanations score" in verdict.because
     summary = controls.control_summary(table).set_index(["group", "condition", "score"])
-    assert summary.loc[("planted", "right", "detection"), "mean"] == 1
-    assert summary.loc[("planted", "empty", "detection"), "mean"] == 0.5
+    assert summary.loc[("meaning", "right", "detection"), "mean"] == 1
+    assert summary.loc[("form", "empty", "detection"), "mean"] == 0.5
 
 
 def test_the_controls_fail_judges_that_do_not() -> None:
-    says_a = controls.judge_verdict(judged("says A"))
+    says_a = controls.judge_verdict(judged("says A"), "fuzzing", "form")
     assert not says_a.able and "says 'A' in 100% of the rounds" in says_a.because
-    mumbles = controls.judge_verdict(judged("mumbles"))
+    mumbles = controls.judge_verdict(judged("mumbles"), "fuzzing", "form")
     assert not mumbles.able and "100% of the answers unreadable" in mumbles.because
     with pytest.raises(MeasureError, match="no score"):
-        controls.judge_verdict(judged(), "fuzz")
+        controls.judge_verdict(judged(), "fuzz", "form")
+    no_form = judged().query("group != 'form'")
+    assert "too few words of form" in controls.judge_verdict(no_form, "fuzzing", "form").because
 
 
 def test_the_lexical_judge_learns_a_token_and_loses_it_when_shuffled() -> None:
@@ -251,13 +265,20 @@ def test_the_lexical_judge_learns_a_token_and_loses_it_when_shuffled() -> None:
     assert scoring.in_words("any sentence") == "any sentence" and scoring.in_words(None) is None
 
 
+def paired(base: Any, joint: Any, seed: int = 0) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"base": base, "joint": joint, "cosine": 1.0, "seed": seed, "against": "solo",
+         "base_arm": f"solo-seed{seed}", "joint_arm": f"joint-seed{seed}"}
+    )  # fmt: skip
+
+
 def test_compare_agrees_with_scipy() -> None:
     generator = np.random.default_rng(3)
     a, b = generator.normal(0, 1, 60), generator.normal(0.3, 1, 60)
     b[7] = math.nan
-    pairs = pd.DataFrame({"solo": np.arange(60), "joint": np.arange(60)[::-1]})
-    solo = pd.DataFrame({"feature": np.arange(60), "fuzzing": a, "kind": "solo"})
-    joint = pd.DataFrame({"feature": np.arange(60), "fuzzing": b[::-1], "kind": "joint"})
+    pairs = paired(np.arange(60), np.arange(60)[::-1])
+    solo = pd.DataFrame({"feature": np.arange(60), "fuzzing": a, "arm": "solo-seed0"})
+    joint = pd.DataFrame({"feature": np.arange(60), "fuzzing": b[::-1], "arm": "joint-seed0"})
     found = comparison.compare(pairs, pd.concat([solo, joint]), "fuzzing", 500)
     kept = np.delete(np.arange(60), 7)
     test = scipy.stats.ttest_rel(b[kept], a[kept])
@@ -269,6 +290,22 @@ def test_compare_agrees_with_scipy() -> None:
     assert found["higher"] == (b[kept] > a[kept]).mean()
     none = comparison.compare(pairs[:0], pd.concat([solo, joint]), "fuzzing", 10)
     assert none == {"n": 0, "lost": 0}
+    assert found["over"] == "features" and found["n_seeds"] == 1
+
+
+def test_seeds_are_the_unit_where_there_are_several() -> None:
+    """Four seeds' mean differences 1, 2, 3, 4: the t interval of those, not of the features."""
+    frames, pairs = [], []
+    for seed in range(4):
+        pairs.append(paired(np.arange(2), np.arange(2), seed))
+        for kind, values in (("solo", [0.0, 10.0]), ("joint", [seed + 1.0, seed + 11.0])):
+            arm = f"{kind}-seed{seed}"
+            frames.append(pd.DataFrame({"feature": range(2), "fuzzing": values, "arm": arm}))
+    found = comparison.compare(pd.concat(pairs), pd.concat(frames), "fuzzing", 100)
+    test = scipy.stats.ttest_1samp([1, 2, 3, 4], 0).confidence_interval()
+    assert found["delta"] == 2.5 and found["n"] == 8 and found["n_seeds"] == 4
+    assert (found["low"], found["high"]) == pytest.approx((test.low, test.high))
+    assert found["over"] == "seeds and features"
 
 
 def test_pairs_needed_at_the_papers_effect() -> None:
@@ -293,14 +330,14 @@ def test_comparisons_and_figure_2_of_every_judge() -> None:
     right = scoring.score(made, [WORDS[m.feature % 12] for m in made], answers)
     half = [WORDS[(m.feature + m.feature % 2) % 12] for m in made]  # odd ones are wrong
     frames = [
-        scoring.score(made, half, answers).assign(judge="oracle", kind="solo"),
-        right.assign(judge="oracle", kind="joint"),
+        scoring.score(made, half, answers).assign(judge="oracle", arm="solo-seed0"),
+        right.assign(judge="oracle", arm="joint-seed0"),
     ]
     scores = pd.concat(frames, ignore_index=True)
-    pairs = pd.DataFrame({"solo": range(24), "joint": range(24), "cosine": 1.0})
+    pairs = paired(range(24), range(24))
     compared = comparison.compare_all({"oracle": pairs}, scores, 100).set_index(["pairs", "score"])
     detection = compared.loc[("matched", "detection")]
-    assert detection["solo"] == 0.75 and detection["joint"] == 1 and detection["delta"] == 0.25
+    assert detection["base"] == 0.75 and detection["joint"] == 1 and detection["delta"] == 0.25
     assert detection["n"] == 24 and detection["ties"] == 12 and detection["higher"] == 1
     assert compared.loc[("matched", "fuzzing"), "lost"] == 12  # unanswered, counted
     assert set(comparison.figure_2({"oracle": pairs}, scores).judge) == {"oracle"}
@@ -309,16 +346,38 @@ def test_comparisons_and_figure_2_of_every_judge() -> None:
 
 def test_the_first_line_says_whether_the_judge_is_able() -> None:
     verdicts = controls.verdict_table({"oracle": judged(), "mumbler": judged("mumbles")})
-    assert list(verdicts.able) == [True] * 3 + [False] * 3
-    assert controls.first_line(verdicts, "oracle").startswith("**The oracle judge is able to judge")
-    line = controls.first_line(verdicts, "mumbler")
+    assert list(verdicts.able) == [True] * 6 + [False] * 6
+    fine = controls.fineness(judged().assign(concept="any"), 100)
+    line = controls.first_lines(verdicts, fine, "oracle", 100)
+    assert line.startswith("**The oracle judge is able to judge")
+    line = controls.first_lines(verdicts, fine, "mumbler", 100)
     assert line.startswith("**The mumbler judge is unable to judge")
     assert "say nothing about the dictionaries" in line
 
 
+def test_fineness_by_hand() -> None:
+    """Two features of each of two concepts, and a blend of both."""
+    rows = [
+        ("meaning", "right", "a", 1.0), ("meaning", "right", "a", 0.8),
+        ("form", "right", "b", 0.6), ("form", "right", "b", 0.2),
+        ("meaning", "near", "a", 0.5), ("meaning", "near", "a", 0.5),
+        ("form", "near", "b", 0.1), ("form", "near", "b", 0.1),
+        ("blends", "right", "a + b", 0.5), ("blends", "half", "a + b", 0.4),
+        ("blends", "right", "a + missing", 0.9), ("blends", "half", "a + missing", 0.4),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["group", "condition", "concept", "fuzzing"])
+    fine = controls.fineness(table, 100)
+    assert fine["near"].difference == pytest.approx(np.mean([0.5, 0.3, 0.5, 0.1]))
+    assert fine["blend"].difference == pytest.approx(0.5 - (0.9 + 0.4) / 2)
+    assert fine["half"].difference == pytest.approx(0.3)
+    # The copies differ by 0.2 and 0.4; a power of 80% takes 2.8 standard errors.
+    spread = np.std([0.2, 0.4], ddof=1)
+    assert fine["smallest"].difference == pytest.approx(2.8016 * spread / 10, rel=1e-4)
+
+
 def test_published_values_have_the_papers_ids() -> None:
     published = load_published()
-    found = {"solo": 0.23, "joint": 0.248, "delta": 0.0175, "low": 0.01, "high": 0.03, "t": 8.12,
+    found = {"base": 0.23, "joint": 0.248, "delta": 0.0175, "low": 0.01, "high": 0.03, "t": 8.12,
              "p": 5e-16, "higher": 0.516, "higher_low": 0.5, "higher_high": 0.53}  # fmt: skip
     rows = comparison.published_values(found, 20456).set_index("id")
     gemma = "gemma-2-9b.fuzz_delta_pct_selected"  # the same quantity of another model
@@ -340,7 +399,7 @@ def test_text_of_the_web_is_escaped() -> None:
 
 def test_a_score_without_a_control_is_not_believed() -> None:
     table = judged().assign(spearman=math.nan)
-    verdict = controls.judge_verdict(table, "spearman")
+    verdict = controls.judge_verdict(table, "spearman", "form")
     assert not verdict.able and "nothing to score" in verdict.because
 
 
@@ -365,15 +424,18 @@ def test_delphi_records_hold_the_examples_that_are_asked_about() -> None:
 def test_order_bias_and_retest_are_among_the_controls() -> None:
     for wrong, share in (("", 0.5), ("says A", 1.0)):
         table = controls.control_summary(judged(wrong)).set_index(["group", "condition", "score"])
-        assert table.loc[("planted", "right", "order bias"), "mean"] == share
-        assert table.loc[("planted", "detection", "asked again"), "mean"] == 1.0
+        assert table.loc[("form", "right", "order bias"), "mean"] == share
+        assert table.loc[("form", "detection", "asked again"), "mean"] == 1.0
     forgetful = judged()
     again = forgetful.condition == "again"
     generator = np.random.default_rng(0)
-    forgetful.loc[forgetful.condition == "right", "detection"] = generator.random(28)
+    forgetful.loc[forgetful.condition == "right", "detection"] = generator.random(52)
     forgetful.loc[again, "detection"] = generator.random(again.sum())
-    assert "asked again, correlation" in controls.judge_verdict(forgetful, "detection").because
-    row = controls.control_summary(forgetful).set_index(["condition", "score"]).loc["detection"]
+    assert (
+        "asked again, correlation" in controls.judge_verdict(forgetful, "detection", "form").because
+    )
+    row = controls.control_summary(forgetful).set_index(["group", "condition", "score"])
+    row = row.loc["form", "detection"]
     assert row.loc["asked again", "low"] < 0 < row.loc["asked again", "high"]
 
 
@@ -392,3 +454,30 @@ def test_pairs_kept_with_the_same_start_and_with_another() -> None:
     found = comparison.kept_pairs(arms, joint, [0.5, 0.9]).set_index("with")
     assert found.loc["solo-seed0, same start"].tolist() == [1.0, 1.0]
     assert found.loc["solo-seed1, another start"].tolist() == [1.0, 0.5]
+
+
+def test_near_misses_are_of_one_kind_and_mutual() -> None:
+    for named in PLANTED.values():
+        for name in named:
+            assert near_miss(name) in named and near_miss(name) != name
+            assert near_miss(near_miss(name)) == name
+            assert not set(named[name]) & set(named[near_miss(name)])
+
+
+def test_rivals_are_of_the_same_seed_and_of_the_nearest_l2() -> None:
+    rows = [
+        ("solo", 0, None, None, None, 0.10), ("solo", 1, None, None, None, 0.11),
+        ("joint", 0, 0.3, 1.0, None, 0.14), ("joint", 1, 0.3, 1.0, None, 0.15),
+        ("joint", 0, 0.1, 1.0, None, 0.12), ("frontier", 0, None, None, 25, 0.20),
+        ("frontier", 0, None, None, 29, 0.13), ("frontier", 1, None, None, 29, 0.14),
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["kind", "seed", "lambda2", "sigma_sq", "k", "l2"])
+    table["arm"] = [f"{r.kind}-{i}" for i, r in enumerate(table.itertuples())]
+    run = SimpleNamespace(profile=SimpleNamespace(selected=(0.3, 1.0)))
+    found = comparison.rivals(run, table)  # type: ignore[arg-type]
+    assert found.to_numpy().tolist() == [
+        ["solo", 0, "solo-0", "joint-2"], ["solo", 1, "solo-1", "joint-3"],
+        ["frontier", 0, "frontier-6", "joint-2"], ["frontier", 1, "frontier-7", "joint-3"],
+    ]  # fmt: skip
+    alone = comparison.rivals(run, table[table.kind != "frontier"])  # type: ignore[arg-type]
+    assert set(alone.against) == {"solo"}

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from metasae_lib.study.known import EMBEDDED_TOKENS
 from metasae_lib.study.sections import ROLES
 from metasae_lib.subject import corpus, embedded
 from metasae_lib.subject.corpus import Tokens, load_tokens
+from metasae_lib.subject.embedded import Document
+from metasae_lib.subject.stream import Stream
 
 
 @pytest.fixture(scope="module")
@@ -194,19 +197,16 @@ def test_a_streamed_dataset(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path of `hf:` profiles, on a folder: its own order, read no further than needed."""
-    import datasets
-
     folder = tmp_path / "dataset"
     folder.mkdir()
     pd.DataFrame({"text": documents(text)}).to_parquet(folder / "train-00000.parquet")
     read = []
-    original = datasets.load_dataset
+    original = Stream._read
 
-    def counting(*arguments: object, **options: object) -> object:
-        assert options["streaming"] is True
-        return (read.append(1) or example for example in original(*arguments, **options))
+    def counting(stream: Stream) -> Iterator[Document]:
+        return (read.append(1) or document for document in original(stream))
 
-    monkeypatch.setattr(datasets, "load_dataset", counting)
+    monkeypatch.setattr(Stream, "_read", counting)
     profile = small_profile(model, text, **{"text.source": f"hf:{folder}"})
     monkeypatch.setattr(corpus, "_BATCH", 8)
     made = tokens(profile, tmp_path)

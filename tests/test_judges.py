@@ -230,18 +230,6 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again_by_the_next_process(
     assert [answer for *_, answer in kept(tmp_path / "a.sqlite")] == ["?"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here: that needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def test_a_full_disk_under_the_answers_is_named_and_loses_nothing(small_disk: Path) -> None:
     questions = [
         Question("detection", "x" * 4000, (example(f"text number {k}"),)) for k in range(9)

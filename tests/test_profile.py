@@ -282,3 +282,21 @@ def test_commands_fail_with_one_line(capsys: pytest.CaptureFixture[str]) -> None
         assert main(command) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "there is no profile 'gpt3'" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"autointerp.judge": "embedding", "autointerp.model": "embedded:smollm2-135m"},
+         "autointerp.model is 'embedded:smollm2-135m': choose .*embedded:all-minilm-l6-v2"),
+        ({"autointerp.judge": "in-process", "autointerp.model": "embedded:all-minilm-l6-v2"},
+         "autointerp.model is .*embedded:smollm2-135m"),
+        ({"autointerp.explainer": "in-process", "autointerp.explainer_model": "qwen"},
+         "autointerp.explainer_model is 'qwen': choose hub:"),
+        ({"autointerp.judge": "embedding", "autointerp.model": "embedded:all-minilm-l6-v2",
+          "autointerp.explainer": "judge"}, "the embedding judge writes no explanations"),
+    ],
+)  # fmt: skip
+def test_judges_and_explainers_fit_their_models(changes: dict[str, str], sentence: str) -> None:
+    with pytest.raises(ProfileError, match=sentence):
+        Profile.load("tiny", changes)

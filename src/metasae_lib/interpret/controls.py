@@ -300,9 +300,9 @@ def first_lines(verdicts: pd.DataFrame, fine: Mapping[str, Effect], judge: str, 
     return (
         f"{line} By its other scores ({', '.join(others)}).\n\n"
         f"**How fine a difference it sees** (means of fuzzing with 95% intervals). The right "
-        f"explanation against that of a near miss: {shown['near']}. A blend of two concepts against "
-        f"the mean of the two: {shown['blend']}; explained by both against by one of them: "
-        f"{shown['half']}. Over {pairs:,} pairs the smallest difference that it shows in four tries "
-        f"of five is **{fine['smallest'].difference:.4f}**, from the scatter between planted "
-        f"features of one concept; the paper's difference is 0.0175."
+        f"explanation against that of a near miss: {shown['near']}. A blend of two concepts "
+        f"against the mean of the two: {shown['blend']}; explained by both against by one of "
+        f"them: {shown['half']}. Over {pairs:,} pairs the smallest difference that it shows in "
+        f"four tries of five is **{fine['smallest'].difference:.4f}**, from the scatter between "
+        f"planted features of one concept; the paper's difference is 0.0175."
     )

@@ -35,7 +35,6 @@ from metasae_lib.show.tables import (
     by_rarer,  # φ by the rarer feature of a pair
     compared_arms,  # solo and selected joint arm, first seed
     compared_scores,  # joint minus solo by a judge
-    sentences_and_lists,  # explanations of both kinds, side by side
     competitors,  # other ways to train
     controls,  # whether λ₂ = 0 is the solo arm
     downloads,  # the tables behind its figures
@@ -48,6 +47,7 @@ from metasae_lib.show.tables import (
     phi_rows,  # what a reader needs of it first
     phi_table,  # everything beside a mean |φ|
     provenance,  # where a page's numbers come from
+    sentences_and_lists,  # explanations of both kinds, side by side
     time_spent,  # seconds by stage
 )
 from metasae_lib.show.text import (

@@ -15,35 +15,36 @@ one as its first rows.
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import io
 import json
-import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from metasae_lib.study import Artefact, CorpusError, Profile, Role, Run, atomic_write, progress
+from metasae_lib.study import Artefact, CorpusError, Profile, Role, Run, progress
 from metasae_lib.study.errors import first_line
 from metasae_lib.study.files import (
     content_hash,
     encodable,
-    local_path,
     matching_files,
     to_json,
 )
 from metasae_lib.study.known import EMBEDDED_TOKENS, WHEELS
 from metasae_lib.study.profile import within_shares
-from metasae_lib.study.sections import ROLE_SHARES, ROLES
+from metasae_lib.study.sections import ROLE_SHARES, ROLES, Text
 from metasae_lib.subject import embedded
 from metasae_lib.subject.embedded import Document
-from metasae_lib.subject.origin import folder_hashes, hub_commit
+from metasae_lib.subject.gathering import Gathering
+from metasae_lib.subject.origin import folder_hashes
+from metasae_lib.subject.stream import Stream, dataset_identity, no_column
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ _VERSION = 1
 # few speeches of 20,000 tokens.
 _PIECE = 8000
 _BATCH = 512  # documents tokenised at once
+_SAVE_SECONDS = 30
 
 
 class Tokens:
@@ -100,8 +102,7 @@ def load_tokens(run: Run) -> Tokens:
     elif profile.text.source.startswith("files:"):
         inputs["files"] = [content_hash(path) for path in _files(profile.text.source)]
     else:
-        name, commit, _ = _dataset_at(profile.text.source)
-        inputs["dataset"] = commit or folder_hashes(Path(name))
+        inputs["dataset"] = dataset_identity(profile.text.source)
     made = run.made("tokens", {"": inputs}, _VERSION, lambda new: _make(profile, new[""]))
     return Tokens(made[""], profile)
 
@@ -148,48 +149,40 @@ def _make(profile: Profile, artefact: Artefact) -> None:
         )
     per_row = text.context_length - int(text.bos == "every_row")
     rows = {role: -(-text.roles[role] // text.kept_per_row) for role in ROLES}
-    filled = _fill(profile, {role: rows[role] * per_row for role in ROLES})
-    names = sorted({name for stream in filled.values() for name, _ in stream})
+    with Gathering(artefact.folder) as gathering:
+        _fill(profile, {role: rows[role] * per_row for role in ROLES}, gathering)
     hashes = {}
-    for role, stream in filled.items():
-        wanted = rows[role] * per_row
-        ids = np.concatenate([np.empty(0, "<i4"), *(part for _, part in stream)])
-        if len(ids) < wanted:
-            held = len(ids) // per_row * text.kept_per_row
+    for role in ROLES:
+        if gathering.held[role] < rows[role] * per_row:
+            held = gathering.held[role] // per_row * text.kept_per_row
             raise CorpusError(
                 f"role {role} needs {text.roles[role]:,} tokens but the text holds {held:,} for "
                 f"it ({ROLE_SHARES[role]:.0%} of the documents): lower text.roles.{role} or add "
                 f"text"
             )
-        ends = np.cumsum([len(part) for _, part in stream])
-        document = np.searchsorted(ends, np.arange(0, wanted, per_row), "right")
-        sources = np.array([names.index(name) for name, _ in stream], np.uint8)[document]
-        ids = ids[:wanted].reshape(rows[role], per_row)
-        if text.bos == "every_row":
-            ids = np.insert(ids, 0, bos, axis=1)
-        for name, content in ((f"{role}.npy", ids), (f"{role}-sources.npy", sources)):
-            with atomic_write(artefact.folder / name) as temporary:
-                np.save(temporary, content)
-        hashes[role] = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
-    artefact.finish({"hashes": hashes, "sources": names})
+        first = bos if text.bos == "every_row" else None
+        hashes[role] = gathering.write_rows(role, rows[role], per_row, first)
+    gathering.clear()
+    artefact.finish({"hashes": hashes, "sources": gathering.names})
 
 
-# Of each document of a role, in their order: its source and its token ids.
-_Streams = dict[Role, list[tuple[str, np.ndarray]]]
+def _fill(profile: Profile, needed: Mapping[Role, int], gathering: Gathering) -> None:
+    """Read and tokenise documents until every role has its tokens, or the text ends.
 
-
-def _fill(profile: Profile, needed: Mapping[Role, int]) -> _Streams:
-    """Read and tokenise documents until every role has its tokens, or the text ends."""
-    tokenizer, held = load_tokenizer(profile), Counter[Role]()
-    streams: _Streams = {role: [] for role in ROLES}
+    What is there is kept batch by batch, with the place where reading stands.
+    """
+    tokenizer, held = load_tokenizer(profile), gathering.held
     opened = profile.text.bos == "document_start"
     start, end = ([tokenizer.bos_token_id], "") if opened else ([], "\n\n")
 
     def wanting(role: Role) -> bool:
         return held[role] < needed[role]
 
-    texts = ((role, document) for role, document in _with_roles(profile) if wanting(role))
+    reader = _Reader(profile, gathering)
+    texts = ((role, document) for role, document in reader if wanting(role))
+    saved = time.monotonic()
     with progress(sum(needed.values()), "tokens") as bar:
+        bar.update(sum(min(held[role], needed[role]) for role in ROLES))
         while any(wanting(role) for role in ROLES) and (batch := list(islice(texts, _BATCH))):
             ids = tokenizer(
                 [document.text + end for _, document in batch],
@@ -200,35 +193,57 @@ def _fill(profile: Profile, needed: Mapping[Role, int]) -> _Streams:
             )["input_ids"]
             for (role, document), document_ids in zip(batch, ids, strict=True):
                 if wanting(role):
-                    made = np.array(start + document_ids, "<i4")
-                    streams[role].append((document.source, made))
-                    held[role] += len(made)
+                    gathering.add(role, document.source, start + document_ids)
                     bar.update(len(document_ids))
-    return streams
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                gathering.save(reader.place)
+                saved = time.monotonic()
 
 
-def _with_roles(profile: Profile) -> Iterator[tuple[Role, Document]]:
+class _Reader:
     """Each distinct document once, with its role, in the order in which roles are filled.
 
-    A stream keeps its own order. A text that is at hand is put in the order of seeded hashes, which
-    depends neither on the order of its files nor on the machine.
+    A stream keeps its own order, and `place` is where it stands; it begins where an earlier reading
+    was. A text that is at hand is put in the order of seeded hashes, which depends neither on the
+    order of its files nor on the machine; it is read from the beginning, `place` documents of it
+    are passed over.
     """
-    text = profile.text
-    if text.source.startswith("hf:"):
-        for digest, document in _distinct(_dataset(text.source, text.column)):
-            yield _role(digest), document
-        return
+
+    def __init__(self, profile: Profile, gathering: Gathering) -> None:
+        self.place: Any = gathering.state
+        self._text, self._gathering = profile.text, gathering
+
+    def __iter__(self) -> Iterator[tuple[Role, Document]]:
+        text = self._text
+        if text.source.startswith("hf:"):
+            stream = Stream(text.source, text.column, self.place)
+            for digest, document in _stripped(stream):
+                self.place = stream.place
+                if self._gathering.is_new(digest):
+                    yield _role(digest), document
+            return
+        passed = self.place or 0
+        for self.place, found in enumerate(islice(_in_order(text), passed, None), passed + 1):
+            yield found
+
+
+def _in_order(text: Text) -> Iterator[tuple[Role, Document]]:
+    """The pieces of a text that is at hand with their roles, in seeded order."""
     if text.source == "embedded":
         found: Iterable[Document] = embedded.documents()
     else:
         found = (doc for path in _files(text.source) for doc in _read(path, text.column))
+    # The same text twice would count twice in a role; by its hash it is never in two roles.
+    distinct = dict[bytes, Document]()
+    for digest, document in _stripped(found):
+        distinct.setdefault(digest, document)
     order = sorted(
         (
             hashlib.sha256(f"{text.seed}:{number}:".encode() + digest).digest(),
             _role(digest),
             Document(document.source, piece),
         )
-        for digest, document in _distinct(found)
+        for digest, document in distinct.items()
         for number, piece in enumerate(_pieces(document.text))
     )
     kept = _kept_fractions((piece for _, _, piece in order), text.max_share)
@@ -237,12 +252,8 @@ def _with_roles(profile: Profile) -> Iterator[tuple[Role, Document]]:
             yield role, piece
 
 
-def _distinct(documents: Iterable[Document]) -> Iterator[tuple[bytes, Document]]:
-    """Non-empty documents without repetitions, stripped, with the SHA-256 of their text.
-
-    The same text twice would otherwise count twice in a role; by its hash it is never in two roles.
-    """
-    seen: set[bytes] = set()
+def _stripped(documents: Iterable[Document]) -> Iterator[tuple[bytes, Document]]:
+    """Non-empty documents, stripped, with the SHA-256 of their text."""
     for document in documents:
         if not isinstance(document.text, str):
             raise CorpusError(
@@ -250,10 +261,8 @@ def _distinct(documents: Iterable[Document]) -> Iterator[tuple[bytes, Document]]
                 f"set it to a column of text"
             )
         text = encodable(document.text).strip()
-        digest = hashlib.sha256(text.encode()).digest()
-        if text and digest not in seen:
-            seen.add(digest)
-            yield digest, Document(document.source, text)
+        if text:
+            yield hashlib.sha256(text.encode()).digest(), Document(document.source, text)
 
 
 def _role(digest: bytes) -> Role:
@@ -296,40 +305,6 @@ def _kept_fractions(
     return {name: kept / sizes[name] for name, kept in within_shares(sizes, max_share).items()}
 
 
-def _dataset(source: str, column: str) -> Iterator[Document]:
-    """A Hugging Face dataset, streamed in its own order."""
-    import datasets
-
-    name, commit, config = _dataset_at(source)
-    try:
-        stream = datasets.load_dataset(name, config, split="train", streaming=True, revision=commit)
-        for number, example in enumerate(stream):
-            if number == 0 and column not in example:
-                raise _no_column(f"the dataset {name}", column, example)
-            yield Document(name, "" if example[column] is None else example[column])
-    except CorpusError:
-        raise
-    except Exception as error:  # the hub, the network and the readers of many formats
-        raise CorpusError(
-            f"the dataset {name} could not be read ({first_line(error)}): check text.source and "
-            f"the network, or choose text.source embedded or files:"
-        ) from error
-
-
-def _dataset_at(source: str) -> tuple[str, str | None, str | None]:
-    """Name and commit, of a folder the whole path and None, and configuration of an `hf:` text."""
-    name, _, config = source.removeprefix("hf:").partition(":")
-    folder = str(local_path(name))
-    if not os.path.isdir(folder):
-        return name.partition("@")[0], hub_commit("dataset", name), config or None
-    if glob.escape(folder) != folder:
-        raise CorpusError(
-            f"text.source is the folder {folder}, and datasets takes the *, ? or [ in its name for "
-            f"a pattern: rename it, or name its files by files:"
-        )
-    return folder, None, config or None
-
-
 def _files(source: str) -> list[Path]:
     found = matching_files(source.removeprefix("files:"))
     if not found:
@@ -338,20 +313,26 @@ def _files(source: str) -> list[Path]:
 
 
 def _read(path: Path, column: str) -> Iterator[Document]:
-    """Documents of one file: a row of parquet, a line of jsonl, or pieces of a txt file.
+    """Documents of one file: a row of parquet, a line of jsonl, or pieces of a txt file; the last
+    two also compressed (.gz, .zst).
 
     A txt file says nothing of documents: it is cut at ends of paragraphs after at most 8,000
     characters, and each part counts as a document.
     """
     try:
+        kind = path.with_suffix("").suffix if path.suffix in (".gz", ".zst") else path.suffix
         if path.suffix == ".parquet":
             texts = _parquet(path, column)
-        elif path.suffix == ".jsonl":
+        elif kind == ".jsonl":
             texts = _jsonl(path, column)
-        elif path.suffix == ".txt":
-            texts = _pieces(path.read_text(encoding="utf-8-sig"))  # Windows begins with a mark
+        elif kind == ".txt":
+            with _opened(path) as file:
+                texts = _pieces(file.read())
         else:
-            raise CorpusError(f"{path} is none of .parquet, .jsonl and .txt: change text.source")
+            raise CorpusError(
+                f"{path} is none of .parquet, .jsonl and .txt (the last two also .gz or .zst): "
+                f"change text.source"
+            )
         yield from (Document("files", "" if text is None else text) for text in texts)
     except (OSError, ValueError, RecursionError) as error:  # pyarrow's, JSON's and Unicode's too
         raise CorpusError(
@@ -360,29 +341,29 @@ def _read(path: Path, column: str) -> Iterator[Document]:
         ) from error
 
 
+def _opened(path: Path) -> TextIO:
+    """A file of text, unpacked if its name ends so. Windows begins with a mark."""
+    import pyarrow  # type: ignore[import-untyped]
+
+    return io.TextIOWrapper(pyarrow.input_stream(str(path)), encoding="utf-8-sig")
+
+
 def _jsonl(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with _opened(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 entry = json.loads(line)
                 entry = entry if isinstance(entry, dict) else {}
                 if column not in entry:
-                    raise _no_column(f"{path} line {number}", column, entry)
+                    raise no_column(f"{path} line {number}", column, entry)
                 yield entry[column]
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
         if column not in file.schema_arrow.names:
-            raise _no_column(str(path), column, file.schema_arrow.names)
+            raise no_column(str(path), column, file.schema_arrow.names)
         for batch in file.iter_batches(columns=[column]):
             yield from batch.column(0).to_pylist()
-
-
-def _no_column(where: str, column: str, names: Iterable[str]) -> CorpusError:
-    return CorpusError(
-        f"text.column is '{column}', but {where} has only {', '.join(names) or 'nothing'}: "
-        f"set text.column"
-    )
