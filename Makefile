@@ -8,7 +8,7 @@ GPUS     ?= 1
 BIN      := .venv/bin
 READY    := .venv/ready
 
-.PHONY: book test browser lint lab train kills bench peers roundtrip delphi plan keep lock clean
+.PHONY: book test browser lint lab train rehearse kills bench peers roundtrip delphi plan keep lock clean
 .DELETE_ON_ERROR:
 
 book: $(READY)
@@ -47,6 +47,11 @@ lab: $(READY)
 train: $(READY)
 	$(BIN)/python -m metasae_lib fetch $(PROFILE)
 	$(BIN)/torchrun --standalone --nproc-per-node=$(GPUS) -m metasae_lib train $(PROFILE)
+
+# All notebooks of gpt2-large or gemma-2-9b at their own shapes, with random weights and little text.
+rehearse: $(READY)
+	$(BIN)/python -m metasae_lib fetch smollm2-135m
+	$(BIN)/python workflow/rehearse.py $(PROFILE) $(if $(LAYERS),--layers $(LAYERS))
 
 bench: $(READY) $(if $(filter judge,$(BENCH)),.venv-serve/ready)
 	$(BIN)/python benchmarks/$(BENCH).py

@@ -37,7 +37,7 @@ from IPython.display import HTML, Markdown, display
 from metasae_lib import interpret, measure, show
 from metasae_lib.interpret import senses, splitting, steering
 from metasae_lib.show import cases, explorer, figures
-from metasae_lib.subject import load_subject, load_tokens
+from metasae_lib.subject import subject_of, load_tokens
 from metasae_lib.train import load_arms
 
 run = show.open_run(profile, overrides, runs_dir)
@@ -192,7 +192,7 @@ replacements = {
     for name, arm, i in (("solo", solo, feature), ("joint", joint, partner))
     for factor, scale in (("removed", 0.0), ("doubled", 2.0))
 }
-subject = load_subject(run.profile)
+subject = subject_of(run)
 steered = steering.next_tokens(
     subject, prompt, replacements, lambda i: tokens.tokenizer.decode([i])
 )

@@ -42,7 +42,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Any:
         def load(profile: object) -> None:
             raise AssertionError("the language model was loaded")
 
-        monkeypatch.setattr(activations, "load_subject", load)
+        monkeypatch.setattr(activations, "subject_of", load)
 
     return forbid
 

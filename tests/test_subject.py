@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,19 @@ from small_models import VOCABULARY, save_model, save_text, small_profile
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metasae_lib import Profile
+from metasae_lib import Profile, Run
 from metasae_lib.interpret.judges.in_process import InProcessJudge
 from metasae_lib.study.errors import CorpusError, SubjectError
 from metasae_lib.study.files import sha256_of
 from metasae_lib.study.known import GGUFModel, Wheel
-from metasae_lib.subject import embedded
-from metasae_lib.subject.model import Subject, compute_device, fingerprint, load_subject
+from metasae_lib.subject import BatchStream, embedded, subject_of
+from metasae_lib.subject.model import (
+    Subject,
+    compute_device,
+    fingerprint,
+    load_subject,
+    release_subject,
+)
 
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "gemma3")
 
@@ -281,3 +288,17 @@ def test_a_truncated_gguf_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(SubjectError, match="could not be converted"):
         embedded.snapshot("embedded:smollm2-135m")
     assert not list((tmp_path / "models").iterdir())
+
+
+def test_one_language_model_a_run(tmp_path: Path) -> None:
+    """Handed on to whatever asks, and freed for training."""
+    text = save_text(tmp_path / "text.jsonl")
+    run = Run.open(small_profile(save_model("llama", tmp_path / "m"), text), tmp_path / "runs")
+    held = weakref.ref(subject_of(run))
+    assert subject_of(run) is held()
+    stream = BatchStream(run)
+    stream.residuals.fill()
+    assert subject_of(run) is held()
+    release_subject(run)
+    assert held() is None
+    assert stream.batch(0).shape == (64, stream.residuals.d)  # out of the cache

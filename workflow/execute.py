@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import os
 import re
+import resource
 import shutil
 import sys
 import threading
@@ -154,8 +155,14 @@ def execute(source: Path, run: Run, overrides: dict[str, Any] | None = None) -> 
             shutil.copyfile(running, temporary)
         run.write_manifest()
         log.unlink(missing_ok=True)
-        reporter.say("done")
+        reporter.say(f"done, at most {_peak_gb():.1f} GB of memory")
     return finished
+
+
+def _peak_gb() -> float:
+    """The most memory that a kernel of this process had resident."""
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def _run_papermill(

@@ -30,7 +30,7 @@ from metasae_lib.measure.scan import scan_inputs
 from metasae_lib.measure.statistics import crossed_interval
 from metasae_lib.measure.thresholds import calibrate_arms
 from metasae_lib.study import Artefact, MeasureError, Role, Run, progress
-from metasae_lib.subject import Residuals, Subject, load_subject, load_tokens
+from metasae_lib.subject import Residuals, Subject, load_tokens, subject_of
 from metasae_lib.train import Arm, Dictionary, JumpReLU, denormalise, normalise
 from metasae_lib.train.kernels.compiled import batch_topk
 from metasae_lib.train.kernels.plain import batch_topk as batch_topk_plain
@@ -138,7 +138,7 @@ def _reconstruct(
     return z_hat + sae.b_dec, len(acts), bracket
 
 
-def measure_arms(run: Run, arms: Mapping[str, Arm], subject: Subject | None = None) -> pd.DataFrame:
+def measure_arms(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:
     """Fidelity of every arm on held-out text, one row an arm. Results are artefacts.
 
     Columns: arm, kind, seed, lambda2, sigma_sq;
@@ -152,14 +152,14 @@ def measure_arms(run: Run, arms: Mapping[str, Arm], subject: Subject | None = No
     the first `model.batch_rows` of them, which are one BatchTopK batch. The model's blocks up to
     the layer run once for all arms. Under
     `text.skip_first` the residual at position 0 stays as it is, and the prediction made there,
-    which then cannot change, is left out. `subject` spares loading the language model.
+    which then cannot change, is left out.
     """
     described = ("kind", "seed", "lambda2", "sigma_sq", "k")
     rows = [
         {"arm": name}
         | {field: getattr(arms[name].spec, field) for field in described}
         | artefact.info["fidelity"]
-        for name, artefact in _measured(run, arms, subject).items()
+        for name, artefact in _measured(run, arms).items()
     ]
     return pd.DataFrame(rows)
 
@@ -190,14 +190,12 @@ def fidelity_pairs(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "d_ce_nats", "ce_low", "ce_high"])
 
 
-def _measured(
-    run: Run, arms: Mapping[str, Arm], subject: Subject | None = None
-) -> dict[str, Artefact]:
+def _measured(run: Run, arms: Mapping[str, Arm]) -> dict[str, Artefact]:
     calibrations = calibrate_arms(run, arms)
-    residuals = Residuals(run, "scan", subject)
+    residuals = Residuals(run, "scan")
 
     def make(missing: dict[str, Artefact]) -> None:
-        model, chosen = subject or load_subject(run.profile), {name: arms[name] for name in missing}
+        model, chosen = subject_of(run), {name: arms[name] for name in missing}
         errors, entropies = _errors(run, residuals, chosen), _entropies(run, chosen, model)
         for name, artefact in missing.items():
             dead = int((calibrations[name].selected == 0).sum())
@@ -210,14 +208,14 @@ def _measured(
     return run.made("fidelity", by_arm(arms, on), VERSION, make)
 
 
-def norms(run: Run, subject: Subject | None = None) -> pd.DataFrame:
+def norms(run: Run) -> pd.DataFrame:
     """‖x‖₂ of the raw residuals on held-out text (App. D), as a table of quantiles.
 
     Columns: quantile, norm (of the tokens that count under `text.skip_first`); and the same in
     every row: mean, std without position 0, mean_all, std_all with it, first (mean at position 0).
     """
-    subject = subject or load_subject(run.profile)
-    residuals = Residuals(run, "scan", subject)
+    subject = subject_of(run)
+    residuals = Residuals(run, "scan")
     chunks = range(residuals.n_chunks)[: math.ceil(TOKENS / residuals.chunk_tokens(0))]
     kept = torch.cat([residuals.chunk(i).float().norm(dim=1) for i in chunks]).cpu().numpy()
     x, times = first_position(run, "scan", subject)

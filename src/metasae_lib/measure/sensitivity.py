@@ -20,7 +20,7 @@ from metasae_lib.measure.passes import pre_activations, product_dtype
 from metasae_lib.measure.phi import summarise
 from metasae_lib.measure.scan import SCALES, counts_artefact, load_counts, scan_arms, scan_inputs
 from metasae_lib.study import Artefact, Run, atomic_write, progress
-from metasae_lib.subject import Residuals, Subject, load_subject, load_tokens
+from metasae_lib.subject import Residuals, Subject, load_tokens, subject_of
 from metasae_lib.train import Arm, normalise
 
 VERSION = 1  # of the stage
@@ -54,7 +54,7 @@ def sensitivity(
     inputs = scan_inputs(run, residuals)
 
     def make(missing: dict[str, Artefact]) -> None:
-        model = subject or load_subject(run.profile)
+        model = subject or subject_of(run)
         rows = _first_position(run, arms, counts, model)
         if run.profile.text.bos == "every_row":
             rows += _without_bos(run, arms, model, bos_rows)

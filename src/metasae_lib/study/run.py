@@ -141,7 +141,8 @@ def locked(artefacts: Iterable[Artefact]) -> Iterator[None]:
 class Run:
     """One profile, overrides included, on disk.
 
-    Open it with `Run.open`; the bare constructor names the paths without making anything.
+    Open it with `Run.open`; the bare constructor names the paths without making anything. `held`:
+    what a process makes once and hands on, such as the language model.
     """
 
     def __init__(self, profile: Profile, runs_dir: str | os.PathLike[str] = "runs") -> None:
@@ -150,6 +151,7 @@ class Run:
         self.name = "-".join(filter(None, [profile.name, profile.overrides_hash]))
         self.profile_hash = profile.hash
         self.folder = self.runs_dir / self.name
+        self.held: dict[str, Any] = {}
 
     @classmethod
     def open(cls, profile: Profile, runs_dir: str | os.PathLike[str] = "runs") -> Run:

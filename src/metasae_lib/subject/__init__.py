@@ -14,4 +14,5 @@ from metasae_lib.subject.corpus import (
 from metasae_lib.subject.model import (
     Subject,  # the model: residuals, losses, logits
     load_subject,  # the language model, to its layer and beyond
+    subject_of,  # a run's, loaded once
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from metasae_lib.study import Artefact, Role, Run, atomic_write, distributed, progress
 from metasae_lib.subject.corpus import load_tokens
-from metasae_lib.subject.model import Subject, compute_device, fingerprint, load_subject
+from metasae_lib.subject.model import Subject, compute_device, fingerprint, subject_of
 
 _VERSION = 1
 _CHUNK = "{:05d}.npy"
@@ -82,9 +82,9 @@ class Residuals:
     def __iter__(self) -> Iterator[Tensor]:
         return (self.chunk(index) for index in range(self.n_chunks))
 
-    @cached_property
+    @property
     def _subject(self) -> Subject:
-        return self._given or load_subject(self._profile)
+        return self._given or subject_of(self._run)
 
     @cached_property
     def _folder(self) -> Path:
@@ -106,10 +106,11 @@ class Residuals:
         batch, dtype = self._profile.model.batch_rows, getattr(torch, self._profile.model.dtype)
         first = int(self._profile.text.skip_first)
         parts = [torch.empty(0, self.d, dtype=dtype, device=self.device)]
+        subject = self._subject
         with progress(rows.size, f"residuals {self.role} {index + 1}/{self.n_chunks}") as bar:
             for start in range(0, len(rows), batch):
                 ids = rows[start : start + batch]
-                parts.append(self._subject.residuals(ids)[:, first:].flatten(0, 1))
+                parts.append(subject.residuals(ids)[:, first:].flatten(0, 1))
                 bar.update(ids.size)
         return torch.cat(parts)
 
@@ -131,6 +132,11 @@ class Residuals:
             with atomic_write(path) as temporary:
                 np.save(temporary, bits.numpy())
         artefact.finish({"n_tokens": self.n_tokens})
+
+    def fill(self) -> None:
+        """Fill the cache, if there is one: from here on this role needs no language model."""
+        if self._profile.activations.cache:
+            _ = self._folder
 
 
 class BatchStream:

@@ -8,6 +8,7 @@ stays as it is, since RMSNorm, unlike LayerNorm, does not ignore the mean.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metasae_lib.study import MetaSAEError, Profile, SubjectError, distributed
+from metasae_lib.study import MetaSAEError, Profile, Run, SubjectError, distributed
 from metasae_lib.study.errors import first_line
 from metasae_lib.study.known import EMBEDDED_TOKENS
 from metasae_lib.subject import corpus, embedded
@@ -126,6 +127,24 @@ class Subject:
     def _ids(self, ids: np.ndarray | Tensor) -> Tensor:
         tokens = ids if isinstance(ids, Tensor) else torch.from_numpy(ids.astype(np.int64))
         return tokens.to(self.device, torch.int64)
+
+
+def subject_of(run: Run) -> Subject:
+    """The run's language model: loaded on first use, and handed on until it is released.
+
+    Nobody else keeps it, since a second one would not fit beside it. Raises as `load_subject`.
+    """
+    held: Subject = run.held.get("subject") or load_subject(run.profile)
+    run.held["subject"] = held
+    return held
+
+
+def release_subject(run: Run) -> None:
+    """Free the memory of the run's language model; its next use loads it again."""
+    run.held.pop("subject", None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_subject(profile: Profile) -> Subject:

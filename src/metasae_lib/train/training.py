@@ -25,7 +25,7 @@ from metasae_lib.study import (
 )
 from metasae_lib.study.run import locked
 from metasae_lib.subject import BatchStream, Residuals
-from metasae_lib.subject.model import compute_device
+from metasae_lib.subject.model import compute_device, release_subject
 from metasae_lib.train.dictionary import BatchTopK, Dictionary, normalise
 from metasae_lib.train.learner import Losses, workspace
 from metasae_lib.train.start import Name, Start
@@ -166,6 +166,9 @@ def _train_missing(run: Run, places: list[_Place], watch: Watch | None) -> None:
     if not missing:
         return
     stream = BatchStream(run)
+    if run.profile.activations.cache:
+        stream.residuals.fill()
+        release_subject(run)  # its memory is for the arms
     device = compute_device(run.profile)
     for group in _groups(run.profile, missing, stream.residuals.d, device):
         mine = group[distributed.rank() :: distributed.world_size()]
