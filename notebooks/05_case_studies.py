@@ -37,7 +37,7 @@ from IPython.display import HTML, Markdown, display
 from metasae_lib import interpret, measure, show
 from metasae_lib.interpret import senses, splitting, steering
 from metasae_lib.show import cases, explorer, figures
-from metasae_lib.subject import subject_of, load_tokens
+from metasae_lib.subject import load_tokens, subject_of
 from metasae_lib.train import load_arms
 
 run = show.open_run(profile, overrides, runs_dir)

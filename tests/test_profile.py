@@ -300,3 +300,18 @@ def test_commands_fail_with_one_line(capsys: pytest.CaptureFixture[str]) -> None
 def test_judges_and_explainers_fit_their_models(changes: dict[str, str], sentence: str) -> None:
     with pytest.raises(ProfileError, match=sentence):
         Profile.load("tiny", changes)
+
+
+def test_a_profile_can_give_only_what_differs(tmp_path: Path) -> None:
+    """The second step for Gemma 2 9B is the first one, longer and of fewer arms."""
+    first, second = (Profile.load(name) for name in ("gemma-2-9b", "gemma-2-9b-selected"))
+    changed = {"train_tokens": 375_000_000, "lambda2": [0.3], "sigma_sq": [1.0],
+               "arms": ["solo", "joint", "control"]}  # fmt: skip
+    names = {"name", "about", "training"}
+    assert second.model_dump(exclude=names) == first.model_dump(exclude=names)
+    assert second.training.model_dump() == first.training.model_dump() | changed
+    assert set(second.arms()) <= set(first.arms())  # whose states it goes on from
+    path = tmp_path / "alone.yml"
+    path.write_text("base: nowhere\nname: alone\n")
+    with pytest.raises(ProfileError, match=r"nowhere\.yml cannot be read"):
+        Profile.load(path)

@@ -64,6 +64,7 @@ class Profile(sections.Section):
     ) -> Profile:
         """Read a profile by name (`profiles/<name>.yml`) or path, and apply overrides.
 
+        A profile may give only what differs from another, which its key `base` names.
         `overrides` maps dotted keys to values: `{"training.lambda2": [0.3]}`. Those that repeat
         the profile's own value change nothing. Raises `ProfileError`, one sentence, on anything
         wrong in the file, in the overrides, or in how they fit together.
@@ -316,7 +317,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise ProfileError(f"{path} is not valid YAML: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise ProfileError(f"{path} is not a profile: it holds no keys")
-    return values
+    base = values.pop("base", None)
+    return values if base is None else _merged(_read(path.with_name(f"{base}.yml")), values)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The values of a base with some changed, section by section."""
+    both = base | changes
+    for key in base.keys() & changes.keys():
+        if isinstance(base[key], dict) and isinstance(changes[key], dict):
+            both[key] = _merged(base[key], changes[key])
+    return both
 
 
 def _known_keys() -> list[str]:
