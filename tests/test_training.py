@@ -60,6 +60,8 @@ class Residuals:
 
     def __init__(self, run: Run, role: str) -> None: ...
 
+    def fill(self) -> None: ...
+
     def chunk(self, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(index)
         return torch.randn(300, D, generator=generator) + torch.linspace(-1, 1, D)
