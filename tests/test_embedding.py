@@ -95,6 +95,7 @@ def by_loops(folder: Path, background: Sequence[str], explanation: str, text: st
 def test_evidence_equals_loops(encoder: Path) -> None:
     background, explanation = texts(12), "w3 w7 w3"
     judge = EmbeddingJudge(f"folder:{encoder}", background)
+    judge.model.float()
     asked = [*texts(6, seed=1), "w3", "w7 w3 w9"]
     questions = [Question("strength", explanation, (example(text),)) for text in asked]
     answers = dict(judge.ask(questions))
