@@ -361,9 +361,35 @@ def test_planted_features_fire_on_their_words(
 ) -> None:
     found = stage.collect()
     words = tuple({Pieces(TOKENIZER)([int(i)])[0].strip() for i in stage.rows[0]} - {"", "�"})
-    monkeypatch.setattr(materials, "PLANTED", {"some words": words, "no words": ("qqqq",)})
+    concepts = {"some words": words, "no words": ("qqqq",)}
+    monkeypatch.setattr(materials, "PLANTED", {"meaning": concepts})
     made = materials.planted(found, materials.Sampling(), copies=2)
-    assert [text for _, text in made] == ["some words"] * 2
-    used = [e.segment for m, _ in made for e in (*m.explain.examples, *m.examples)]
+    assert [one.concepts for one in made] == [("some words",)] * 2
+    used = [
+        e.segment for one in made for e in (*one.material.explain.examples, *one.material.examples)
+    ]
     assert len(set(used)) == 30
-    assert all(e.strength == 0 for m, _ in made for e in m.silent)
+    assert all(e.strength == 0 for one in made for e in one.material.silent)
+
+
+def test_a_blend_is_half_of_either_concept(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = stage.collect()
+    pieces = Pieces(TOKENIZER)
+    words = sorted({pieces([int(i)])[0].strip().lower() for i in stage.rows[0]} - {"", "�"})
+    halves = {"first": tuple(words[::2]), "none": ("qqqq",), "second": tuple(words[1::2])}
+    monkeypatch.setattr(materials, "PLANTED", {"meaning": halves | {"none too": ("qqqq",)}})
+    made = materials.planted(found, materials.Sampling(explain=5, score=5), 1, blends=True)
+    assert [one.concepts for one in made] == [("first", "second"), ("second", "first")]
+    for one in made:
+        examples = (*one.material.explain.examples, *one.material.examples)
+        assert len({example.segment for example in examples}) == 10
+        # An example fires on words of one concept alone; five are of each.
+        kinds = [
+            {name for name in ("first", "second")
+             if any(pieces([i])[0].strip().lower() in halves[name]
+                    for i, act in zip(e.ids, e.acts, strict=True) if act)}
+            for e in examples
+        ]  # fmt: skip
+        assert sorted(map(sorted, kinds)) == [["first"]] * 5 + [["second"]] * 5
+        for example in one.material.silent:
+            assert not {pieces([i])[0].strip().lower() for i in example.ids} & set(words)

@@ -344,7 +344,8 @@ def test_the_paper_s_joint_features_of_a_word_overlap() -> None:
 def test_explanations_prefer_the_language_model(full: Run) -> None:
     assert cases.explanations(full).empty
     scores = pd.DataFrame(
-        {"judge": ["lexical", "model", "lexical"], "kind": ["solo", "solo", "joint"],
+        {"judge": ["lexical", "model", "lexical"],
+         "arm": ["solo-seed0", "solo-seed0", "joint-lambda0.3-sigma1-seed0"],
          "feature": [1, 1, 2], "explanation": ["a", "b", "c"], "fuzzing": [0.1, 0.2, 0.3]}
     )  # fmt: skip
     full.save_table("autointerp_scores", scores, "made up")
