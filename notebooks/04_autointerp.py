@@ -118,7 +118,7 @@ show.table(unread, "Questions asked, and answers that could not be read", "tab-u
 
 # %%
 compared = interpret.compare_all(asked, scores, run.profile.evaluation.bootstrap)
-show.compared_scores(compared)
+display(show.judged_sentence(compared, auto.judge), show.compared_scores(compared))
 
 # %% [markdown]
 # ## Figure 2: where the scores move

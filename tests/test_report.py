@@ -352,3 +352,16 @@ def test_explanations_prefer_the_language_model(full: Run) -> None:
     found = cases.explanations(full).set_index("feature")
     assert found.fuzz.to_dict() == {1: 0.2, 2: 0.3}
     assert found.arm.to_dict() == {1: "solo-seed0", 2: "joint-lambda0.3-sigma1-seed0"}
+
+
+def test_the_judges_result_is_said_with_its_interval() -> None:
+    row = {"judge": "embedding", "against": "solo", "pairs": "matched", "score": "fuzzing",
+           "n": 8000, "n_seeds": 4, "delta": 0.02, "low": 0.01, "high": 0.03,
+           "over": "seeds and features"}  # fmt: skip
+    other = {"against": "frontier", "delta": -0.01, "low": -0.03}
+    compared = pd.DataFrame([row, row | other, row | {"pairs": "random", "delta": 9.0}])
+    said = wording.judged_sentence(compared, "embedding").data
+    assert "solo arm **+0.0200** (+0.0100 to +0.0300" in said and "differs from zero" in said
+    assert "nearest L2 **−0.0100** (−0.0300 to +0.0300" in said and "holds zero" in said
+    assert "9.0" not in said
+    assert "no result" in wording.judged_sentence(compared, "http").data

@@ -25,6 +25,7 @@ from metasae_lib.show.sentences import (
     flattening_sentence,  # whether the loss still moves
     ground_truth_sentences,  # what 06 ends with
     in_short,  # what the book's first page says
+    judged_sentence,  # what the judge says of joint against solo
     makeup_sentence,  # whether a few dimensions make most of the residual
     scale_of_run,  # a run's size against the paper's
     spread_sentence,  # how far choices move the headline

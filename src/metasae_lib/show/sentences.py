@@ -159,6 +159,27 @@ def reading(low: float, high: float, published: float) -> str:
     return f"so this run cannot tell a reduction from none, and {other.format(percent(published))}"
 
 
+def judged_sentence(compared: pd.DataFrame, judge: str) -> Markdown:
+    """What a judge's fuzzing scores say of joint against solo, and at equal L2.
+
+    compared: `interpret.compare_all`.
+    """
+    mine = compared[(compared.judge == judge) & (compared.pairs == "matched")]
+    parts = []
+    for row in mine[(mine.score == "fuzzing") & (mine.n > 0)].to_dict("records"):
+        delta, low, high = row["delta"], row["low"], row["high"]
+        sees = "differs from zero" if low > 0 or high < 0 else "holds zero"
+        against = "the solo arm" if row["against"] == "solo" else "the solo arm of nearest L2"
+        parts.append(
+            f"against {against} **{delta:+.4f}** ({low:+.4f} to {high:+.4f}, for new {row['over']};"
+            f" {row['n']:,} pairs of {row['n_seeds']:.0f} seeds): the interval {sees}"
+        )
+    if not parts:
+        return Markdown("The profile's judge did not pass its controls: there is no result here.")
+    said = "; ".join(parts).replace("+-", "−").replace("-", "−")
+    return Markdown(f"By the {judge} judge, joint fuzzing scores {said}. The paper has +0.0175.")
+
+
 def conclusion(run: Run) -> list[str]:
     """The sentences that `03_cooccurrence` ends with, from its table of effects."""
     ways = effects_by_way(run)

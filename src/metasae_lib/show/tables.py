@@ -252,11 +252,11 @@ def explained(run: Run, frame: pd.DataFrame) -> Markdown:
 
 def compared_scores(compared: pd.DataFrame) -> Markdown:
     """`interpret.compare_all` for reading: three digits, and intervals in brackets."""
-    columns = ["judge", "against", "pairs", "score", "n", "n_seeds", "base", "joint", "t", "d"]
-    shown = compared[columns].copy()
+    shown = compared[["judge", "against", "pairs", "score", "n"]].copy()
     for column, low, high in (("delta", "low", "high"), ("higher", "higher_low", "higher_high")):
         ends = compared[[column, low, high]].map("{:.3f}".format).replace("-", "−", regex=True)
         shown[column] = ends[column] + " (" + ends[low] + " to " + ends[high] + ")"
+    shown[["base", "joint", "t", "d"]] = compared[["base", "joint", "t", "d"]]
     caption = (
         "Joint minus what it is held against (base): t and effect size d over pairs, as the paper "
         "has them; the paired difference (delta) with its 95% interval, for new seeds and features "
