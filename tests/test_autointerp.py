@@ -364,14 +364,15 @@ def test_fineness_by_hand() -> None:
         ("form", "near", "b", 0.1), ("form", "near", "b", 0.1),
         ("blends", "right", "a + b", 0.5), ("blends", "half", "a + b", 0.4),
         ("blends", "right", "a + missing", 0.9), ("blends", "half", "a + missing", 0.4),
+        ("features", "right", "", 0.1), ("features", "right", "", 0.5),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["group", "condition", "concept", "fuzzing"])
     fine = controls.fineness(table, 100)
     assert fine["near"].difference == pytest.approx(np.mean([0.5, 0.3, 0.5, 0.1]))
     assert fine["blend"].difference == pytest.approx(0.5 - (0.9 + 0.4) / 2)
     assert fine["half"].difference == pytest.approx(0.3)
-    # The copies differ by 0.2 and 0.4; a power of 80% takes 2.8 standard errors.
-    spread = np.std([0.2, 0.4], ddof=1)
+    # Two features differ by √2 times their deviation; a power of 80% takes 2.8 standard errors.
+    spread = np.std([0.1, 0.5], ddof=1) * math.sqrt(2)
     assert fine["smallest"].difference == pytest.approx(2.8016 * spread / 10, rel=1e-4)
 
 
