@@ -70,24 +70,28 @@ def main() -> int:
     return subprocess.run([*build, "--output", str(FOLDER)], check=False).returncode
 
 
+def config_of(name: str, layers: int | None = None) -> Any:
+    """The configuration of a profile's language model, which no download is needed for."""
+    from transformers import Gemma2Config, GPT2Config
+
+    if name == "gpt2-large":
+        return GPT2Config(n_embd=1280, n_layer=layers or 36, n_head=20)
+    return Gemma2Config(
+        hidden_size=3584, intermediate_size=14336, num_hidden_layers=layers or 42,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=256, vocab_size=256_000,
+        query_pre_attn_scalar=256,
+    )  # fmt: skip
+
+
 def save_random(name: str, layers: int | None, folder: Path) -> Path:
     """A model of the profile's shape with random weights in bfloat16, and a tokenizer that fits."""
     import torch
-    from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
+    from transformers import AutoModelForCausalLM
 
     if (folder / "config.json").exists():
         return folder
-    config: Any
-    if name == "gpt2-large":
-        config = GPT2Config(n_embd=1280, n_layer=layers or 36, n_head=20)
-    else:
-        config = Gemma2Config(
-            hidden_size=3584, intermediate_size=14336, num_hidden_layers=layers or 42,
-            num_attention_heads=16, num_key_value_heads=8, head_dim=256, vocab_size=256_000,
-            query_pre_attn_scalar=256,
-        )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config_of(name, layers), dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="1GB")
     for path in Path(embedded.snapshot(TOKENIZER)).glob("tokenizer*"):
         shutil.copy(path, folder)

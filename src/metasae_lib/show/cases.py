@@ -23,6 +23,7 @@ from metasae_lib.subject import Tokens
 from metasae_lib.train import Arm
 
 _HELD_OUT: tuple[Role, ...] = ("scan", "contexts")
+_FEWEST = 5  # places of each sense without which a word is not looked up
 _RARE = 15  # places of each sense below which a word tells nothing
 _PAPER_TABLES = {"too": 2, "let": 3, "cookies": 4, "flash": 5}  # the last two on Gemma
 
@@ -209,8 +210,13 @@ def word_studies(
         if number > 3 and "gemma" not in run.profile.model.source:
             continue
         places, labels = _places(run, tokens, word, "scan")
-        if np.bincount(labels[labels >= 0], minlength=2).min() < 5:
-            few = f"“{word}” has too few places in the scan text ({len(places)})."
+        rarer = int(np.bincount(labels[labels >= 0], minlength=2).min())
+        if rarer < _FEWEST:
+            few = (
+                f"“{word}” stands {len(places)} times in the {tokens.n_tokens('scan'):,} tokens of "
+                f"the scan text, {rarer} of them known to be of its rarer sense; {_FEWEST} of each "
+                f"sense are asked for, so a larger text.roles.scan is needed to look it up."
+            )
             studies.append(WordStudy(word, number, few))
             continue
         names = [sense.name for sense in senses.WORDS[word]]
