@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from metasae_lib import Profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow"))
+
 from rehearse import SMALL, config_of
 
 
