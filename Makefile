@@ -13,7 +13,7 @@ READY    := .venv/ready
 
 book: $(READY)
 	$(BIN)/python -m metasae_lib fetch $(PROFILES)
-	$(BIN)/python workflow/build.py $(PROFILES)
+	$(BIN)/python workflow/build.py $(PROFILES) $(if $(EXECUTOR),--executor $(EXECUTOR))
 
 # The tests look at the tiny book too; it stands apart, so that a book made before stays as it is.
 test: lint browser

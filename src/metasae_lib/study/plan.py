@@ -45,7 +45,7 @@ def plan_text(profile: Profile, names: Sequence[str]) -> str:
             f"profile {profile.name}: the shape of {profile.model.source} is not known here; "
             f"download the model and plan with model.source folder:<path>"
         )
-    size, n_arms = _bytes(profile, shape), len(profile.arms())
+    size, n_arms = sizes(profile, shape), len(profile.arms())
     chosen = {name: machines()[name] for name in names}
     held = size["model"] + size["batch"]
     fitting, times = {}, []
@@ -55,7 +55,7 @@ def plan_text(profile: Profile, names: Sequence[str]) -> str:
         at_once = [min(n_arms, int(room // size[use])) for use in ("training", "counting")]
         if min(at_once) > 0:
             fitting[name] = at_once
-            times.append(_seconds(profile, shape, machine, *at_once))
+            times.append(stage_seconds(profile, shape, machine, *at_once))
     if not fitting:
         least = held + max(size["training"], size["counting"])
         raise ProfileError(
@@ -101,7 +101,7 @@ def plan_text(profile: Profile, names: Sequence[str]) -> str:
     )
 
 
-def _bytes(profile: Profile, shape: ModelShape) -> dict[str, int]:
+def sizes(profile: Profile, shape: ModelShape) -> dict[str, int]:
     """Memory of the model, a batch and an arm; disk of the cached residuals and of all arms."""
     n, n_meta = profile.dictionary.n_features, profile.dictionary.n_meta_features
     element = 2 if profile.model.dtype == "bfloat16" else 4
@@ -122,7 +122,7 @@ def _bytes(profile: Profile, shape: ModelShape) -> dict[str, int]:
     }
 
 
-def _seconds(
+def stage_seconds(
     profile: Profile, shape: ModelShape, machine: Machine, trained: int, counted: int
 ) -> dict[str, float]:
     """Seconds of every stage on a machine that trains and counts so many arms at once.
