@@ -43,6 +43,8 @@ rivals = interpret.rivals(run, run.load_table("arms"))  # of every seed, and of 
 names = dict.fromkeys([*rivals.base_arm, *rivals.joint_arm])
 contexts = interpret.collect_contexts(run, {name: every_arm[name] for name in names}, auto.window)
 pairs = interpret.choose_pairs(every_arm, contexts, rivals, sampling, auto.features, auto.cosine)
+
+# %%
 judges = {"lexical": interpret.LexicalJudge()}
 judges[auto.judge] = interpret.judge_of(run.profile, contexts[solo])
 controls = {
@@ -185,6 +187,6 @@ display(
     show.provenance(run),
     show.downloads(
         run, "autointerp_controls", "autointerp_features", "autointerp_scores",
-        "autointerp_compared", "autointerp_verdicts", "figure_2",
+        "autointerp_compared", "autointerp_verdicts", "autointerp_explainers", "figure_2",
     ),
 )  # fmt: skip

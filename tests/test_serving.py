@@ -15,9 +15,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "benchmarks" / "serve_qwen.sh"
 # What vLLM's parser imports and our environment lacks; the rest of its requirements is CUDA.
 BESIDE = (
-    "aiosignal", "apache-tvm-ffi", "cachetools", "cbor2", "cloudpickle", "fastapi", "frozenlist",
-    "llguidance", "msgspec", "openai_harmony", "partial_json_parser", "py-cpuinfo", "pybase64",
-    "starlette", "uvloop", "xgrammar",
+    "aiohappyeyeballs", "aiohttp", "aiosignal", "apache-tvm-ffi", "cachetools", "cbor2",
+    "cloudpickle", "fastapi", "frozenlist", "llguidance", "msgspec", "multidict", "openai_harmony",
+    "partial_json_parser", "propcache", "py-cpuinfo", "pybase64", "starlette", "uvloop",
+    "xgrammar", "yarl",
 )  # fmt: skip
 # Stands where the script expects vLLM's own command, and says what vLLM makes of its arguments.
 COMMAND = """#!{python}
