@@ -126,7 +126,6 @@ display(show.judged_sentence(compared, auto.judge), show.compared_scores(compare
 # ## Figure 2: where the scores move
 # %% mystnb={"figure": {"name": "fig-2", "caption": "Figure 2 of the paper for this model: density of fuzzing scores in the joint arm minus that in the solo arm, over matched pairs; bands are 95% intervals, pairs resampled. It means something for a judge that passed its controls, and for no other."}, "image": {"alt": "Step lines of the difference in density against the fuzzing score from minus one to one, with bands, one colour for each judge."}}
 figure_2 = interpret.figure_2(asked, scores)
-run.save_table("figure_2", figure_2, "Density of fuzzing scores, joint minus solo")
 figures.fuzzing_difference(figure_2)
 
 # %% [markdown]
@@ -164,7 +163,6 @@ for arm, mine in shown.groupby("arm", sort=False):
     page = show.examples_page(contexts[arm], mine.sample(3, random_state=0))
     display(HTML(f"<p>{arm}</p>{page}"))
 both = interpret.against_lists(run, contexts[solo], judges[best], shown[shown.arm == solo].feature)
-run.save_table("autointerp_explainers", both, "Sentences and token lists of the same features")
 display(show.sentences_and_lists(both))
 
 # %% tags=["hide-input"]
@@ -173,6 +171,10 @@ run.save_table("autointerp_verdicts", verdicts, "Which judge can be believed on 
 run.save_table("autointerp_features", features, "Segments in which each feature fires")
 run.save_table("autointerp_scores", scores, "Explanation and three scores of every feature")
 run.save_table("autointerp_compared", compared, "Joint minus solo and frontier scores, in pairs")
+run.save_table("autointerp_explainers", both, "Sentences and token lists of the same features")
+_ = run.save_table("figure_2", figure_2, "Density of fuzzing scores, joint minus solo")
+
+# %% tags=["hide-input"]
 # A judge that failed gives the paper's values no answer.
 passed = interpret.is_able(verdicts, auto.judge)
 headline = fuzz[fuzz.judge == auto.judge].iloc[0].dropna().to_dict() if passed else {}
