@@ -19,12 +19,12 @@ import pandas as pd
 
 from metasae_lib import Profile, Run
 from metasae_lib.interpret import LexicalJudge, collect_contexts
-from metasae_lib.interpret.controls import Group, control_table, shuffled
+from metasae_lib.interpret.controls import Group, control_table, planted_groups
 from metasae_lib.interpret.judges.embedding import EmbeddingJudge
 from metasae_lib.interpret.judges.in_process import InProcessJudge
 from metasae_lib.interpret.judges.questions import Judge
-from metasae_lib.interpret.material import PLANTED, near_miss, planted
-from metasae_lib.interpret.scores import SCORES, answers_of, explain, in_words, sampling_of
+from metasae_lib.interpret.material import planted
+from metasae_lib.interpret.scores import SCORES, answers_of, explain, sampling_of, token_lists
 from metasae_lib.train import train_arms
 
 # One arm that is hardly trained: contexts are collected for an arm, and none of it is used.
@@ -39,33 +39,22 @@ def main() -> None:
     (contexts,) = collect_contexts(run, train_arms(run), run.profile.autointerp.window).values()
     known = planted(contexts, sampling_of(run.profile), copies=3)
     texts = [one.text for one in contexts.sample(200)]
-    lists = explain([one.material for one in known], answers_of(LexicalJudge()))
-    rows = []
+    made, rows = [one.material for one in known], []
     for name in sys.argv[1:] or ["lexical", "embedding", "smollm2-135m"]:
         judge: Judge = LexicalJudge()
         if name == "embedding":
             judge = EmbeddingJudge("embedded:all-minilm-l6-v2", texts)
         elif name != "lexical":
             judge = InProcessJudge(f"embedded:{name}")
-        right = lists if name == "lexical" else [in_words(text) for text in lists]
-        of = dict(zip((one.concepts[0] for one in known), right, strict=True))
-        for kind in PLANTED:
-            mine = [k for k, one in enumerate(known) if one.kind == kind]
-            made = [known[k].material for k in mine]
-            names = [known[k].concepts[0] for k in mine]
-            given = {
-                "token list": [right[k] for k in mine],
-                "in words": list(names),
-                "near miss": [of.get(near_miss(name), near_miss(name)) for name in names],
-                "shuffled": shuffled([right[k] for k in mine]),
-            }
-            for condition, explanations in given.items():
+        right = explain(made, answers_of(judge)) if name == "lexical" else token_lists(made)
+        for kind, group in planted_groups(known, right).items():
+            for condition, explanations in group.given.items():
                 started = time.perf_counter()
-                group = {kind: Group(made, {condition: explanations})}
-                found = control_table(group, answers_of(judge))
-                row = {"judge": name, "on": kind, "explanation": condition, "n": len(made)}
+                one = {kind: Group(group.made, {condition: explanations})}
+                found = control_table(one, answers_of(judge))
+                row = {"judge": name, "on": kind, "explanation": condition, "n": len(found)}
                 row |= {score: found[score].mean() for score in SCORES}
-                row["features/s"] = len(made) / (time.perf_counter() - started)
+                row["features/s"] = len(found) / (time.perf_counter() - started)
                 rows.append(row)
     print(pd.DataFrame(rows).round(3).to_string(index=False))
 

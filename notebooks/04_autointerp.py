@@ -110,9 +110,9 @@ display(
 # model: its explanation is the list of tokens on which a feature is strongest, with weights, and it
 # is the floor that a model must beat. It scores the pairs of the first seed.
 # %%
-passes = verdicts.groupby(["judge", "score"]).able.all().groupby("judge").any()
+passes = any(interpret.is_able(verdicts, auto.judge, name) for name in verdicts.score.unique())
 first = pairs[(pairs.joint_arm == joint) & (pairs.against == "solo")].reset_index(drop=True)
-asked = {auto.judge: pairs} if passes[auto.judge] and auto.judge != "lexical" else {}
+asked = {auto.judge: pairs} if passes and auto.judge != "lexical" else {}
 asked["lexical"] = first
 scores = interpret.score_pairs(run, contexts, asked, judges)
 unread = scores.groupby(["judge", "arm"])[["asked", "unreadable"]].sum().reset_index()

@@ -14,8 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFast
 
+from metasae_lib import Profile, Run
+from metasae_lib.interpret import scores
 from metasae_lib.interpret.examples import Example
 from metasae_lib.interpret.judges.embedding import EmbeddingJudge
+from metasae_lib.interpret.judges.in_process import InProcessJudge
+from metasae_lib.interpret.judges.lexical import LexicalJudge
 from metasae_lib.interpret.judges.questions import JudgeError, Question
 from metasae_lib.study import CorpusError, SubjectError
 from metasae_lib.study.files import sha256_of
@@ -150,6 +154,16 @@ def test_the_real_encoder_knows_meanings() -> None:
         for about, (right, wrong) in pairs.items()
     ]
     assert [answer for _, answer in judge.ask(questions)] == ["A", "A", "A"]
+
+
+def test_the_model_that_explains_is_loaded_once(encoder: Path, run: Run) -> None:
+    auto = {"autointerp.explainer": "in-process", "autointerp.explainer_model": f"folder:{encoder}"}
+    explained = Run.open(Profile.load("tiny", auto), run.runs_dir)
+    judge = EmbeddingJudge(f"folder:{encoder}", texts(5))
+    explainer = scores._explainer_of(explained, judge)
+    assert isinstance(explainer, InProcessJudge)
+    assert scores._explainer_of(explained, judge) is explainer
+    assert isinstance(scores._explainer_of(run, judge), LexicalJudge)
 
 
 def _package(path: Path, weights: bytes) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from metasae_lib import Profile
-from metasae_lib.study.plan import machines, sizes, stage_seconds
+from metasae_lib.study.plan import arms_at_once, machines, sizes, stage_seconds
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXECUTORS = ("local", "slurm", "kubernetes")
@@ -57,12 +57,11 @@ def _planned(profile: Profile, gpu: bool) -> tuple[int, int]:
     if shape is None:
         return UNKNOWN_MB, MOST_MINUTES
     machine, size = machines()[GPU if gpu else "cpu"], sizes(profile, shape)
-    held = size["model"] + size["batch"]
-    room = 0.9 * machine.memory * 1e9 - held
-    at_once = [min(arms, max(1, int(room // size[use]))) for use in ("training", "counting")]
+    at_once = (max(1, count) for count in arms_at_once(profile, size, machine))
     # Without a GPU all arms are in the host's memory; with one they pass through it one by one.
     largest = max(size["training"], size["counting"])
-    host = size["loading"] + held + largest * (1 if gpu else arms)
+    passing = largest * (1 if gpu else arms)
+    host = size["loading"] + size["model"] + size["batch"] + passing
     seconds = sum(stage_seconds(profile, shape, machine, *at_once).values())
     return math.ceil(FACTOR * host / 1e6), math.ceil(FACTOR * seconds / 60)
 

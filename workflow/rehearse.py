@@ -10,9 +10,11 @@ where memory ends.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ def main() -> int:
     try:
         source = Profile.load(arguments.profile).model_dump()
         name = f"{arguments.profile}-rehearsal"
-        model = save_random(arguments.profile, arguments.layers, FOLDER / name)
+        model = save_random(arguments.profile, arguments.layers)
         values = {
             key: value | SMALL.get(key, {}) if isinstance(value, dict) else value
             for key, value in source.items()
@@ -83,18 +85,26 @@ def config_of(name: str, layers: int | None = None) -> Any:
     )  # fmt: skip
 
 
-def save_random(name: str, layers: int | None, folder: Path) -> Path:
-    """A model of the profile's shape with random weights in bfloat16, and a tokenizer that fits."""
+def save_random(name: str, layers: int | None) -> Path:
+    """A model of the profile's shape with random weights in bfloat16, and a tokenizer that fits.
+
+    Made once for each number of layers; one that was killed while it was made is made anew.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    if (folder / "config.json").exists():
+    folder = FOLDER / f"{name}-{layers or 'all'}-layers"
+    if folder.exists():
         return folder
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(name, layers), dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="1GB")
-    for path in Path(embedded.snapshot(TOKENIZER)).glob("tokenizer*"):
-        shutil.copy(path, folder)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as working:
+        made = Path(working) / folder.name
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config_of(name, layers), dtype=torch.bfloat16)
+        model.save_pretrained(made, max_shard_size="1GB")
+        for path in Path(embedded.snapshot(TOKENIZER)).glob("tokenizer*"):
+            shutil.copy(path, made)
+        os.replace(made, folder)
     return folder
 
 

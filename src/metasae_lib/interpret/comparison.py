@@ -13,6 +13,7 @@ from metasae_lib.interpret.contexts import Contexts
 from metasae_lib.interpret.material import Sampling
 from metasae_lib.interpret.scores import SCORES
 from metasae_lib.measure import hungarian
+from metasae_lib.measure.pairs import is_selected
 from metasae_lib.measure.statistics import (
     Effect,
     needed,
@@ -33,14 +34,11 @@ def matched_pairs(base: Arm, joint: Arm) -> pd.DataFrame:
 def rivals(run: Run, fidelity: pd.DataFrame) -> pd.DataFrame:
     """The selected joint arm of every seed, and what it is held against.
 
-    fidelity: columns arm, kind, seed, k, l2. Columns: against (`solo`, or `frontier`: the solo arm
-    at the smaller k whose mean L2 is nearest to that of the joint arms), seed, base_arm, joint_arm.
-    A seed whose arms were not all trained is left out.
+    fidelity: columns arm, kind, seed, lambda2, sigma_sq, k, l2. Columns: against (`solo`, or
+    `frontier`: the solo arm at the smaller k whose mean L2 is nearest to that of the joint arms),
+    seed, base_arm, joint_arm. A seed whose arms were not all trained is left out.
     """
-    lambda2, sigma_sq = run.profile.selected
-    joint = fidelity[
-        (fidelity.kind == "joint") & (fidelity.lambda2 == lambda2) & (fidelity.sigma_sq == sigma_sq)
-    ]
+    joint = fidelity[is_selected(run, fidelity)]
     frontier = fidelity[fidelity.kind == "frontier"]
     away = (frontier.groupby("k").l2.mean() - joint.l2.mean()).abs()
     equal = frontier[frontier.k == away.idxmin()] if len(away) else frontier

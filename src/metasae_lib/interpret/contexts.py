@@ -156,8 +156,7 @@ class Contexts:
         from the weakest up, so that strengths differ as much as the text allows.
         """
         wanted = {word.lower() for word in words}
-        vocabulary = np.unique(self._windows)
-        tokens = [i for i in vocabulary if "".join(self.pieces([int(i)])).strip().lower() in wanted]
+        tokens = [token for token, word in self._words.items() if word in wanted]
         found: Array = np.isin(self._windows, tokens)
         hits: Array = found.sum(axis=1)
         segments = self.layout.segments()
@@ -170,6 +169,12 @@ class Contexts:
             [self._example(int(segments[k]), found[k] * hits[k]) for k in firing],
             [self._example(int(segments[k]), found[k]) for k in silent],
         )
+
+    @cached_property
+    def _words(self) -> dict[int, str]:
+        """The text of every token that the windows hold, without space around it, in lower case."""
+        vocabulary = np.unique(self._windows).tolist()
+        return {token: "".join(self.pieces([token])).strip().lower() for token in vocabulary}
 
     @property
     def _windows(self) -> Array:

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from metasae_lib.interpret.contexts import Contexts
 from metasae_lib.interpret.judges.questions import Judge
-from metasae_lib.interpret.material import PLANTED, Material, materials, near_miss, planted
+from metasae_lib.interpret.material import (
+    PLANTED,
+    Material,
+    Planted,
+    materials,
+    near_miss,
+    planted,
+)
 from metasae_lib.interpret.scores import (
     CHANCE,
     SCORES,
@@ -85,16 +92,8 @@ def examine(
     """
     sampling, answers = sampling_of(run.profile), answers_for(run, judge)
     known, both = (planted(contexts, sampling, 3, blends) for blends in (False, True))
-    made = [one.material for one in known]
-    texts = explanations_of(run, judge, made)
-    of = dict(zip((one.concepts[0] for one in known), texts, strict=True))  # the last copy's
-    groups = {}
-    for kind in PLANTED:
-        mine = [k for k, one in enumerate(known) if one.kind == kind]
-        names: list[str | None] = [known[k].concepts[0] for k in mine]
-        near = [of.get(other, other) for other in (near_miss(str(name)) for name in names)]
-        given: Texts = {"right": [texts[k] for k in mine], "words": names, "near": near}
-        groups[kind] = Group([made[k] for k in mine], _with_wrong(given))
+    texts = explanations_of(run, judge, [one.material for one in known])
+    groups, of = planted_groups(known, texts), _by_concept(known, texts)
     made = [one.material for one in both]
     half = [of.get(one.concepts[0], one.concepts[0]) for one in both]
     groups["blends"] = Group(made, {"right": explanations_of(run, judge, made), "half": half})
@@ -105,7 +104,7 @@ def examine(
     made, neighbours = (materials(contexts, which, sampling) for which in (sample, beside))
     right, near = (explanations_of(run, judge, each) for each in (made, neighbours))
     kept = [k for k, text in enumerate(right) if text is not None]
-    given = {"right": [right[k] for k in kept], "near": [near[k] for k in kept]}
+    given: Texts = {"right": [right[k] for k in kept], "near": [near[k] for k in kept]}
     groups["features"] = Group([made[k] for k in kept], _with_wrong(given))
 
     table = control_table(groups, answers, answers_for(run, judge, asking=1))
@@ -115,6 +114,24 @@ def examine(
         for group, feature in zip(table.group, table.feature, strict=True)
     ]
     return table.assign(concept=concepts)
+
+
+def planted_groups(known: Sequence[Planted], texts: Sequence[str | None]) -> dict[str, Group]:
+    """Planted features of each kind under the conditions of `examine`. texts: their right
+    explanations."""
+    groups, of = {}, _by_concept(known, texts)
+    for kind in PLANTED:
+        mine = [(one, text) for one, text in zip(known, texts, strict=True) if one.kind == kind]
+        names = [one.concepts[0] for one, _ in mine]
+        near = [of.get(other, other) for other in map(near_miss, names)]
+        given: Texts = {"right": [text for _, text in mine], "words": [*names], "near": near}
+        groups[kind] = Group([one.material for one, _ in mine], _with_wrong(given))
+    return groups
+
+
+def _by_concept(known: Sequence[Planted], texts: Sequence[str | None]) -> dict[str, str | None]:
+    """One explanation of each concept, its last copy's."""
+    return {one.concepts[0]: text for one, text in zip(known, texts, strict=True)}
 
 
 def _with_wrong(given: Texts) -> Texts:

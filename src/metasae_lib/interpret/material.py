@@ -206,20 +206,22 @@ def planted(
         names = list(words)
         partners = zip(names, names[2:] + names[:2], strict=True)
         for concepts in partners if blends else ((name,) for name in names):
-            sets = [contexts.with_words(words[name], copies * size)[0] for name in concepts]
             every = [word for name in concepts for word in words[name]]
-            silent = contexts.with_words(every, copies * size)[1]
+            firing, silent = contexts.with_words(every, copies * size)
+            sets = [firing]
+            if blends:
+                sets = [contexts.with_words(words[name], copies * size)[0] for name in concepts]
             sizes = [len(part) for part in np.array_split(range(size), len(concepts))]
             possible = min(len(found) // size for found in sets)
             for copy in range(possible):
-                firing = {
+                chosen = {
                     example.segment: example
                     for found, n in zip(sets, sizes, strict=True)
                     for example in found[copy : possible * size : possible][:n]
                 }
-                if len(firing) < size or len(silent) < possible * size:
+                if len(chosen) < size or len(silent) < possible * size:
                     continue  # a segment that shows both halves of a blend
-                examples = sorted(firing.values(), key=lambda e: e.strength)
+                examples = sorted(chosen.values(), key=lambda e: e.strength)
                 material = prepare(
                     len(made),
                     [example for k, example in enumerate(examples) if k not in asked],

@@ -170,14 +170,18 @@ def judge_of(profile: Profile, contexts: Contexts) -> Judge:
     return LexicalJudge() if auto.judge == "lexical" else _model(profile, auto.judge, auto.model)
 
 
-def _explainer_of(profile: Profile, judge: Judge) -> Judge:
-    """Who writes the explanations that a judge gets. The lexical judge weighs its own."""
-    auto = profile.autointerp
+def _explainer_of(run: Run, judge: Judge) -> Judge:
+    """Who writes the explanations that a judge gets; a model is loaded once a run. The lexical
+    judge weighs its own."""
+    auto = run.profile.autointerp
     if auto.explainer == "judge" or isinstance(judge, LexicalJudge):
         return judge
     if auto.explainer == "lexical":
         return LexicalJudge()
-    return _model(profile, auto.explainer, auto.explainer_model)
+    if "explainer" not in run.held:
+        run.held["explainer"] = _model(run.profile, auto.explainer, auto.explainer_model)
+    explainer: Judge = run.held["explainer"]
+    return explainer
 
 
 def _model(profile: Profile, kind: str, model: str) -> Judge:
@@ -200,9 +204,14 @@ def answers_for(run: Run, judge: Judge, asking: int = 0) -> Answers:
     return AskOnce(judge, run.artefact("answers", about).folder / "answers.sqlite").answers
 
 
+def token_lists(made: Sequence[Material]) -> list[str | None]:
+    """The lexical judge's explanations, as a judge that reads words gets them."""
+    return [in_words(text) for text in explain(made, answers_of(LexicalJudge()))]
+
+
 def explanations_of(run: Run, judge: Judge, made: Sequence[Material]) -> list[str | None]:
     """What the profile's explainer writes about features, as the judge reads it."""
-    explainer = _explainer_of(run.profile, judge)
+    explainer = _explainer_of(run, judge)
     texts = explain(made, answers_for(run, explainer))
     return texts if explainer is judge else [in_words(text) for text in texts]
 
@@ -218,8 +227,7 @@ def against_lists(
     made = materials(contexts, list(features)[:most], sampling_of(run.profile))
     if run.profile.autointerp.explainer == "lexical" or isinstance(judge, LexicalJudge):
         return score([], [], answers_for(run, judge)).assign(explainer="")
-    lists = [in_words(text) for text in explain(made, answers_of(LexicalJudge()))]
-    given = {"sentence": explanations_of(run, judge, made), "list": lists}
+    given = {"sentence": explanations_of(run, judge, made), "list": token_lists(made)}
     frames = [
         score(made, texts, answers_for(run, judge)).assign(explainer=name)
         for name, texts in given.items()

@@ -117,13 +117,17 @@ def _change(arm: pd.Series, base: pd.Series, ours: Floats, theirs: Floats) -> di
 def _pairs(run: Run, rows: list[dict[Any, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=[*_ABOUT, "d_mean_abs_phi_pct", "low", "high",
                                         "d_excess_pct", "d_l2_pct", "d_ce_points"])  # fmt: skip
-    lambda2, sigma_sq = run.profile.selected
-    joint = frame.kind == "joint"
     setting = frame.arm.str.replace(r"-seed\d+$", "", regex=True)
     return frame.assign(
         setting=setting.where(frame.kind != "solo", frame.arm),  # seeds of solo are not pairs
-        selected=joint & (frame.lambda2 == lambda2) & (frame.sigma_sq == sigma_sq),
+        selected=is_selected(run, frame),
     )
+
+
+def is_selected(run: Run, arms: pd.DataFrame) -> pd.Series:
+    """Which rows are joint arms of the headline's setting. Columns: kind, lambda2, sigma_sq."""
+    lambda2, sigma_sq = run.profile.selected
+    return (arms.kind == "joint") & (arms.lambda2 == lambda2) & (arms.sigma_sq == sigma_sq)
 
 
 def setting_table(pairs: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from metasae_lib.study.errors import ProfileError
@@ -47,17 +47,14 @@ def plan_text(profile: Profile, names: Sequence[str]) -> str:
         )
     size, n_arms = sizes(profile, shape), len(profile.arms())
     chosen = {name: machines()[name] for name in names}
-    held = size["model"] + size["batch"]
     fitting, times = {}, []
     for name, machine in chosen.items():
-        # Arms that fit in nine tenths of the memory, beside model and batch.
-        room = 0.9 * machine.memory * 1e9 - held
-        at_once = [min(n_arms, int(room // size[use])) for use in ("training", "counting")]
+        at_once = arms_at_once(profile, size, machine)
         if min(at_once) > 0:
             fitting[name] = at_once
             times.append(stage_seconds(profile, shape, machine, *at_once))
     if not fitting:
-        least = held + max(size["training"], size["counting"])
+        least = size["model"] + size["batch"] + max(size["training"], size["counting"])
         raise ProfileError(
             f"profile {profile.name}: about {_size(least / 0.9)} of memory are needed, more than "
             f"{' or '.join(names)} has: choose a larger machine"
@@ -101,8 +98,17 @@ def plan_text(profile: Profile, names: Sequence[str]) -> str:
     )
 
 
+def arms_at_once(profile: Profile, size: Mapping[str, int], machine: Machine) -> tuple[int, int]:
+    """Arms trained and arms counted at once: those that fit in nine tenths of the memory, beside
+    model and batch."""
+    room = 0.9 * machine.memory * 1e9 - size["model"] - size["batch"]
+    trained, counted = (int(room // size[use]) for use in ("training", "counting"))
+    return min(len(profile.arms()), trained), min(len(profile.arms()), counted)
+
+
 def sizes(profile: Profile, shape: ModelShape) -> dict[str, int]:
-    """Memory of the model, a batch and an arm; disk of the cached residuals and of all arms."""
+    """Bytes of memory of the model, loaded and while it is loaded, of a batch and of an arm; of
+    disk for the cached residuals and for all arms."""
     n, n_meta = profile.dictionary.n_features, profile.dictionary.n_meta_features
     element = 2 if profile.model.dtype == "bfloat16" else 4
     weights, counts = 4 * 2 * shape.d_model * (n + n_meta), 4 * n**2  # float32 and int32

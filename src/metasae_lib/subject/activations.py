@@ -134,9 +134,8 @@ class Residuals:
         artefact.finish({"n_tokens": self.n_tokens})
 
     def fill(self) -> None:
-        """Fill the cache, if there is one: from here on this role needs no language model."""
-        if self._profile.activations.cache:
-            _ = self._folder
+        """Fill the cache: from here on this role needs no language model."""
+        _ = self._folder
 
 
 class BatchStream:

@@ -18,9 +18,7 @@ from metasae_lib.subject.model import load_weights
 _BLOCK_QUESTIONS = 8192
 _BATCH = 128  # texts
 _KEPT_TOKENS = 250_000  # of texts that may come again: 400 MB
-_SHARPNESS = (
-    4  # of the bend at zero: what is ordinary counts for little, and still tells texts apart
-)
+_SHARPNESS = 4  # of the bend at zero: what is ordinary counts for little, but tells texts apart
 _LEAST_SCATTER = 0.01  # of a cosine over texts, where a token of the explanation meets none of them
 
 
@@ -63,18 +61,17 @@ class EmbeddingJudge:
             )
         for start in range(0, len(questions), _BLOCK_QUESTIONS):
             block = questions[start : start + _BLOCK_QUESTIONS]
+            lines = [[one_line(example.text) for example in q.examples] for q in block]
             asked: dict[str, dict[str, float]] = {}
-            for question in block:
-                texts = (one_line(example.text) for example in question.examples)
+            for question, texts in zip(block, lines, strict=True):
                 asked.setdefault(question.explanation, {}).update(dict.fromkeys(texts, 0.0))
             tokens = self._encode([*asked, *(text for mine in asked.values() for text in mine)])
             for explanation, mine in asked.items():
                 texts_of = _joined([tokens[text] for text in mine])
                 evidence = self._evidence(tokens[explanation], texts_of)
                 mine.update(zip(mine, evidence.round(3).tolist(), strict=True))
-            for k, question in enumerate(block):
-                mine = asked[question.explanation]
-                values = [mine[one_line(example.text)] for example in question.examples]
+            for k, (question, texts) in enumerate(zip(block, lines, strict=True)):
+                values = [asked[question.explanation][text] for text in texts]
                 yield start + k, choice(question.task, values)
 
     @cached_property
