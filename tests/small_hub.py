@@ -19,7 +19,8 @@ class SmallHub:
     """`repositories`: folder of each `models/owner/name` or `datasets/owner/name`. `asked`: the
     path of every request, in order. `fault`: given the path of a request for a file's content, what
     goes wrong: `cut` (half of it comes), `stall` (nothing comes), `503`, `401`, or nothing.
-    `faults`: how many did."""
+    `faults`: how many did. `token`: where there is one, no file is given without it, as of a
+    gated repository."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Path] = {}
@@ -27,6 +28,7 @@ class SmallHub:
         self.url = ""
         self.fault: Callable[[str], str] = lambda path: ""
         self.faults = 0
+        self.token = ""
 
     def commit(self, repository: str) -> str:
         """40 hex digits out of the names and contents of a repository's files."""
@@ -51,6 +53,13 @@ class SmallHub:
                 path = unquote(urlsplit(self.path).path).strip("/")
                 hub.asked.append(path)
                 found = hub._answer(path)
+                named = self.headers.get("Authorization") == f"Bearer {hub.token}"
+                if hub.token and "/resolve/" in path and not named:
+                    self.send_response(401)
+                    self.send_header("X-Error-Code", "GatedRepo")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 if found is None:
                     self.send_response(404)
                     known = any(name.removeprefix("models/") in path for name in hub.repositories)

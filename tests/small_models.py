@@ -52,8 +52,12 @@ def save_model(architecture: str, folder: Path) -> Path:
         )  # fmt: skip
         model = GPT2LMHeadModel(config)
     elif architecture == "gemma2":
-        # A soft cap this low changes the logits of a random model by several per cent.
-        caps = {"final_logit_softcapping": 0.5, "query_pre_attn_scalar": 8}
+        # Soft caps this low change the logits of a random model by several per cent, and rows of 16
+        # tokens reach beyond the window of every other block.
+        caps = {
+            "final_logit_softcapping": 0.5, "attn_logit_softcapping": 0.5,
+            "query_pre_attn_scalar": 8, "sliding_window": 4,
+        }  # fmt: skip
         model = Gemma2ForCausalLM(Gemma2Config(**_SIZES | caps))
     else:
         assert architecture == "gemma3"

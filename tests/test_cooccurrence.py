@@ -499,13 +499,13 @@ def test_a_scan_in_its_dense_form_equals_the_sparse_one(
 ) -> None:
     """The form that a GPU takes, run here."""
     sparse = scan.scan_arms(run, arms)
-    add = scan._Scan.add
+    add = scan.ArmScan.add
 
     def dense(self: Any, pre: torch.Tensor) -> None:
         self.device = SimpleNamespace(type="not a CPU")
         add(self, pre)
 
-    monkeypatch.setattr(scan._Scan, "add", dense)
+    monkeypatch.setattr(scan.ArmScan, "add", dense)
     other = Run.open(run.profile, tmp_path / "other")
     again = scan.scan_arms(other, two_arms(other))
     for name in arms:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from small_hub import SmallHub
 from small_models import save_model, save_text, small_profile
+from transformers import AutoModelForCausalLM
 
 from metasae_lib import Run
 from metasae_lib.study import CorpusError, SubjectError, files
@@ -110,6 +111,31 @@ def test_a_hub_model_is_its_commit(
         load_subject(pinned)
     with pytest.raises(SubjectError, match="model nobody/none could not be reached"):
         hub_commit("model", "nobody/none")
+
+
+def test_shards_of_a_gated_model_with_the_token_of_the_environment(
+    hub: SmallHub, model: Path, text: Path, own_cache: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    uploaded = tmp_path / "uploaded"
+    weights = AutoModelForCausalLM.from_pretrained(model)
+    weights.save_pretrained(uploaded, max_shard_size="20KB")
+    assert len(list(uploaded.glob("model-*.safetensors"))) > 2
+    for path in model.glob("*token*"):
+        shutil.copy(path, uploaded)
+    hub.repositories["models/some/gated"] = uploaded
+    hub.token = "hf_secret"
+    profile = small_profile(model, text, **{"model.source": "hub:some/gated"})
+    with pytest.raises(
+        SubjectError, match=r"some/gated could not be downloaded .*HF_TOKEN"
+    ) as said:
+        load_subject(profile)
+    assert "\n" not in str(said.value)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    ids = np.arange(16)[None]
+    ours = load_subject(profile).residuals(ids)
+    assert ours.equal(load_subject(small_profile(model, text)).residuals(ids))
+    assert fingerprint(profile)["identity"] == hub.commit("models/some/gated")
 
 
 def test_a_hub_dataset_is_its_commit(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import pytest
 import yaml
 
 from metasae_lib.__main__ import main
+from metasae_lib.measure.speed import measured_costs
 from metasae_lib.study.arms import ArmSpec
 from metasae_lib.study.errors import ProfileError
 from metasae_lib.study.known import ModelShape, model_shape
+from metasae_lib.study.plan import Costs, machines, plan_text, shape_of, stage_seconds
 from metasae_lib.study.profile import Profile
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -272,9 +276,57 @@ def test_plan_against_hand_counts(capsys: pytest.CaptureFixture[str]) -> None:
     An arm: 16 bytes · 2 · 1280 · (20,480 + 1,800) = 0.91 GB; counts 4 · 20,480² = 1.68 GB."""
     assert main(["plan", "gpt2-large", "--gpu", "h100"]) == 0
     out = capsys.readouterr().out
-    assert "4 min" in next(line for line in out.splitlines() if line.startswith("model to layer"))
+    assert "4 min" in next(
+        line for line in out.splitlines() if line.startswith("residuals, training")
+    )
     assert "0.91 GB of memory, with Adam" in out and "1.68 GB of memory" in out
     assert "a100" not in out
+
+
+def test_stages_are_sums_of_units() -> None:
+    """By hand: 2 arms, one with the penalty, 40 steps; rows of 16 tokens of which 15 count."""
+    profile = Profile.load(
+        "tiny",
+        {
+            "model.layer": 3, "model.batch_rows": 8, "text.context_length": 16,
+            "text.skip_first": True, "training.arms": ["solo", "control"], "training.seeds": [0],
+            "text.roles": {"train": 1500, "calibration": 300, "scan": 600, "contexts": 300},
+            "training.train_tokens": 40 * 256, "training.batch_tokens": 256,
+            "evaluation.ce_rows": 32,
+        },
+    )  # fmt: skip
+    costs = Costs(
+        block=1, head=5, solo=2, joint=3, calibration=7, scan=11, reconstruction=13, memory=8
+    )
+    shape = ModelShape(n_layers=5, d_model=64, block_parameters=1, vocabulary=9)
+    found = stage_seconds(profile, shape, costs, 2, 2)
+    assert list(found.values()) == [
+        1600 * 3, 1280 * 3, 40 * (2 + 3), 2 * 300 * 7, 2 * 600 * 11,
+        # Of 32 rows: 3 blocks once; then 2 blocks and the head, plain, twice, and on 8 rows twice.
+        2 * 600 * 13 + 32 * 16 * (3 + (1 + 2 * (1 + 8 / 32)) * (2 + 5)),
+    ]  # fmt: skip
+
+
+def test_costs_are_measured_here(capsys: pytest.CaptureFixture[str]) -> None:
+    profile = Profile.load("tiny")
+    costs = measured_costs(profile, shape_of(profile))
+    assert all(0 < value < 1 for value in astuple(costs)[:-1])
+    assert costs.memory == machines()["cpu"].memory
+    assert main(["plan", "tiny", "--gpu", "here"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[2].split() == ["here"] and "Measured: here" in out
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    profile = Profile.load("gemma-2-9b")
+    small = replace(machines()["h100"].costs(profile, shape_of(profile)), memory=24)
+    with pytest.raises(
+        ProfileError, match=r"here has: set dictionary.n_features to ([\d,]+)"
+    ) as no:
+        plan_text(profile, [], small)
+    (named,) = re.findall(r"n_features to ([\d,]+)", str(no.value))
+    fits = Profile.load("gemma-2-9b", {"dictionary.n_features": int(named.replace(",", ""))})
+    assert "arms trained at once" in plan_text(fits, [], small)
 
 
 def test_commands_fail_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

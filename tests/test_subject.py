@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import VOCABULARY, save_model, save_text, small_profile
+from small_models import BOS, VOCABULARY, save_model, save_text, small_profile
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,12 +66,24 @@ def hugging_face(folder: Path, ids: np.ndarray) -> tuple[list[Tensor], Tensor]:
 def test_residuals_and_loss_are_those_of_hugging_face(
     folders: dict[str, Path], ids: np.ndarray, architecture: str
 ) -> None:
+    ids[:, 0] = BOS
     hidden, ce = hugging_face(folders[architecture], ids)
-    for layer in (1, 3):
+    for layer in (1, 2, 3):
         subject = load(folders[architecture], model__layer=layer)
         assert (subject.n_layers, subject.d_model) == (4, 32)
         torch.testing.assert_close(subject.residuals(ids), hidden[layer], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(subject.loss(ids).double(), ce, atol=1e-5, rtol=1e-5)
+
+
+def test_caps_and_windows_are_felt(folders: dict[str, Path], ids: np.ndarray) -> None:
+    """Without Gemma 2's the residuals would be others: the agreement above is no accident."""
+    config = json.loads((folders["gemma2"] / "config.json").read_text())
+    for key, value in {"sliding_window": 64, "attn_logit_softcapping": None}.items():
+        changed = folders["gemma2"].with_name(f"without-{key}")
+        shutil.copytree(folders["gemma2"], changed)
+        (changed / "config.json").write_text(json.dumps(config | {key: value}))
+        ours = load(folders["gemma2"], model__layer=3).residuals(ids)
+        assert not torch.allclose(hugging_face(changed, ids)[0][3], ours, atol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

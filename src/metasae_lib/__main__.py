@@ -11,7 +11,7 @@ import yaml
 
 from metasae_lib.study.errors import MetaSAEError, ProfileError
 from metasae_lib.study.kept import KeptRun, keep
-from metasae_lib.study.plan import machines, plan_text
+from metasae_lib.study.plan import machines, plan_text, shape_of
 from metasae_lib.study.profile import Profile
 from metasae_lib.study.run import Run
 
@@ -29,6 +29,16 @@ def _train(options: argparse.Namespace) -> None:
     watch = tensorboard(Path(options.tensorboard)) if options.tensorboard else None
     distributed.start()
     train_arms(run, watch)
+
+
+def _plan(profile: Profile, machine: str | None) -> str:
+    """The plan for one machine, or for all whose speeds are assumed."""
+    if machine != "here":
+        return plan_text(profile, [machine] if machine else list(machines()))
+    shape = shape_of(profile)
+    from metasae_lib.measure.speed import measured_costs  # loads torch
+
+    return plan_text(profile, [], measured_costs(profile, shape))
 
 
 def _keep(folder: str) -> None:
@@ -49,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fetch.add_argument("profiles", nargs="+", metavar="PROFILE")
     plan = commands.add_parser("plan", help="what a profile will cost, before anything is spent")
     plan.add_argument("profile", metavar="PROFILE")
-    plan.add_argument("--gpu", choices=list(machines()), help="one machine (all by default)")
+    plan.add_argument(
+        "--gpu",
+        choices=["here", *machines()],
+        help="one machine (by default all whose speeds are assumed); here: measured on this one",
+    )
     kept = commands.add_parser("keep", help="store a finished run's small tables in results/")
     kept.add_argument("folder", metavar="RUN", help="folder of the run, made here or elsewhere")
     train = commands.add_parser(
@@ -72,8 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "keep":
             _keep(options.folder)
         elif options.command == "plan":
-            names = [options.gpu] if options.gpu else list(machines())
-            print(plan_text(Profile.load(options.profile), names))
+            print(_plan(Profile.load(options.profile), options.gpu))
         else:
             profiles = [Profile.load(name) for name in options.profiles]
             from metasae_lib.subject.model import fetch as fetch_model  # loads torch

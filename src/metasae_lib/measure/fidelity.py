@@ -30,13 +30,13 @@ from metasae_lib.measure.scan import scan_inputs
 from metasae_lib.measure.statistics import crossed_interval
 from metasae_lib.measure.thresholds import calibrate_arms
 from metasae_lib.study import Artefact, MeasureError, Role, Run, progress
+from metasae_lib.study.sections import FIDELITY_TOKENS
 from metasae_lib.subject import Residuals, Subject, load_tokens, subject_of
 from metasae_lib.train import Arm, Dictionary, JumpReLU, denormalise, normalise
 from metasae_lib.train.kernels.compiled import batch_topk
 from metasae_lib.train.kernels.plain import batch_topk as batch_topk_plain
 
 VERSION = 3  # of the stage
-TOKENS = 100_000  # L2, FVU, L0 and norms are taken on the first chunks of the scan role up to here
 Mode = Literal["threshold", "batch"]
 MODES: tuple[Mode, ...] = ("threshold", "batch")
 
@@ -216,7 +216,7 @@ def norms(run: Run) -> pd.DataFrame:
     """
     subject = subject_of(run)
     residuals = Residuals(run, "scan")
-    chunks = range(residuals.n_chunks)[: math.ceil(TOKENS / residuals.chunk_tokens(0))]
+    chunks = range(residuals.n_chunks)[: math.ceil(FIDELITY_TOKENS / residuals.chunk_tokens(0))]
     kept = torch.cat([residuals.chunk(i).float().norm(dim=1) for i in chunks]).cpu().numpy()
     x, times = first_position(run, "scan", subject)
     first = x.float().norm(dim=1).cpu().numpy().astype(np.float64)
@@ -257,7 +257,7 @@ def _errors(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> _ByText:
     dtype, moments = product_dtype(run), Moments(residuals.d)
     sums = {(name, mode): Reconstruction(moments) for name in arms for mode in MODES}
     brackets, tokens = dict.fromkeys(sums, 0), list[int]()
-    what, n_tokens = f"fidelity of {len(arms)} arms", min(TOKENS, residuals.n_tokens)
+    what, n_tokens = f"fidelity of {len(arms)} arms", min(FIDELITY_TOKENS, residuals.n_tokens)
     for z, sizes in training_groups(run, residuals, n_tokens, what):
         moments.add(z)
         tokens += sizes

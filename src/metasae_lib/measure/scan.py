@@ -35,7 +35,7 @@ def scan_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
     residuals = Residuals(run, "scan")
 
     def make(missing: dict[str, Artefact]) -> None:
-        scans = [_Scan(run, arms[name], calibrations[name], one) for name, one in missing.items()]
+        scans = [ArmScan(run, arms[name], calibrations[name], one) for name, one in missing.items()]
         _scan(run, residuals, scans)
 
     inputs = by_arm(arms, scan_inputs(run, residuals))
@@ -48,8 +48,11 @@ def counts_artefact(run: Run, arm: Arm, inputs: Mapping[str, Any]) -> Artefact:
     return run.artefact("counts", {"arm": arm.folder.name, **inputs}, VERSION)
 
 
-class _Scan:
-    """The counting of one arm: at its thresholds, and for some features at others as well."""
+class ArmScan:
+    """The counting of one arm: at its thresholds, and for some features at others as well.
+
+    A checkpoint in the artefact's folder is gone on from.
+    """
 
     def __init__(self, run: Run, arm: Arm, calibration: Calibration, artefact: Artefact) -> None:
         self.sae, self.artefact = arm.sae, artefact
@@ -129,7 +132,7 @@ class _Scan:
         self.fired = {name: int(n) for name, n in zip(self.thresholds, fired, strict=True)}
 
 
-def _scan(run: Run, residuals: Residuals, scans: Sequence[_Scan]) -> None:
+def _scan(run: Run, residuals: Residuals, scans: Sequence[ArmScan]) -> None:
     dtype = product_dtype(run)
     first = min(scan.next_chunk for scan in scans)
     saved = time.monotonic()

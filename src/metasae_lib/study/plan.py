@@ -9,6 +9,26 @@ from metasae_lib.study.errors import ProfileError
 from metasae_lib.study.known import ModelShape
 from metasae_lib.study.machine import hardware
 from metasae_lib.study.profile import Profile
+from metasae_lib.study.sections import FIDELITY_TOKENS
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of the units that stages are made of, and the memory of the machine in gigabytes.
+
+    block, head: a token in one block of the language model, and its cross-entropy from the last
+    hidden state. solo, joint: a training step, with its share of the meta phase. calibration, scan,
+    reconstruction: a token of one arm.
+    """
+
+    block: float
+    head: float
+    solo: float
+    joint: float
+    calibration: float
+    scan: float
+    reconstruction: float
+    memory: float
 
 
 @dataclass(frozen=True)
@@ -20,13 +40,38 @@ class Machine:
     counts: float
     memory: float
 
+    def costs(self, profile: Profile, shape: ModelShape) -> Costs:
+        """Of products counted dense, two operations a multiply-add."""
+        training, d = profile.training, shape.d_model
+        model, dictionary = self.model * 1e12, self.dictionary * 1e12
+        # Through a block: weights, and attention over the context.
+        block = 2 * shape.block_parameters + 4 * profile.text.context_length * d
+        product = 2 * d * profile.dictionary.n_features
+        # A primary step: six products a token. With a penalty, the meta-SAE sees the n decoder
+        # rows: two products for its output at every primary step, six for a step of its own.
+        solo = 6 * product * training.batch_tokens
+        share = training.n_meta_steps / training.n_primary_steps
+        joint = solo + (2 + 6 * share) * product * profile.dictionary.n_meta_features
+        counts = profile.dictionary.k**2 / 2 / (self.counts * 1e9)
+        return Costs(
+            block / model,
+            2 * d * shape.vocabulary / model,
+            solo / dictionary,
+            joint / dictionary,
+            product / dictionary,
+            product / dictionary + counts,
+            2 * product / dictionary,
+            self.memory,
+        )
+
 
 def machines() -> dict[str, Machine]:
     """What plans assume: a third of the peak in bf16 for the model, less for dictionaries.
 
     A dictionary's step moves matrices of batch × n more than it multiplies them. `cpu` is two
     cores without matrix units, with this machine's memory; its dictionaries were measured, with
-    kernels that leave out most of the products counted here.
+    kernels that leave out most of the products counted here. What this machine does with a
+    profile is measured by `measure.speed`.
     """
     here = hardware()["memory_gib"] * 2**30 / 1e9
     return {
@@ -37,27 +82,37 @@ def machines() -> dict[str, Machine]:
     }
 
 
-def plan_text(profile: Profile, names: Sequence[str]) -> str:
-    """The plan as aligned lines, one column of times a machine. Needs no download."""
-    shape = profile.shape
-    if shape is None:
+def shape_of(profile: Profile) -> ModelShape:
+    """The shape that a plan is made from. Raises ProfileError where only a download tells it."""
+    if profile.shape is None:
         raise ProfileError(
             f"profile {profile.name}: the shape of {profile.model.source} is not known here; "
             f"download the model and plan with model.source folder:<path>"
         )
+    return profile.shape
+
+
+def plan_text(profile: Profile, names: Sequence[str], here: Costs | None = None) -> str:
+    """The plan as aligned lines, one column of times a machine. Needs no download.
+
+    names: of :func:`machines`. here: what was measured on this machine, the first column.
+    """
+    shape = shape_of(profile)
     size, n_arms = sizes(profile, shape), len(profile.arms())
-    chosen = {name: machines()[name] for name in names}
+    assumed = {name: machines()[name] for name in names}
+    chosen = {"here": here} if here else {}
+    chosen |= {name: machine.costs(profile, shape) for name, machine in assumed.items()}
     fitting, times = {}, []
-    for name, machine in chosen.items():
-        at_once = arms_at_once(profile, size, machine)
+    for name, costs in chosen.items():
+        at_once = arms_at_once(profile, size, costs.memory)
         if min(at_once) > 0:
             fitting[name] = at_once
-            times.append(stage_seconds(profile, shape, machine, *at_once))
+            times.append(stage_seconds(profile, shape, costs, *at_once))
     if not fitting:
         least = size["model"] + size["batch"] + max(size["training"], size["counting"])
         raise ProfileError(
             f"profile {profile.name}: about {_size(least / 0.9)} of memory are needed, more than "
-            f"{' or '.join(names)} has: choose a larger machine"
+            f"{' or '.join(chosen)} has: {_smaller(profile, size, chosen)}"
         )
     rows = [
         ["", *fitting],
@@ -79,29 +134,53 @@ def plan_text(profile: Profile, names: Sequence[str]) -> str:
         "cached residuals": f"{_size(size['cache'])} of disk",
         "arms and counts": f"{_size(size['results'])} of disk",
     }
-    assumed = "; ".join(
+    rates = "; ".join(
         f"{name} {machine.model:g} and {machine.dictionary:g} TFLOP/s"
-        for name, machine in chosen.items()
+        for name, machine in assumed.items()
     )
     return "\n".join(
         [
             f"{profile.name}: {profile.about}",
             "",
             *(row[0].ljust(width) + "".join(cell.rjust(11) for cell in row[1:]) for row in rows),
-            *(f"{name}: too little memory" for name in chosen if name not in fitting),
+            *(
+                f"{name}: too little memory; {_smaller(profile, size, {name: chosen[name]})}"
+                for name in chosen
+                if name not in fitting
+            ),
             "",
             *(label.ljust(width + 2) + fact for label, fact in facts.items()),
             "",
-            f"Assumed, sustained, for the model and for the dictionaries: {assumed}.",
-            "Products of the dictionaries are counted dense.",
+            *(["Measured: here, a few of each unit at the profile's sizes."] if here else []),
+            *(
+                [
+                    f"Assumed, sustained, for the model and for the dictionaries: {rates}.",
+                    "Products of the dictionaries are counted dense.",
+                ]
+                if rates
+                else []
+            ),
+            "Judging, starting notebooks and drawing are not counted.",
         ]
     )
 
 
-def arms_at_once(profile: Profile, size: Mapping[str, int], machine: Machine) -> tuple[int, int]:
-    """Arms trained and arms counted at once: those that fit in nine tenths of the memory, beside
-    model and batch."""
-    room = 0.9 * machine.memory * 1e9 - size["model"] - size["batch"]
+def _smaller(profile: Profile, size: Mapping[str, int], chosen: Mapping[str, Costs]) -> str:
+    """What to change so that the largest of some machines holds one arm."""
+    room = 0.9 * max(costs.memory for costs in chosen.values()) * 1e9 - size["model"]
+    shape = shape_of(profile)
+    for n in (profile.dictionary.n_features >> i for i in range(1, 8)):
+        dictionary = profile.dictionary.model_copy(update={"n_features": n})
+        smaller = sizes(profile.model_copy(update={"dictionary": dictionary}), shape)
+        if smaller["batch"] + max(smaller["training"], smaller["counting"]) <= room:
+            return f"set dictionary.n_features to {n:,}, or choose a larger machine"
+    return "choose a larger machine"
+
+
+def arms_at_once(profile: Profile, size: Mapping[str, int], memory: float) -> tuple[int, int]:
+    """Arms trained and arms counted at once: those that fit in nine tenths of the memory
+    (gigabytes), beside model and batch."""
+    room = 0.9 * memory * 1e9 - size["model"] - size["batch"]
     trained, counted = (int(room // size[use]) for use in ("training", "counting"))
     return min(len(profile.arms()), trained), min(len(profile.arms()), counted)
 
@@ -129,44 +208,33 @@ def sizes(profile: Profile, shape: ModelShape) -> dict[str, int]:
 
 
 def stage_seconds(
-    profile: Profile, shape: ModelShape, machine: Machine, trained: int, counted: int
+    profile: Profile, shape: ModelShape, costs: Costs, trained: int, counted: int
 ) -> dict[str, float]:
-    """Seconds of every stage on a machine that trains and counts so many arms at once.
-
-    Products are counted dense, two operations a multiply-add, so times are upper bounds for
-    sparse kernels.
-    """
-    text, roles, training = profile.text, profile.text.roles, profile.training
+    """Seconds of every stage on a machine that trains and counts so many arms at once."""
+    text, roles, rows = profile.text, profile.text.roles, profile.evaluation.ce_rows
     arms, layer = profile.arms(), profile.model.layer
     # Arms that do not fit together see the text again; position 0 is computed even if unused.
-    train, scan = training.train_tokens * -(-len(arms) // trained), roles["scan"]
+    train, scan = profile.training.train_tokens * -(-len(arms) // trained), roles["scan"]
     if profile.activations.cache:
         train = roles["train"]
     else:
         scan *= -(-len(arms) // counted)
-    # FLOP a token: through a block (weights, and attention over the context), and d × n.
-    block = 2 * shape.block_parameters + 4 * text.context_length * shape.d_model
-    to_layer = layer * block * text.context_length / text.kept_per_row
-    whole = shape.n_layers * block + 2 * shape.d_model * shape.vocabulary
-    product = 2 * shape.d_model * profile.dictionary.n_features
-    # A primary step: six products a token. With a penalty, the meta-SAE sees the n decoder rows:
-    # two products for its output at every primary step, six for a step of its own.
-    share = training.n_meta_steps / training.n_primary_steps
-    step = 6 * product * training.batch_tokens
-    penalty = (2 + 6 * share) * product * profile.dictionary.n_meta_features
-    steps = sum(step if arm.sigma_sq is None else step + penalty for arm in arms)
-    counts = len(arms) * roles["scan"] * profile.dictionary.k**2 / 2
-    encoded = len(arms) * (roles["calibration"] + roles["scan"])
-    ce_tokens = (len(arms) + 1) * profile.evaluation.ce_rows * text.context_length
-    model, dictionary = machine.model * 1e12, machine.dictionary * 1e12
+    to_layer = layer * costs.block * text.context_length / text.kept_per_row
+    joint = sum(arm.sigma_sq is not None for arm in arms)
+    steps = (len(arms) - joint) * costs.solo + joint * costs.joint
+    # The blocks before the layer run once, those behind it for each arm: at its thresholds, and
+    # on one batch of rows in training mode.
+    behind = (shape.n_layers - layer) * costs.block + costs.head
+    passes = 1 + len(arms) * (1 + min(1, profile.model.batch_rows / rows))
+    ce = rows * text.context_length * (layer * costs.block + passes * behind)
+    errors = len(arms) * min(FIDELITY_TOKENS, roles["scan"]) * costs.reconstruction
     return {
-        f"model to layer {layer}, training text": train * to_layer / model,
-        "model to it, other roles": (
-            (scan + roles["calibration"] + roles["contexts"]) * to_layer / model
-        ),
-        f"training, {len(arms)} arms": steps * profile.steps / dictionary,
-        "calibration and scan": encoded * product / dictionary + counts / (machine.counts * 1e9),
-        "cross-entropy": ce_tokens * whole / model,
+        f"residuals, training, layer {layer}": train * to_layer,
+        "residuals, other roles": (scan + roles["calibration"] + roles["contexts"]) * to_layer,
+        f"training, {len(arms)} arms": steps * profile.steps,
+        "thresholds": len(arms) * roles["calibration"] * costs.calibration,
+        "counts": len(arms) * roles["scan"] * costs.scan,
+        "fidelity": errors + ce,
     }
 
 

@@ -147,8 +147,13 @@ class Training(Section):
     meta_posthoc: list[Literal["bussmann", "saebench"]] = []
 
 
+#: Of the scan role, in whole chunks.
+FIDELITY_TOKENS = 100_000
+
+
 class Evaluation(Section):
-    """Choices of the measures. `ce_rows`: rows of the scan role on which CE is taken."""
+    """Choices of the measures. `ce_rows`: rows of the scan role on which CE is taken; L2, FVU and
+    L0 are on its first `FIDELITY_TOKENS` tokens."""
 
     threshold_rule: Literal["rate", "eer", "global"]
     ce_rows: Count

@@ -72,6 +72,7 @@ def hub_model(name: str) -> str:
     except Exception as error:  # the hub, the network and the disk
         raise SubjectError(
             f"the hub model {name} could not be downloaded ({type(error).__name__}: "
-            f"{first_line(error)}): check the network and the disk and run again, what came is kept"
+            f"{first_line(error)}): check the network, the disk, and for a gated one its terms and "
+            f"HF_TOKEN, and run again; what came is kept"
         ) from error
     return folder

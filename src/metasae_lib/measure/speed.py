@@ -1,0 +1,131 @@
+"""How long this machine takes for the units of a plan: a few of each, at a profile's own sizes."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from metasae_lib.measure.fidelity import MODES, reconstruct
+from metasae_lib.measure.passes import GROUP, pre_activations
+from metasae_lib.measure.scan import ArmScan
+from metasae_lib.measure.thresholds import Calibrator
+from metasae_lib.study import ArmSpec, Profile, Run
+from metasae_lib.study.known import ModelShape
+from metasae_lib.study.plan import Costs, machines
+from metasae_lib.subject.head import Head
+from metasae_lib.subject.model import compute_device
+from metasae_lib.train import Arm, normalise
+from metasae_lib.train.trainer import Trainer
+
+_REPEATS = 3  # of a unit, after one that warms up
+
+
+def measured_costs(profile: Profile, shape: ModelShape) -> Costs:
+    """The costs of a profile's units on this machine, measured on random numbers.
+
+    The language model stands in as blocks with as many weights; its dictionaries are untrained.
+    Takes seconds, up to minutes for the shapes of large models on a CPU.
+    """
+    device = compute_device(profile)
+    block, head = _model(profile, shape, device)
+    solo, joint = _steps(profile, shape, device)
+    memory = machines()["cpu"].memory
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+    return Costs(block, head, solo, joint, *_passes(profile, shape, device), memory)
+
+
+def _seconds(unit: Callable[[], object]) -> float:
+    """Of one call, the least of a few."""
+    best = float("inf")
+    for turn in range(1 + _REPEATS):
+        started = time.perf_counter()
+        unit()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if turn:
+            best = min(best, time.perf_counter() - started)
+    return best
+
+
+@torch.no_grad()
+def _model(profile: Profile, shape: ModelShape, device: torch.device) -> tuple[float, float]:
+    """Seconds of a token in one block, and in the head."""
+    from transformers import LlamaConfig, LlamaModel
+
+    d, n_blocks = shape.d_model, 2
+    config = LlamaConfig(
+        hidden_size=d,
+        intermediate_size=max(1, round((shape.block_parameters - 4 * d * d) / (3 * d))),
+        num_hidden_layers=n_blocks,
+        num_attention_heads=math.gcd(d, d // 64 or 1),
+        vocab_size=8,
+        use_cache=False,
+    )
+    dtype: torch.dtype = getattr(torch, profile.model.dtype)
+    model = LlamaModel(config).to(device, dtype)
+    hidden = torch.randn(
+        profile.model.batch_rows, profile.text.context_length, d, dtype=dtype, device=device
+    )
+    tokens = len(hidden) * hidden.shape[1]
+    block = _seconds(lambda: model(inputs_embeds=hidden)) / n_blocks / tokens
+    weights = torch.randn(shape.vocabulary, d, dtype=dtype, device=device)
+    made = Head(lambda x: x @ weights.T, config)
+    part = made.blocks(hidden.flatten(0, 1), shape.vocabulary)[0]
+    target = torch.zeros(len(part), dtype=torch.int64, device=device)
+    return block, _seconds(lambda: F.cross_entropy(made(part), target)) / len(part)
+
+
+def _steps(profile: Profile, shape: ModelShape, device: torch.device) -> tuple[float, float]:
+    """Seconds of a training step, solo and joint (with its part of a meta phase)."""
+    training, seed = profile.training, profile.training.seeds[0]
+    z = normalise(torch.randn(training.batch_tokens, shape.d_model, device=device))[0]
+
+    def step(spec: ArmSpec) -> float:
+        trainer = Trainer(spec, profile, shape.d_model, device)
+        trainer.phases = 10**9, 0  # a meta step is timed by itself
+        seconds = _seconds(lambda: trainer.step(z))
+        if (meta := trainer.meta) is None:
+            return seconds
+        rows = normalise(trainer.primary.W_dec)[0]
+        share = training.n_meta_steps / training.n_primary_steps
+        return seconds + share * _seconds(lambda: meta.step(rows))
+
+    return step(ArmSpec("solo", seed)), step(ArmSpec("joint", seed, *profile.selected))
+
+
+def _passes(
+    profile: Profile, shape: ModelShape, device: torch.device
+) -> tuple[float, float, float]:
+    """Seconds of a token of one arm in calibration, in the scan, and reconstructed in each mode."""
+    spec = ArmSpec("solo", profile.training.seeds[0])
+    sae = Trainer(spec, profile, shape.d_model, device).primary.sae
+    batch = profile.training.batch_tokens
+    n_tokens = batch * max(1, GROUP // batch)
+    z = normalise(torch.randn(n_tokens, shape.d_model, device=device))[0]
+    dtype: torch.dtype = getattr(torch, profile.training.dtype)
+    calibrator = Calibrator(sae.n_features, sae.k)
+
+    def calibrate() -> None:
+        for pre in pre_activations(sae, z, dtype).split(batch):
+            calibrator.update(pre)
+
+    calibration = _seconds(calibrate)
+    found = calibrator.result()
+    sae.threshold = found.threshold(profile.evaluation.threshold_rule).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run.open(profile, folder)
+        arm = Arm(spec, sae, None, pd.DataFrame(), Path(folder))
+        scan = ArmScan(run, arm, found, run.artefact("counts", {}))
+        scanned = _seconds(lambda: scan.add(pre_activations(sae, z, dtype)))
+    both = _seconds(
+        lambda: [reconstruct(sae, part, mode, dtype) for part in z.split(batch) for mode in MODES]
+    )
+    return calibration / n_tokens, scanned / n_tokens, both / n_tokens
