@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -20,17 +21,18 @@ from metasae_lib.study import ArmSpec, Profile, Run
 from metasae_lib.study.known import ModelShape
 from metasae_lib.study.plan import Costs, machines
 from metasae_lib.subject.head import Head
-from metasae_lib.subject.model import compute_device
+from metasae_lib.subject.model import compute_device, load_subject
 from metasae_lib.train import Arm, normalise
 from metasae_lib.train.trainer import Trainer
 
-_REPEATS = 3  # of a unit, after one that warms up
+_REPEATS = 3  # of a unit, after a first call that warms up
 
 
 def measured_costs(profile: Profile, shape: ModelShape) -> Costs:
     """The costs of a profile's units on this machine, measured on random numbers.
 
-    The language model stands in as blocks with as many weights; its dictionaries are untrained.
+    The language model is the profile's own, or for one of a hub random blocks with as many weights;
+    its dictionaries are untrained.
     Takes seconds, up to minutes for the shapes of large models on a CPU.
     """
     device = compute_device(profile)
@@ -43,21 +45,33 @@ def measured_costs(profile: Profile, shape: ModelShape) -> Costs:
 
 
 def _seconds(unit: Callable[[], object]) -> float:
-    """Of one call, the least of a few."""
-    best = float("inf")
-    for turn in range(1 + _REPEATS):
-        started = time.perf_counter()
+    """Of one call, the mean of a few."""
+    unit()
+    started = time.perf_counter()
+    for _ in range(_REPEATS):
         unit()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if turn:
-            best = min(best, time.perf_counter() - started)
-    return best
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / _REPEATS
+
+
+def _model(profile: Profile, shape: ModelShape, device: torch.device) -> tuple[float, float]:
+    """Seconds of a token in one block, and in the head."""
+    if profile.model.source.startswith("hub:"):
+        return _stand_in(profile, shape, device)
+    subject, layer = load_subject(profile), profile.model.layer
+    size = profile.model.batch_rows, profile.text.context_length
+    ids = np.random.default_rng(0).integers(shape.vocabulary, size=size)
+    reached = subject.residuals(ids)
+    block = _seconds(lambda: subject.residuals(ids)) / layer
+    behind = _seconds(lambda: subject.loss(ids, lambda x: x, reached))
+    head = max(0.0, behind - (shape.n_layers - layer) * block)
+    return block / ids.size, head / ids.size
 
 
 @torch.no_grad()
-def _model(profile: Profile, shape: ModelShape, device: torch.device) -> tuple[float, float]:
-    """Seconds of a token in one block, and in the head."""
+def _stand_in(profile: Profile, shape: ModelShape, device: torch.device) -> tuple[float, float]:
+    """The same of random blocks with as many weights, for a model that may not be here yet."""
     from transformers import LlamaConfig, LlamaModel
 
     d, n_blocks = shape.d_model, 2

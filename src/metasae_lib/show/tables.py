@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from metasae_lib.measure.statistics import paired_difference
 from metasae_lib.show.published import grid_id, load_published
 from metasae_lib.show.text import between, literal, plain, table
 from metasae_lib.study import ArmSpec, MeasureError, Profile, Run, repository_folders
+from metasae_lib.study.kept import kept_runs
 from metasae_lib.train import Arm
 
 
@@ -269,13 +270,20 @@ def compared_scores(compared: pd.DataFrame) -> Markdown:
 def sentences_and_lists(both: pd.DataFrame) -> Markdown:
     """Ten features with a sentence and a token list, and what the judge makes of all of them.
 
-    both: `interpret.against_lists`.
+    both: `interpret.against_lists`; if it is empty, those of a kept run are shown, and named.
     """
+    whose = ""
     if both.empty:
-        return Markdown(
-            "The explanations of this run are token lists; `autointerp.explainer` can have a "
-            "language model write sentences."
-        )
+        found = {
+            run.name: run.load_table("autointerp_explainers") for run in _kept_with_sentences()
+        }
+        if not found:
+            return Markdown(
+                "The explanations of this run are token lists; `autointerp.explainer` can have a "
+                "language model write sentences."
+            )
+        name, both = next(iter(found.items()))
+        whose = f" of the kept run {name}"
     wide = both.pivot(index="feature", columns="explainer")
     change = {
         name: paired_difference((wide[name].sentence - wide[name].list).dropna())
@@ -290,8 +298,17 @@ def sentences_and_lists(both: pd.DataFrame) -> Markdown:
         for name in ("sentence", "list")
     }
     shown = pd.DataFrame(parts).reset_index().head(10)
-    caption = f"A sentence against a token list over {len(wide)} features: {said}"
+    caption = f"A sentence against a token list over {len(wide)} features{whose}: {said}"
     return table(shown, caption, "tab-explainers", "wide")
+
+
+def _kept_with_sentences() -> Iterator[Run]:
+    """The kept runs in which a language model wrote the explanations."""
+    for folder in repository_folders("results"):
+        for run in kept_runs(folder):
+            name = "autointerp_explainers"
+            if run.has_table(name) and len(run.load_table(name)):
+                yield run
 
 
 def noise_floors(scans: Mapping[str, int], rate: float) -> pd.DataFrame:
