@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -84,7 +85,8 @@ def _stand_in(profile: Profile, shape: ModelShape, device: torch.device) -> tupl
         use_cache=False,
     )
     dtype: torch.dtype = getattr(torch, profile.model.dtype)
-    model = LlamaModel(config).to(device, dtype)
+    model: Any = LlamaModel(config)
+    model.to(device, dtype)
     hidden = torch.randn(
         profile.model.batch_rows, profile.text.context_length, d, dtype=dtype, device=device
     )
