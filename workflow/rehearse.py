@@ -33,8 +33,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "roles": {"train": 20_000, "calibration": 8_000, "scan": 20_000, "contexts": 16_000},
     },
     "training": {
-        "train_tokens": 40_960, "arms": ["solo", "joint"], "seeds": [0], "seeds_grid": 1,
-        "seeds_frontier": 1, "frontier": [], "meta_posthoc": [],
+        "train_tokens": 40_960, "arms": ["solo", "joint"], "seeds": [0], "lambda2": [0.3],
+        "sigma_sq": [1.0], "selected": [0.3, 1.0], "frontier": [], "meta_posthoc": [],
     },
     "evaluation": {"ce_rows": 8, "bootstrap": 20},
     "autointerp": {
