@@ -85,9 +85,9 @@ figures.split_counts(split_counts)
 variants = {f"φ ≥ {value:g}": {"min_phi": value} for value in (0.1, 0.2, 0.3, 0.4, 0.5)}
 variants |= {f"overlap ≤ {value:g}": {"max_partner_phi": value} for value in (0.1, 0.3, 1.0)}
 variants |= {"three partners": {"n_partners": 3}, "all tokens": {"min_characters": 1}}
-choices = cases.split_choices(pairs[pairs.role != "same start"], cross, sides, variants)
+choices = cases.split_choices(pairs, cross, sides, variants)
 show.table(
-    choices.assign(pair=choices.pair.map({"joint": "solo, joint", "null": "solo, solo"})),
+    choices.replace({"pair": {"joint": "solo, joint", "null": "solo, solo"}}),
     "The same counts when one clause changes, summed over pairs of different seeds",
     "tab-split-choices",
 )

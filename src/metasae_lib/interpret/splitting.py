@@ -7,6 +7,7 @@ kind split and merge each other too, so counts are read against that null and ag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -160,20 +161,16 @@ def seed_pairs(arms: Mapping[str, Arm], selected: tuple[float, float]) -> pd.Dat
     """Which dictionaries to hold against each other: columns role, a, b (names of arms).
 
     role: `joint` solo against joint of the next seed; `same start` solo against joint of the same
-    seed, which began with the same weights; `null` solo against solo of the next seed. selected: λ₂
-    and σ² of the joint arms. MeasureError with fewer than two seeds.
+    seed, which began with the same weights, the only one where there is one seed; `null` solo
+    against solo of the next seed. selected: λ₂ and σ² of the joint arms.
     """
     used = {(a.spec.kind, a.spec.seed): n for n, a in arms.items() if _compared(a, selected)}
     solo, joint = ({s: n for (k, s), n in used.items() if k == kind} for kind in ("solo", "joint"))
     seeds = sorted(solo.keys() & joint.keys())
-    if len(seeds) < 2:
-        raise MeasureError(
-            "splits need a second seed, for what two solo dictionaries do to each other: "
-            "give two or more training.seeds"
-        )
     pairs = []
-    for here, after in zip(seeds, [*seeds[1:], seeds[0]], strict=True):
-        pairs.append(("joint", solo[here], joint[after]))
+    for here, after in zip(seeds, [*seeds[1:], *seeds[:1]], strict=True):
+        if here != after:
+            pairs.append(("joint", solo[here], joint[after]))
         pairs.append(("same start", solo[here], joint[here]))
         if len(seeds) > 2 or here < after:  # of two seeds there is one pair
             pairs.append(("null", solo[here], solo[after]))
@@ -221,6 +218,11 @@ class Pooled:
 
     def sentence(self) -> str:
         """The finding in words, drawn from the numbers alone."""
+        if math.isnan(self.null_share):
+            return (
+                "This run has one seed; splits are held against what two solo dictionaries do to "
+                "each other, which takes two of training.seeds."
+            )
         counts = (
             f"{self.splits:,} solo features split in a joint dictionary and {self.merges:,} joint "
             f"features split in a solo one"
@@ -249,14 +251,11 @@ def pool(pairs: pd.DataFrame) -> Pooled:
     pairs: one row a pair, with columns role ("joint": solo against joint of another seed; "null":
     solo against solo), splits, merges, eligible_a, eligible_b. Rows of other roles are left out: a
     pair that started from the same weights has no solo pair to be held against. In a null pair
-    neither direction is special, so both count.
+    neither direction is special, so both count. The shares are NaN without such pairs: of one seed.
     """
     total = pairs.groupby("role").sum(numeric_only=True).to_dict("index")
     if not {"joint", "null"} <= total.keys():
-        raise MeasureError(
-            "splits need a joint pair and a pair of solo dictionaries as null: train at least two "
-            "seeds (training.seeds)"
-        )
+        return Pooled(0, 0, math.nan, math.nan, 1.0, 1.0)
     joint, null = total["joint"], total["null"]
     splits, merges, able = joint["splits"], joint["merges"], joint["eligible_a"]
     null_splits, null_able = (

@@ -50,9 +50,12 @@ def split_choices(
 ) -> pd.DataFrame:
     """`split_counts` under changed clauses of the rule, summed over pairs of one role.
 
+    Pairs of the same start are left out where a second seed gives others.
     variants: by name, the fields of `splitting.Rule` that change. Columns: clause, pair (the role),
     splits, merges, eligible_a, eligible_b.
     """
+    others = pairs[pairs.role != "same start"]
+    pairs = pairs if others.empty else others
     counted = {
         name: split_counts(pairs, cross, sides, splitting.Rule(**changed))
         for name, changed in variants.items()
