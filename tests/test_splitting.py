@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metasae_lib.interpret.splitting import (
-    Pooled,
     Rule,
     Side,
     count_directions,
