@@ -143,7 +143,7 @@ figures.trade_off(grid, show.paper_grid())
 # mean |φ| has above its rate-matched null. Other methods against blended features, where the run
 # trains them, are held against the same curves; the last table of the next section has the numbers.
 
-# %% mystnb={"figure": {"name": "fig-frontier", "caption": "mean |φ| (left), and mean |φ| above the null of the same firing rates (right), against held-out L2. Grey lines: the solo arm of each seed and its arms of smaller k. A joint arm, or that of another method, below the line of its seed has less co-occurrence than worse reconstruction gives; on the line it has just that."}, "image": {"alt": "Two panels over L2: grey lines that fall from solo arms through frontier arms of smaller k, one line a seed, and blue squares for the joint arms, the selected setting in a black circle, other methods with markers of their own."}}
+# %% mystnb={"figure": {"name": "fig-frontier", "caption": "mean |φ| (left), and mean |φ| above the null of the same firing rates (right), against held-out L2. Grey lines: the solo arm of each seed and its arms of smaller k. A joint arm, or that of another method, below the line of its seed has less co-occurrence than worse reconstruction gives; on the line it has just that. Other methods are trained at the first seed alone."}, "image": {"alt": "Two panels over L2: grey lines that fall from solo arms through frontier arms of smaller k, one line a seed, and blue squares for the joint arms, the selected setting in a black circle, other methods with markers of their own."}}
 frontier = measure.frontier_table(run, phi, fidelity, replicates)
 points = show.frontier_points(run, phi, fidelity)
 figures.frontier(points)
