@@ -26,7 +26,7 @@ KILLS = 24
 MOMENTS = (4.0, 30.0)  # seconds after the start; the imports and compiling take about ten
 OVERRIDES = (
     "{training.train_tokens: 1_600_000, training.checkpoint_every: 40, training.seeds: [0], "
-    "training.arms: [solo, joint, control, jumprelu, ortsae, as-released], "
+    "training.arms: [solo, joint, control, jumprelu, ortsae, matryoshka, as-released], "
     "training.meta_posthoc: []}"
 )
 

@@ -173,6 +173,8 @@ Markdown(show.ablation_sentence(ablation))
 #   reconstruction alone lowers mean |φ|, they will show it ([](03_cooccurrence.ipynb)).
 # - *ortsae*: the competing penalty of {cite:t}`korznikov2025ortsae`, on the largest cosine of each
 #   decoder row to the others of its chunk.
+# - *matryoshka*: the nested dictionaries of {cite:t}`bussmann2025matryoshka`: the first few
+#   features must rebuild the residual alone, and so must each of several longer beginnings.
 # - *as-released*: the training choices of the authors' code (rows made unit before the step, AuxK's
 #   residual not a constant, meta k half as large, 100 primary to 10 meta steps), solo and joint.
 # - *critic*: the joint arm with one of the last two choices at a time.

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -518,6 +519,35 @@ def test_a_scan_in_its_dense_form_equals_the_sparse_one(
         for variant in made[0].info["l0"]:
             one, two = (scan.load_counts(m, variant) for m in made)
             assert np.array_equal(one.n11, two.n11)
+
+
+def test_counts_that_do_not_fit_together_are_made_one_after_the_other(
+    run: Run, arms: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    together, pairs = scan.scan_arms(run, arms), list(permutations(arms))
+    crossed = crossing.cross_scan(run, arms, pairs)
+    passed: list[str] = []
+    through = passes.scan_chunks
+
+    def counted(residuals: Any, what: str, *first: int) -> Any:
+        passed.append(what)
+        return through(residuals, what, *first)
+
+    for module in (scan, crossing):
+        monkeypatch.setattr(module, "scan_chunks", counted)
+    one = 4 * 60 * 60  # bytes of the counts of 60 features in int32
+    monkeypatch.setattr(passes, "free_memory", lambda device: 1.9 * one / passes.MEMORY_SHARE)
+    other = Run.open(run.profile, tmp_path / "other")
+    apart = scan.scan_arms(other, again := two_arms(other))
+    assert passed == 2 * ["scanning 1 arms"]
+    assert all(np.array_equal(apart[name].n11, together[name].n11) for name in arms)
+    for pair, cross in crossing.cross_scan(other, again, pairs).items():
+        assert np.array_equal(cross.n11, crossed[pair].n11)
+    assert passed[2:] == 2 * ["cross counts of 1 pairs of arms"]
+
+    monkeypatch.setattr(passes, "free_memory", lambda device: one)
+    with pytest.raises(MeasureError, match=r"the counts of one arm take 0\.0 GB of memory"):
+        scan.scan_arms(Run.open(run.profile, tmp_path / "third"), two_arms(run))
 
 
 KILLED = """

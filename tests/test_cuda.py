@@ -55,7 +55,7 @@ def test_thresholds_and_reconstructions_are_the_same() -> None:
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["solo", "joint", "jumprelu"])
+@pytest.mark.parametrize("kind", ["solo", "joint", "jumprelu", "matryoshka"])
 def test_training_steps_are_the_same(kind: str) -> None:
     """Dead features included: a GPU counts them some steps late, and pads their list."""
     sizes = {"n_features": 512, "k": 8, "n_meta_features": 46, "meta_k": 4}

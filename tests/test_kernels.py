@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,25 +103,32 @@ def problem(b: int, d: int, n: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize(("b", "d", "n"), [(1, 2, 1), (70, 33, 45), (64, 32, 96)])
-def test_residual(b: int, d: int, n: int) -> None:
-    p = problem(b, d, n)
+@pytest.mark.parametrize(
+    ("b", "d", "n", "ends"), [(1, 2, 1, [1]), (70, 33, 45, [45]), (64, 32, 96, [1, 2, 33, 96])]
+)
+def test_residual(b: int, d: int, n: int, ends: list[int]) -> None:
+    p, at = problem(b, d, n), np.array(ends)
     k = b * n // 5 + 1
     codes, _ = compiled.batch_topk(p["pre"], k)
     matrix, _ = plain.batch_topk(p["pre"], k)
-    error, square, dots = compiled.residual(codes, p["z"], p["W_dec"], p["b_dec"], True)
-    error_, square_, dots_ = plain.residual(matrix, p["z"], p["W_dec"], p["b_dec"], True)
+    error, square, dots = compiled.residual(codes, p["z"], p["W_dec"], p["b_dec"], at, True)
+    error_, square_, dots_ = plain.residual(matrix, p["z"], p["W_dec"], p["b_dec"], at, True)
+    left = [p["z"] - p["b_dec"] - matrix.acts[:, :e] @ p["W_dec"][:e] for e in ends]
+    for g in range(len(ends)):
+        torch.testing.assert_close(error[g], sum(left[g:], torch.zeros(b, d)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(square, left[-1].square().sum(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(error, error_, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(square, square_, rtol=1e-5, atol=1e-5)
     listed = dense(codes._replace(acts=dots), (b, n))
     torch.testing.assert_close(listed, dots_, rtol=1e-4, atol=1e-5)
-    again, _, none = compiled.residual(codes, p["z"], p["W_dec"], p["b_dec"], False)
+    again, _, none = compiled.residual(codes, p["z"], p["W_dec"], p["b_dec"], at, False)
     assert torch.equal(again, error) and len(none) == 0
 
 
 @pytest.mark.parametrize("with_extra", [False, True])
 @pytest.mark.parametrize("with_pull", [False, True])
-def test_update_rows(with_extra: bool, with_pull: bool) -> None:
+@pytest.mark.parametrize("ends", [[75], [2, 40, 41, 75]])
+def test_update_rows(with_extra: bool, with_pull: bool, ends: list[int]) -> None:
     b, d, n = 70, 33, 75
     generator = torch.Generator().manual_seed(2)
 
@@ -137,9 +145,10 @@ def test_update_rows(with_extra: bool, with_pull: bool) -> None:
     for form in (compiled, plain):
         p = problem(b, d, n)
         codes, _ = form.batch_topk(p["pre"], 400)
-        error, _, dots = form.residual(codes, p["z"], p["W_dec"], p["b_dec"], True)
+        at = np.array(ends)
+        error, _, dots = form.residual(codes, p["z"], p["W_dec"], p["b_dec"], at, True)
         rows = Rows(p["W_enc_T"], p["W_dec"], *(x.clone() for x in start))
-        batch = Batch(codes, dots, p["z"], error, p["b_dec"], -0.37)
+        batch = Batch(codes, dots, p["z"], error, at, p["b_dec"], -0.37)
         g_b = form.update_rows(rows, batch, extra, pull, Adam(1e-2, 0.9, 0.99, 3))
         results.append((*rows, g_b))
     for mine, other in zip(*results, strict=True):

@@ -94,6 +94,8 @@ def test_a_joint_arm_against_the_solo_curve_at_its_own_l2(run: Run) -> None:
     assert found.loc[JOINT[0].name, "d_excess_pct"] == pytest.approx(100 * (17 / (curve - 2) - 1))
     assert found.loc[JOINT[0].name, "low"] < found.loc[JOINT[0].name, "high"]
     assert np.isnan(found.loc["joint-lambda1-sigma1-seed0", "d_mean_abs_phi_pct"])  # beyond its end
+    curve = 20 - 0.5 * 5 / 7  # at L2 0.105, for another method
+    assert found.loc["ortsae-seed0", "d_mean_abs_phi_pct"] == pytest.approx(100 * (18 / curve - 1))
 
 
 def test_the_headline_under_each_way_to_compare(run: Run) -> None:

@@ -120,6 +120,9 @@ def test_seeds_of_the_grid_and_of_the_frontier() -> None:
 
 def test_steps_and_selected() -> None:
     assert Profile.load("tiny").steps == 60_000 // 512
+    # 65,536 features would make the 2,048, 6,144, 14,336, 30,720 and 65,536 of the authors.
+    assert Profile.load("tiny").prefixes == [8, 24, 56, 120, 256]
+    assert Profile.load("tiny", {"dictionary.n_features": 64}).prefixes == [2, 6, 14, 30, 64]
     assert Profile.load("tiny").selected == (0.3, 1.0)
     outside = Profile.load("tiny", {"training.lambda2": [1.0, 0.1], "training.sigma_sq": [3.0]})
     assert outside.selected == (1.0, 3.0)
@@ -170,6 +173,8 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path) -> None:
         ({"training.seeds": [-1]}, ["training.seeds.0", "at least 0"]),
         ({"training.selected": [0.3]}, ["training.selected", "at least 2"]),
         ({"training.arms": ["solos"]}, ["training.arms", "'solos'", "'solo'"]),
+        ({"training.matryoshka_prefixes": [0.5]}, ["training.matryoshka_prefixes", "the last 1"]),
+        ({"training.matryoshka_prefixes": [0.5, 0.1, 1.0]}, ["ascending shares"]),
         ({"training.learning_rate": float("nan")}, ["training.learning_rate", "finite"]),
         ({"training.learning_rate": True}, ["training.learning_rate", "must be a number"]),
         ({"training.betas": [0.9, 1.0]}, ["training.betas.1", "below 1"]),

@@ -25,6 +25,7 @@ from metasae_lib.show import cases, scorecard, tables
 from metasae_lib.show import sentences as wording
 from metasae_lib.show import text as formats
 from metasae_lib.show.published import RESULTS, load_published
+from metasae_lib.study.arms import ArmSpec
 from metasae_lib.study.errors import ArtefactError, MeasureError, PublishedError
 
 ROOT = Path(__file__).parents[1]
@@ -277,6 +278,47 @@ def test_ablation_takes_the_first_seed_and_the_selected_penalty(run: Run) -> Non
     denser = frame.assign(l0=frame.l0.where(frame.architecture != "JumpReLU", 16.0))
     assert "cannot be compared" in wording.ablation_sentence(denser)
     assert "no JumpReLU arm" in wording.ablation_sentence(frame[frame.architecture != "JumpReLU"])
+
+
+def test_the_penalty_stands_beside_its_competitors(run: Run) -> None:
+    rows = [
+        (ArmSpec("solo", 0), 2.0e-3, 0.100, 2.0, 60), (ArmSpec("solo", 1), 2.0e-3, 0.100, 2.0, 64),
+        (ArmSpec("frontier", 0, k=6), 1.8e-3, 0.120, 3.0, 60),
+        (ArmSpec("joint", 0, 0.3, 1.0), 1.9e-3, 0.110, 2.5, 61),
+        (ArmSpec("joint", 0, 0.1, 1.0), 1.9e-3, 0.110, 2.5, 61),
+        (ArmSpec("ortsae", 0), 1.5e-3, 0.130, 3.0, 62),
+        (ArmSpec("matryoshka", 0), 1.5e-3, 0.115, 3.0, 50),
+    ]  # fmt: skip
+    phi = pd.DataFrame(
+        [{"arm": spec.name, **vars(spec), "mean_abs": mean, "null_mean_abs": 1e-3, "alive": alive}
+         for spec, mean, _, _, alive in rows]
+    )  # fmt: skip
+    arms = pd.DataFrame(
+        [(spec.name, l2, ce) for spec, _, l2, ce, _ in rows],
+        columns=["arm", "l2", "ce_overhead_pct"],
+    )
+    draws = {arm: mean + np.zeros(5) for arm, mean in zip(phi.arm, phi.mean_abs, strict=True)}
+
+    def shown(phi: pd.DataFrame) -> str:
+        grid = measure.setting_table(measure.pair_table(run, phi, arms, draws))
+        text = tables.beside_competitors(phi, grid, measure.frontier_table(run, phi, arms, draws))
+        return text.data  # type: ignore[no-any-return]
+
+    lines = shown(phi).splitlines()
+    cells = {
+        line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in lines if "seed" not in line
+    }
+    assert {"joint-lambda0.3-sigma1", "ortsae", "matryoshka"} == {
+        name for name in cells if name in {row[0].name.rsplit("-", 1)[0] for row in rows}
+    }
+    # At L2 0.115 the curve is at 1.85e-3; OrtSAE lies beyond its end.
+    equal = f"{100 * (1.5 / 1.85 - 1):+.1f}%".replace("-", "−")
+    assert cells["matryoshka"] == [
+        "1", "−25.0% (−25.0% to −25.0%)", "−50.0%", "+15.0%", "+1.0",
+        f"{equal} ({equal} to {equal})", "−41.2%", "50", "60 |",
+    ]  # fmt: skip
+    assert cells["ortsae"][5:7] == ["—", "—"]
+    assert "trains no competitor" in shown(phi[:5])
 
 
 def test_controls_are_held_against_the_solo_arm_of_their_seed() -> None:

@@ -101,18 +101,27 @@ def weights(folder: Path) -> dict[str, bytes]:
 # --------------------------------------------------------------------------- gradients
 
 
+def reconstruction_loss(sae: BatchTopK, x: Tensor, acts: Tensor, prefixes: list[int]) -> Tensor:
+    """Mean over prefixes of the L2 of what their features rebuild alone."""
+    features = torch.arange(sae.n_features)
+    alone = [acts * (features < m) for m in prefixes or [sae.n_features]]
+    return torch.stack([(x - sae.decode(some)).square().mean() for some in alone]).mean()
+
+
 @pytest.mark.parametrize("form", [kernels.compiled, kernels.plain])
 @pytest.mark.parametrize("n_dead", [0, 3, 40])
-@pytest.mark.parametrize("lambda2", [None, 0.3])
+@pytest.mark.parametrize(("lambda2", "prefixes"), [(None, []), (0.3, []), (None, [2, 50, 96])])
 def test_gradients_agree_with_float64_autograd(
-    form: ModuleType, n_dead: int, lambda2: float | None
+    form: ModuleType, n_dead: int, lambda2: float | None, prefixes: list[int]
 ) -> None:
     """Eq. 3 with AuxK, written plainly, differentiated by autograd in float64."""
     b, d, n, k, k_aux, weight = 50, 24, 96, 5, 8, 1 / 32
     generator = torch.Generator().manual_seed(n_dead)
     sae = BatchTopK(d, n, k, seed=1)
     sae.b_dec.data += torch.randn(d, generator=generator) / 5
-    settings = Settings(3e-4, dtype=torch.float32, k_aux=k_aux, aux_weight=weight, dead_after=1)
+    settings = Settings(
+        3e-4, dtype=torch.float32, k_aux=k_aux, aux_weight=weight, dead_after=1, prefixes=prefixes
+    )
     # Silent features: far enough below the others that the batch does not select them.
     sae.W_enc.data[:, :n_dead] *= 1e-2
     z = normalise(torch.randn(b, d, generator=generator))[0]
@@ -125,7 +134,7 @@ def test_gradients_agree_with_float64_autograd(
     x = z.double()
     acts = exact.encode(x)
     error = x - exact.decode(acts)
-    loss = error.square().mean()
+    loss = reconstruction_loss(exact, x, acts, prefixes)
     dead = (acts == 0).all(0).nonzero()[:, 0]
     assert len(dead) >= n_dead
     aux = torch.zeros(())
@@ -251,18 +260,20 @@ def test_as_released_residual_is_no_constant() -> None:
     )  # fmt: skip
 
 
-def test_a_run_of_steps_is_that_of_torch_optim_adam() -> None:
+@pytest.mark.parametrize("prefixes", [[], [3, 20, 40]])
+def test_a_run_of_steps_is_that_of_torch_optim_adam(prefixes: list[int]) -> None:
     """Thirty steps beside autograd, torch's Adam, and unit rows by projection, in float64."""
     sae, peer = BatchTopK(16, 40, 3, seed=2), BatchTopK(16, 40, 3, seed=2).double()
     peer.requires_grad_()
-    learner = Learner(sae, Settings(1e-3, dtype=torch.float32, aux_weight=0.0))
+    settings = Settings(1e-3, dtype=torch.float32, aux_weight=0.0, prefixes=prefixes)
+    learner = Learner(sae, settings)
     optimiser = torch.optim.Adam(peer.parameters(), lr=1e-3, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
         z = torch.randn(32, 16, generator=generator)
         learner.step(z)
         optimiser.zero_grad()
-        (z.double() - peer.decode(peer.encode(z.double()))).square().mean().backward()
+        reconstruction_loss(peer, z.double(), peer.encode(z.double()), prefixes).backward()
         with torch.no_grad():
             grad, rows = peer.W_dec.grad, peer.W_dec
             assert grad is not None
@@ -326,7 +337,8 @@ def test_arms_train_and_the_control_is_the_solo_arm(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("synthetic")
 def test_every_kind_of_arm(tmp_path: Path) -> None:
     """Each is trained, is what its name says, and differs from the solo arm."""
-    kinds = ["solo", "joint", "ablation", "ortsae", "as-released", "critic", "frontier"]
+    kinds = ["solo", "joint", "ablation", "ortsae", "matryoshka", "as-released", "critic",
+             "frontier"]  # fmt: skip
     profile = small(
         training__arms=kinds, training__lambda2=[30.0], training__seeds=[0, 1],
         training__order="by_seed", training__frontier=[3], training__seeds_frontier=2,
@@ -336,10 +348,10 @@ def test_every_kind_of_arm(tmp_path: Path) -> None:
         "solo-seed0", "solo-seed1", "joint-lambda30-sigma1-seed0",
         "joint-lambda30-sigma1-seed1", "jumprelu-seed0", "jumprelu-lambda30-sigma1-seed0",
         "jumprelu-k2-seed0", "jumprelu-k2-lambda30-sigma1-seed0", "batchtopk-k2-seed0",
-        "batchtopk-k2-lambda30-sigma1-seed0", "ortsae-seed0", "as-released-seed0",
-        "as-released-lambda30-sigma1-seed0", "critic-k1-lambda30-sigma1-seed0",
-        "critic-steps100to10-lambda30-sigma1-seed0", "frontier-k3-seed0",
-        "frontier-k3-seed1",
+        "batchtopk-k2-lambda30-sigma1-seed0", "ortsae-seed0", "matryoshka-seed0",
+        "as-released-seed0", "as-released-lambda30-sigma1-seed0",
+        "critic-k1-lambda30-sigma1-seed0", "critic-steps100to10-lambda30-sigma1-seed0",
+        "frontier-k3-seed0", "frontier-k3-seed1",
     ]  # fmt: skip
     solo = arms.pop("solo-seed0")
     for name, arm in arms.items():
@@ -354,6 +366,20 @@ def test_every_kind_of_arm(tmp_path: Path) -> None:
     # Less of each input is told by fewer features, from the same start.
     assert last["frontier-k3-seed0"].l2 > solo.history["l2"].iloc[-1]
     assert last["frontier-k3-seed0"].l0 == 3 and "frontier-k3-seed1" in arms
+    # A Matryoshka dictionary pays in the whole for what each of its prefixes rebuilds alone.
+    z = normalise(Stream(Run.open(profile, tmp_path)).batch(1000))[0]
+    saes = [sae for sae in (arms["matryoshka-seed0"].sae, solo.sae) if isinstance(sae, BatchTopK)]
+    for m in (3, 9, 21, 45, 96):
+        nested, plain = (reconstruction_loss(sae, z, sae.encode(z), [m]) for sae in saes)
+        assert (nested < plain) == (m < 96)
+
+
+@pytest.mark.usefixtures("synthetic")
+def test_one_prefix_of_all_features_is_the_solo_arm(tmp_path: Path) -> None:
+    profile = small(training__arms=["solo", "matryoshka"], training__matryoshka_prefixes=[1.0])
+    solo, matryoshka = training.train_arms(Run.open(profile, tmp_path)).values()
+    for mine, other in zip(matryoshka.sae.parameters(), solo.sae.parameters(), strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("name", ["zeros", "mean", "standard"])
@@ -449,7 +475,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from metasae_lib import Run
 from metasae_lib.train import training
-from test_training import Residuals, Stream, small
+from test_training import RESUMED, Residuals, Stream, small
 training.BatchStream, training.Residuals = Stream, Residuals
 save, count = training.save_checkpoint, 0
 def counted(*args):
@@ -459,18 +485,20 @@ def counted(*args):
         threading.Timer(random.random() / 20, os.kill, (os.getpid(), signal.SIGKILL)).start()
     return save(*args)
 training.save_checkpoint = counted
-training.train_arms(Run.open(small(), Path(sys.argv[2])))
+training.train_arms(Run.open(small(training__arms=RESUMED), Path(sys.argv[2])))
 """
+RESUMED = ["solo", "joint", "matryoshka"]
 
 
 @pytest.mark.usefixtures("synthetic")
 def test_killed_and_resumed_to_the_bit(tmp_path: Path) -> None:
-    whole = training.train_arms(Run.open(small(), tmp_path / "whole"))
+    profile = small(training__arms=RESUMED)
+    whole = training.train_arms(Run.open(profile, tmp_path / "whole"))
     here = str(Path(__file__).parent)
     for at in (2, 5):
         command = [sys.executable, "-c", KILLED, here, str(tmp_path / "killed"), str(at)]
         assert subprocess.run(command, check=False).returncode == -9
-    resumed = training.train_arms(Run.open(small(), tmp_path / "killed"))
+    resumed = training.train_arms(Run.open(profile, tmp_path / "killed"))
     for name, arm in whole.items():
         assert weights(arm.folder) == weights(resumed[name].folder)
 
@@ -613,7 +641,9 @@ def test_a_step_holds_no_float32_matrix_of_batch_by_features() -> None:
     assert numpy_peak < 4 * b * n // 2
 
 
-@pytest.mark.parametrize("kind", ["solo", "joint", "control", "jumprelu", "as-released", "ortsae"])
+@pytest.mark.parametrize(
+    "kind", ["solo", "joint", "control", "jumprelu", "as-released", "ortsae", "matryoshka"]
+)
 def test_a_step_on_a_gpu_does_not_wait(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors without values, where whatever needs one on the host raises."""
     joint = kind in ("joint", "control", "as-released")

@@ -24,7 +24,7 @@ from metasae_lib.measure.matching import (
 )
 from metasae_lib.measure.pairs import (
     effects,  # the headline under each way to compare
-    frontier_table,  # every joint arm against the solo curve at its L2
+    frontier_table,  # joint arms and competitors against the solo curve at their L2
     pair_table,  # every arm against the solo arm of its seed
     resampled_mean_abs,  # mean |φ| of every arm in the same resamples of its features
     setting_table,  # pairs of each setting, for new seeds and features

@@ -11,7 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from metasae_lib.measure.counting import CooccurrenceCounter, CrossCounts
-from metasae_lib.measure.passes import pre_activations, product_dtype, scan_chunks
+from metasae_lib.measure.passes import in_memory, pre_activations, product_dtype, scan_chunks
 from metasae_lib.measure.patterns import above
 from metasae_lib.measure.phi import phi
 from metasae_lib.measure.scan import VERSION, scan_inputs
@@ -46,7 +46,8 @@ def check_comparable(arm_a: Arm, arm_b: Arm) -> None:
 def cross_scan(
     run: Run, arms: Mapping[str, Arm], pairs: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], CrossCounts]:
-    """Counts between the features of pairs of arms, by name, all in one pass over the scan role.
+    """Counts between the features of pairs of arms, by name, in one pass over the scan role, or in
+    as few as memory allows.
 
     Counts are artefacts. Raises MeasureError if the two of a pair were not trained on the same
     kind of residuals.
@@ -58,12 +59,15 @@ def cross_scan(
     residuals = Residuals(run, "scan")
 
     def make(missing: dict[tuple[str, str], Artefact]) -> None:
-        for pair, cross in _cross(run, residuals, arms, list(missing)).items():
-            with atomic_write(missing[pair].folder / "n11.npy") as path:
-                np.save(path, cross.n11)
-            with atomic_write(missing[pair].folder / "n1.npz") as path:
-                np.savez(path, a=cross.n1_a, b=cross.n1_b)
-            missing[pair].finish({"n_tokens": cross.n_tokens}, shared_by=len(missing))
+        size = 4 * max(arm.sae.n_features for arm in used.values()) ** 2  # int32
+        what = "the counts of one pair of arms"
+        for group in in_memory(list(missing), size, what, residuals.device):
+            for pair, cross in _cross(run, residuals, arms, group).items():
+                with atomic_write(missing[pair].folder / "n11.npy") as path:
+                    np.save(path, cross.n11)
+                with atomic_write(missing[pair].folder / "n1.npz") as path:
+                    np.savez(path, a=cross.n1_a, b=cross.n1_b)
+                missing[pair].finish({"n_tokens": cross.n_tokens}, shared_by=len(missing))
 
     on = scan_inputs(run, residuals)
     inputs = {(a, b): {"a": used[a].folder.name, "b": used[b].folder.name, **on} for a, b in pairs}

@@ -24,7 +24,7 @@ from metasae_lib.measure.statistics import (
     over_seeds,
     unpaired_difference,
 )
-from metasae_lib.study import Run
+from metasae_lib.study import COMPETITORS, Run
 
 #: What is compared, each in its own column of `pair_table`, and the names of its interval's ends.
 COMPARED = {
@@ -72,14 +72,14 @@ def pair_table(
 def frontier_table(
     run: Run, phi: pd.DataFrame, fidelity: pd.DataFrame, replicates: Mapping[str, Floats]
 ) -> pd.DataFrame:
-    """Every joint arm against the solo curve of its own seed at its own L2, one row each.
+    """Joint arms and competitors against the solo curve of their seed at their own L2, a row each.
 
-    The curve joins the solo arm and the `frontier` arms of the seed by straight lines in L2. A
-    joint arm beyond its ends has nan: nothing is extrapolated. Columns as of `pair_table` (d_l2_pct
+    The curve joins the solo arm and the `frontier` arms of the seed by straight lines in L2. An arm
+    beyond its ends has nan: nothing is extrapolated. Columns as of `pair_table` (d_l2_pct
     and d_ce_points are nan: L2 is equal by construction).
     """
     arms, rows = _joined(phi, fidelity), []
-    for _, arm in arms[arms.kind == "joint"].iterrows():
+    for _, arm in arms[arms.kind.isin(["joint", *COMPETITORS])].iterrows():
         curve = arms[arms.kind.isin(["solo", "frontier"]) & (arms.seed == arm.seed)]
         if len(curve) < 2:
             continue

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from metasae_lib.study import Run, progress
+from metasae_lib.study import MeasureError, Run, progress
 from metasae_lib.subject import Residuals
+from metasae_lib.subject.model import free_memory
 from metasae_lib.train import Arm, Dictionary, normalise
 
 GROUP = 8192  # tokens whose pre-activations are made at once
+MEMORY_SHARE = 0.7  # of the free memory that counts may take
+T = TypeVar("T")
 
 
 def by_arm(arms: Mapping[str, Arm], inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What an artefact of each arm depends on, for `Run.made`: the arm's own, and `inputs`."""
     return {name: {"arm": arm.folder.name, **inputs} for name, arm in arms.items()}
+
+
+def in_memory(names: Sequence[T], size: int, what: str, device: torch.device) -> Iterator[list[T]]:
+    """The names in groups whose counts fit in memory together, in order.
+
+    size: bytes that each takes. what: each of them, for the MeasureError if one alone does not fit.
+    """
+    free = free_memory(device)
+    at_once = int(MEMORY_SHARE * free // size)
+    if not at_once:
+        raise MeasureError(
+            f"{what} take {size / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free: have "
+            f"{size / MEMORY_SHARE / 1e9:.0f} GB free, or halve dictionary.n_features"
+        )
+    for start in range(0, len(names), at_once):
+        yield list(names[start : start + at_once])
 
 
 def pre_activations(sae: Dictionary, z: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts
-from metasae_lib.measure.passes import by_arm, pre_activations, product_dtype, scan_chunks
+from metasae_lib.measure.passes import (
+    by_arm,
+    in_memory,
+    pre_activations,
+    product_dtype,
+    scan_chunks,
+)
 from metasae_lib.measure.patterns import Array, Pattern, above
 from metasae_lib.measure.thresholds import Calibration, calibrate_arms, calibration_inputs
 from metasae_lib.study import Artefact, Run, atomic_write
@@ -25,7 +31,8 @@ SENSITIVITY_FEATURES = 512  # features whose pairs are counted under other thres
 
 
 def scan_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
-    """Count co-firing above the thresholds for every arm, in one pass over the scan role.
+    """Count co-firing above the thresholds for every arm, in one pass over the scan role, or in as
+    few as memory allows.
 
     Thresholds are calibrated if they are not yet. Counts are artefacts, one an arm: what is there
     is read, only what is missing is counted. A killed scan goes on from its last checkpoint and
@@ -35,8 +42,11 @@ def scan_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
     residuals = Residuals(run, "scan")
 
     def make(missing: dict[str, Artefact]) -> None:
-        scans = [ArmScan(run, arms[name], calibrations[name], one) for name, one in missing.items()]
-        _scan(run, residuals, scans)
+        size = 4 * max(arm.sae.n_features for arm in arms.values()) ** 2  # int32
+        what = "the counts of one arm"
+        for group in in_memory(list(missing), size, what, residuals.device):
+            scans = [ArmScan(run, arms[n], calibrations[n], missing[n]) for n in group]
+            _scan(run, residuals, scans)
 
     inputs = by_arm(arms, scan_inputs(run, residuals))
     artefacts = run.made("counts", inputs, VERSION, make)

@@ -32,6 +32,7 @@ from metasae_lib.show.sentences import (
 )
 from metasae_lib.show.tables import (
     ablation,  # configurations of the JumpReLU ablation
+    beside_competitors,  # what the penalty and other methods change
     both_modes,  # fidelity at thresholds and in training form
     by_rarer,  # φ by the rarer feature of a pair
     compared_arms,  # solo and selected joint arm, first seed
@@ -40,7 +41,7 @@ from metasae_lib.show.tables import (
     controls,  # whether λ₂ = 0 is the solo arm
     downloads,  # the tables behind its figures
     explained,  # decoder variance explained post hoc
-    frontier_points,  # solo curves and joint arms over L2
+    frontier_points,  # solo curves, joint arms and competitors over L2
     last_steps,  # each arm at the end of its training
     noise_floors,  # mean |φ| that chance alone gives
     open_run,  # the run that a notebook's parameters name

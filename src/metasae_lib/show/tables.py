@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from IPython.display import Markdown
 
-from metasae_lib.measure import Counts, PhiSummary, noise_floor, null_mean_abs
+from metasae_lib.measure import Counts, PhiSummary, noise_floor, null_mean_abs, setting_table
 from metasae_lib.measure.statistics import paired_difference
 from metasae_lib.show.published import grid_id, load_published
-from metasae_lib.show.text import between, literal, plain, table
-from metasae_lib.study import ArmSpec, MeasureError, Profile, Run, repository_folders
+from metasae_lib.show.text import between, literal, percent, plain, section, table
+from metasae_lib.study import COMPETITORS, ArmSpec, MeasureError, Profile, Run, repository_folders
 from metasae_lib.study.kept import kept_runs
 from metasae_lib.train import Arm
 
@@ -149,11 +149,11 @@ def by_rarer(by_rate: pd.DataFrame) -> pd.DataFrame:
 
 
 def frontier_points(run: Run, phi: pd.DataFrame, fidelity: pd.DataFrame) -> pd.DataFrame:
-    """The arms of the solo curves and of the joint grid in the plane of L2 and mean |φ|.
+    """The arms of the solo curves, of the joint grid and of competitors over L2 and mean |φ|.
 
     Columns: arm, kind, seed, k, lambda2, sigma_sq, selected, l2, mean_abs, null_mean_abs.
     """
-    frame = phi[phi.kind.isin(["solo", "frontier", "joint"])]
+    frame = phi[phi.kind.isin(["solo", "frontier", "joint", *COMPETITORS])]
     frame = frame.merge(fidelity[["arm", "l2"]], on="arm")
     frame["selected"] = (frame.kind == "joint") & _selected(run, frame)
     columns = ["arm", "kind", "seed", "k", "lambda2", "sigma_sq", "selected", "l2", "mean_abs"]
@@ -229,8 +229,8 @@ def competitors(run: Run, arms: pd.DataFrame) -> Markdown:
     others = arms[~arms.kind.isin(["solo", "joint", "control", "batchtopk", "jumprelu"])]
     if others.empty:
         return Markdown(
-            "**This run trains none of them**: add `ortsae`, `as-released` or `critic` "
-            " to `training.arms`."
+            "**This run trains none of them**: add `ortsae`, `matryoshka`, `as-released` or "
+            "`critic` to `training.arms`."
         )
     shown = pd.concat([arms[arms.arm.isin(compared_arms(run))], others])
     shown = shown.assign(k=shown.k.fillna(run.profile.dictionary.k).astype(int))
@@ -238,6 +238,54 @@ def competitors(run: Run, arms: pd.DataFrame) -> Markdown:
              "ce_overhead_pct": "CE overhead (%)", "dead": "dead"}  # fmt: skip
     shown = shown[list(names)].rename(columns=names)
     return table(shown, "Other ways to train, held-out text", "tab-others")
+
+
+def beside_competitors(phi: pd.DataFrame, grid: pd.DataFrame, frontier: pd.DataFrame) -> Markdown:
+    """The selected setting and other methods against solo, pair by pair and at equal L2.
+
+    phi: `phi_table`. grid: `measure.setting_table` of every pair. frontier:
+    `measure.frontier_table`.
+    """
+    title = "The penalty and its competitors"
+    found = grid[grid.selected | grid.kind.isin(COMPETITORS)].set_index("setting")
+    if not found.kind.isin(COMPETITORS).any():
+        return section(
+            title,
+            "**This run trains no competitor**: add `ortsae` or `matryoshka` to `training.arms`.",
+        )
+    equal = setting_table(frontier).reindex(columns=grid.columns).set_index("setting")
+    equal = equal.reindex(found.index)
+    living = phi.assign(
+        setting=phi.arm.str.replace(r"-seed\d+$", "", regex=True),
+        solo=phi.seed.map(phi[phi.kind == "solo"].set_index("seed").alive),
+    ).groupby("setting")[["alive", "solo"]].mean()  # fmt: skip
+
+    def with_interval(frame: pd.DataFrame) -> list[str]:
+        return [
+            "—" if np.isnan(change) else f"{percent(change)} ({between(low, high, percent)})"
+            for change, low, high in frame[["d_mean_abs_phi_pct", "low", "high"]].to_numpy(float)
+        ]
+
+    shown = pd.DataFrame(
+        {
+            "setting": found.index,
+            "seeds": found.n_seeds,
+            "Δ mean |φ|": with_interval(found),
+            "... above its null": found.d_excess_pct.map(percent),
+            "Δ L2": found.d_l2_pct.map(percent),
+            "Δ CE overhead (points)": found.d_ce_points.map("{:+.1f}".format),
+            "Δ mean |φ| at equal L2": with_interval(equal),
+            "... above its null ": equal.d_excess_pct.map(percent, na_action="ignore"),
+            "living": living.alive,
+            "living, solo": living.solo,
+        },
+        index=found.index,
+    )
+    caption = (
+        "Each setting against the solo arm of its seed, with 95% intervals (of one seed: over its "
+        "features), and against the solo curve at its own L2 (— where it lies beyond the curve)"
+    )
+    return section(title, table(shown, caption, "tab-competitors", "wide").data)
 
 
 def explained(run: Run, frame: pd.DataFrame) -> Markdown:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from metasae_lib.study.arms import ArmSpec  # one condition under which a dictionary is trained
+from metasae_lib.study.arms import (
+    COMPETITORS,  # kinds of arm that are other methods
+    ArmSpec,  # one condition under which a dictionary is trained
+)
 from metasae_lib.study.errors import (
     ArtefactError,  # a file of a run that is missing or harmed
     CorpusError,  # text that cannot be read or is too short

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from metasae_lib.study.profile import Profile
 
+#: Other methods against what the penalty is against: features that are no atoms.
+COMPETITORS = ("ortsae", "matryoshka")
+
 
 @dataclass(frozen=True)
 class ArmSpec:
@@ -90,6 +93,7 @@ def arms_by_kind(profile: Profile) -> dict[str, list[ArmSpec]]:
         "jumprelu": pair("jumprelu"),
         "ablation": pair("jumprelu") + pair("jumprelu", k=half) + pair("batchtopk", k=half),
         "ortsae": [ArmSpec("ortsae", first)],
+        "matryoshka": [ArmSpec("matryoshka", first)],
         "as-released": [solo, replace(joint, meta_k=meta_k, phases=(100, 10))],
         "critic": [replace(critic, meta_k=meta_k), replace(critic, phases=(100, 10))],
     }

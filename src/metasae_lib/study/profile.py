@@ -125,6 +125,12 @@ class Profile(sections.Section):
             return lambda2, sigma_sq
         return self.training.lambda2[0], self.training.sigma_sq[0]
 
+    @property
+    def prefixes(self) -> list[int]:
+        """Features of each prefix of a Matryoshka dictionary; prefixes of one size are one."""
+        n = self.dictionary.n_features
+        return sorted({max(1, round(share * n)) for share in self.training.matryoshka_prefixes})
+
     def arms(self) -> list[ArmSpec]:
         """Every arm of the profile, in the order of `training.arms`."""
         known = arms_by_kind(self)
@@ -232,6 +238,12 @@ def _problems(profile: Profile) -> Iterable[str]:
                 f"training.arms has 'frontier': give training.frontier one or more k below "
                 f"dictionary.k ({k}), not {training.frontier}"
             )
+    shares = training.matryoshka_prefixes
+    if shares != sorted(shares) or shares[-1] != 1:
+        yield (
+            f"training.matryoshka_prefixes is {shares}: give ascending shares of the features, "
+            f"the last 1"
+        )
     for key in ("lambda2", "sigma_sq", "seeds", "frontier", "arms", "meta_posthoc"):
         values = getattr(training, key)
         # Arms are named with six digits, so values that agree in those would share a name.

@@ -114,6 +114,8 @@ class Training(Section):
     rest of the grid at the first `seeds_grid`, and solo dictionaries at each k of `frontier`, which
     show what less fidelity alone does to φ, at the first `seeds_frontier` (at most all).
     `start`: what is taken out of the inputs, see :mod:`metasae_lib.train.start`.
+    `matryoshka_prefixes`: shares of the features that must rebuild the input alone, as in the main
+    experiment and the ablations of Bussmann et al. 2025 (§4.3, App. G.3).
     `meta_posthoc`: settings under which a meta SAE is trained on finished decoders, see
     :mod:`metasae_lib.train.posthoc`.
     """
@@ -144,6 +146,9 @@ class Training(Section):
     ortsae_chunk: Annotated[int, Field(ge=2)] = 8192
     jumprelu_bandwidth: Positive = 1e-3
     jumprelu_weight: Positive = 1.0
+    matryoshka_prefixes: Annotated[list[Positive], Field(min_length=1)] = [
+        1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0
+    ]  # fmt: skip
     meta_posthoc: list[Literal["bussmann", "saebench"]] = []
 
 

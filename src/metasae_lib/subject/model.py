@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -282,6 +283,13 @@ def compute_device(profile: Profile) -> torch.device:
     if profile.device == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", distributed.local_rank())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on a CPU, what the page cache holds can be had."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def fingerprint(profile: Profile) -> dict[str, Any]:

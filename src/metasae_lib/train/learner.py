@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,7 @@ class Settings:
     as_released: bool = False  # AuxK's residual is no constant; rows are made unit before the step
     jumprelu_bandwidth: float = 1e-3  # of the window, for inputs of norm 1
     jumprelu_weight: float = 1.0  # of (L0 / k - 1)²
+    prefixes: Sequence[int] = ()  # of features, each to rebuild z alone; none: the whole dictionary
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,14 @@ def workspace() -> Workspace:
 
 
 class Learner:
-    """One BatchTopK dictionary with its optimiser, and one hand-written training step."""
+    """One BatchTopK dictionary with its optimiser, and one hand-written training step.
+
+    With `prefixes` it is a Matryoshka dictionary (Bussmann et al. 2025, Listing 1): features are
+    selected once, over all, and the loss is the mean over prefixes of the L2 of what the selected
+    features of a prefix rebuild alone. The paper has the sum, which Adam at one learning rate does
+    not tell from the mean; the mean weighs against AuxK as the L2 of other arms does. The L2 that
+    is reported, and the residual that AuxK rebuilds, are those of the whole dictionary.
+    """
 
     def __init__(
         self, sae: Dictionary, settings: Settings, matrices: Workspace | None = None
@@ -80,14 +89,15 @@ class Learner:
         self._kept: dict[str, Tensor] = self.rows._asdict() | own  # changed in place only
         self.step_count = 0
         self.bracket = 0
+        self.ends = np.array(settings.prefixes or [sae.n_features])
         self._low = self.W_enc_T.to(settings.dtype)
         self._soon_dead: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def errors(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Forward only: z - z_hat (b, d) and its squared norm (b,). z: (b, d) float32."""
         codes = self._select(self._products(z)[1])
-        error, square, _ = self.kernels.residual(codes, z, self.W_dec, self.b_dec, False)
-        return error, square
+        error, square, _ = self._residual(codes, z, with_dots=False)
+        return error[-1], square
 
     def step(self, z: Tensor, pull: Pull | None = None) -> Losses:
         """One step of Adam on a batch. z: (b, d) float32, normalised. pull: on decoder rows.
@@ -97,25 +107,25 @@ class Learner:
         b, d = z.shape
         centred, pre = self._products(z)
         codes = self._select(pre)
-        error, square, dots = self.kernels.residual(codes, z, self.W_dec, self.b_dec, True)
+        error, square, dots = self._residual(codes, z)
         l2 = square.sum(dtype=torch.float64) / (b * d)
         if l2.device.type == "cpu" and not math.isfinite(l2.item()):
             return Losses(l2, l2, math.nan, 0)
         self.silent.add_(1).masked_fill_(self.kernels.fired(codes), 0)
         dead, n_dead = self._dead()
-        extra, aux, miss = self._aux(pre, centred, error, dead)
+        extra, aux, miss = self._aux(pre, centred, error[-1], dead)
         if self.settings.as_released:
             # The residual that AuxK rebuilds depends on z_hat as well: d(e - e_hat)²/dz_hat.
             target = z if miss is None else z - self.settings.aux_weight * miss
-            error, _, dots = self.kernels.residual(codes, target, self.W_dec, self.b_dec, True)
+            error, _, dots = self._residual(codes, target)
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
         beta1, beta2 = self.settings.betas
         self.step_count += 1
         adam = Adam(self.settings.learning_rate, beta1, beta2, self.step_count)
-        scale = -2 / (b * d)
-        l0 = self._fit_thresholds(pre, codes, error, scale, adam)
-        g_b = scale * error.sum(0)
-        batch = Batch(codes, dots, z, error, self.b_dec, scale)
+        scale = -2 / (len(error) * b * d)
+        l0 = self._fit_thresholds(pre, codes, error[-1], scale, adam)
+        g_b = scale * error[0].sum(0)
+        batch = Batch(codes, dots, z, error, self.ends, self.b_dec, scale)
         unit = not self.settings.as_released
         g_b += self.kernels.update_rows(self.rows, batch, extra, pull, adam, unit)
         self._low.copy_(self.W_enc_T)
@@ -145,6 +155,9 @@ class Learner:
         """The codes of a batch: its k·b largest pre-activations."""
         codes, self.bracket = self.kernels.batch_topk(pre, self.sae.k * len(pre), self.bracket)
         return codes
+
+    def _residual(self, codes: Any, z: Tensor, with_dots: bool = True) -> Any:
+        return self.kernels.residual(codes, z, self.W_dec, self.b_dec, self.ends, with_dots)
 
     def _fit_thresholds(
         self, pre: Tensor, codes: Any, error: Tensor, scale: float, adam: Adam

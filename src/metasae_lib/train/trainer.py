@@ -49,7 +49,11 @@ class Trainer:
         self.spec, self.training, self.step_count = spec, training, 0
         self.phases = spec.phases or (training.n_primary_steps, training.n_meta_steps)
         asked: dict[str, Any] = {f.name: getattr(training, f.name, None) for f in fields(Settings)}
-        own = {"dtype": getattr(torch, training.dtype), "as_released": spec.kind == "as-released"}
+        own = {
+            "dtype": getattr(torch, training.dtype),
+            "as_released": spec.kind == "as-released",
+            "prefixes": profile.prefixes if spec.kind == "matryoshka" else (),
+        }
         settings = Settings(**(asked | own))
         shape = d_in, sizes.n_features, spec.k or sizes.k, spec.seed
         self.primary = (

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from metasae_lib.study import (
 )
 from metasae_lib.study.run import locked
 from metasae_lib.subject import BatchStream, Residuals
-from metasae_lib.subject.model import compute_device, release_subject
+from metasae_lib.subject.model import compute_device, free_memory, release_subject
 from metasae_lib.train.dictionary import BatchTopK, Dictionary, normalise
 from metasae_lib.train.learner import Losses, workspace
 from metasae_lib.train.start import Name, Start
@@ -259,12 +258,9 @@ def _groups(
 
     TrainingError if one arm alone does not fit.
     """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        # What the page cache holds can be had. Processes without a GPU share one memory.
-        free = psutil.virtual_memory().available // distributed.world_size()
-    free = distributed.least(free)
+    # Processes without a GPU share one memory.
+    sharing = 1 if device.type == "cuda" else distributed.world_size()
+    free = distributed.least(free_memory(device) // sharing)
     budget = MEMORY_SHARE * free - step_bytes(profile, d_in)
     group: list[_Place] = []
     held = [0] * distributed.world_size()

@@ -164,10 +164,10 @@ def firing_rates(axes: NDArray[Any], rates: pd.DataFrame, by_rate: pd.DataFrame)
 
 @style.styled(8.0, 4.0, ncols=2)
 def frontier(axes: NDArray[Any], frame: pd.DataFrame) -> None:
-    """mean |φ|, and what it has above chance, over L2: solo curves, and the joint arms.
+    """mean |φ|, and what it has above chance, over L2: solo curves, joint arms and competitors.
 
     Columns: kind, seed, l2, mean_abs, null_mean_abs, selected. A grey line joins the solo arm of a
-    seed with its arms of smaller k; a joint arm belongs to the line of its own seed.
+    seed with its arms of smaller k; any other arm belongs to the line of its own seed.
     """
     frame = frame.assign(excess=frame.mean_abs - frame.null_mean_abs)
     for ax, column in zip(axes, ("mean_abs", "excess"), strict=True):

@@ -26,6 +26,7 @@ KINDS = {
     "control": (ORANGE, "^"),
     "jumprelu": (GREEN, "P"),
     "ortsae": (SKY, "X"),
+    "matryoshka": ("#882255", ">"),
     "frontier": ("#7A5195", "d"),
     "as-released": ("#8C6D31", "*"),
     "paper": (RED, "D"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,13 +37,19 @@ class Rows(NamedTuple):
     v_dec: Tensor
 
 
+def groups(ends: np.ndarray) -> list[slice]:
+    """The features that each prefix of a dictionary has beyond the one before."""
+    return [slice(start, end) for start, end in pairwise([0, *ends.tolist()])]
+
+
 class Batch(NamedTuple):
     """A batch, what was selected of it, and what the dictionary leaves."""
 
     codes: Any  # Codes or DenseCodes
     dots: Any  # product of each activation's error and decoder row, see `residual`
     z: Tensor  # (b, d) float32: the inputs
-    error: Tensor  # (b, d) float32: z less its reconstruction
+    error: Tensor  # (p, b, d) float32: what the features of each group feel, see `residual`
+    ends: np.ndarray  # (p,) int64: where the groups end
     b_dec: Tensor  # (d,) float32, before the step
     scale: float  # the derivative of the L2 loss is scale * error
 

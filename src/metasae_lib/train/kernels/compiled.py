@@ -142,18 +142,23 @@ def row_topk(pre: Tensor, features: Tensor, k: int) -> Tensor:
 
 
 def residual(
-    codes: Codes, z: Tensor, W_dec: Tensor, b_dec: Tensor, with_dots: bool
+    codes: Codes, z: Tensor, W_dec: Tensor, b_dec: Tensor, ends: np.ndarray, with_dots: bool
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """What the dictionary leaves of its input, ``e = z - (acts @ W_dec + b_dec)``.
+    """What each prefix of the dictionary leaves, ``e_j = z - (acts[:, :j] @ W_dec[:j] + b_dec)``.
 
-    z: (b, d) float32. Returns e (b, d), its squared norm (b,), and for each entry the product of
-    e with its decoder row, (m,) in token-major order (empty unless asked for).
+    A feature of group g is in prefix g and in all that follow, so it feels the sum of what they
+    leave; those of the last group feel what the whole dictionary leaves.
+
+    z: (b, d) float32. ends: (p,) int64, ascending: features of each prefix, the last all n. Returns
+    those sums (p, b, d), the squared norm of the last (b,), and for each entry the product of the
+    error that its feature feels with its decoder row, (m,) in token-major order (empty unless asked
+    for).
     """
     m = len(codes.cols)
-    error, square = torch.empty_like(z), torch.empty(len(z))
+    error, square = z.new_empty(len(ends), *z.shape), torch.empty(len(z))
     dots = np.empty(m if with_dots else 0, np.float32)
     operations = (m + len(z)) * z.shape[1]
-    _run(loops.residual, operations, codes, z, W_dec, b_dec, error, square, dots)
+    _run(loops.residual, operations, codes, z, W_dec, b_dec, ends, error, square, dots)
     return error, square, dots
 
 
@@ -164,7 +169,7 @@ def update_rows(
 
     With ``c = scale``, activations ``a`` and products ``q`` of :func:`residual`::
 
-        dL/dW_dec[j]    = c * sum_t a[t,j] error[t]            (+ extra, + pull)
+        dL/dW_dec[j]    = c * sum_t a[t,j] error[g(j),t]       (+ extra, + pull)
         dL/dpre[t,j]    = c * q[t,j]
         dL/dW_enc[:, j] = sum_t dL/dpre[t,j] (z[t] - b_dec)     (+ extra)
 

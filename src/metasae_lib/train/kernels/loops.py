@@ -120,37 +120,50 @@ def row_topk(patterns: Array, features: Array, k: int, out: Array) -> None:
 
 @njit(**PARALLEL)
 def residual(
-    codes: Any, z: Array, W_dec: Array, b_dec: Array, error: Array, square: Array, dots: Array
-) -> None:
+    codes: Any, z: Array, W_dec: Array, b_dec: Array, ends: Array, error: Array, square: Array,
+    dots: Array,
+) -> None:  # fmt: skip
     row_ptr, cols, acts = codes.row_ptr, codes.cols, codes.acts
     b, d = z.shape
+    last = ends.shape[0] - 1
     for block in prange((b + ROWS - 1) // ROWS):
         total = np.empty(d, np.float32)
         for t in range(block * ROWS, min(b, (block + 1) * ROWS)):
             for i in range(d):
                 total[i] = z[t, i] - b_dec[i]
-            p, end = row_ptr[t], row_ptr[t + 1]
-            while p < end:
-                a, w = acts[p], W_dec[cols[p]]
-                if p + 1 < end:
-                    a2, w2 = acts[p + 1], W_dec[cols[p + 1]]
-                    for i in range(d):
-                        total[i] -= a * w[i] + a2 * w2[i]
-                else:
-                    for i in range(d):
-                        total[i] -= a * w[i]
-                p += 2
+            end = row_ptr[t]
+            for g in range(last + 1):
+                p = end
+                while end < row_ptr[t + 1] and cols[end] < ends[g]:
+                    end += 1
+                while p < end:
+                    a, w = acts[p], W_dec[cols[p]]
+                    if p + 1 < end:
+                        a2, w2 = acts[p + 1], W_dec[cols[p + 1]]
+                        for i in range(d):
+                            total[i] -= a * w[i] + a2 * w2[i]
+                    else:
+                        for i in range(d):
+                            total[i] -= a * w[i]
+                    p += 2
+                for i in range(d):
+                    error[g, t, i] = total[i]
             s = np.float32(0)
             for i in range(d):
                 s += total[i] * total[i]
-                error[t, i] = total[i]
             square[t] = s
+            for g in range(last, 0, -1):
+                for i in range(d):
+                    error[g - 1, t, i] += error[g, t, i]
             if dots.shape[0] > 0:
+                g = 0
                 for p in range(row_ptr[t], row_ptr[t + 1]):
-                    w = W_dec[cols[p]]
+                    while cols[p] >= ends[g]:
+                        g += 1
+                    e, w = error[g, t], W_dec[cols[p]]
                     s = np.float32(0)
                     for i in range(d):
-                        s += total[i] * w[i]
+                        s += e[i] * w[i]
                     dots[p] = s
 
 
@@ -175,7 +188,7 @@ def update_rows(
     weights: Any, batch: Any, extra: Any, pull: Any, adam: Any, unit: bool, partial: Array
 ) -> None:
     W_enc_T, W_dec, m_enc, v_enc, m_dec, v_dec = weights
-    codes, dots, z, error, b_dec, scale = batch
+    codes, dots, z, error, ends, b_dec, scale = batch
     acts, col_ptr, entries, rows = codes.acts, codes.col_ptr, codes.entries, codes.rows
     position, extra_dec, extra_enc, extra_pre = extra
     direction, pull_scale = pull
@@ -186,7 +199,11 @@ def update_rows(
         g_enc = np.empty(d, np.float32)
         part = partial[block]
         part[:] = 0
+        g = 0
         for j in range(block * ROWS, min(n, (block + 1) * ROWS)):
+            while j >= ends[g]:
+                g += 1
+            felt = error[g]
             w_dec, w_enc = W_dec[j], W_enc_T[j]
             g_dec[:] = 0
             g_enc[:] = 0
@@ -196,12 +213,12 @@ def update_rows(
             while q < end:
                 p, t = entries[q], rows[q]
                 a, c = scale_ * acts[p], scale_ * dots[p]
-                e_t, z_t = error[t], z[t]
+                e_t, z_t = felt[t], z[t]
                 g_pre += c
                 if q + 1 < end:
                     p, t = entries[q + 1], rows[q + 1]
                     a2, c2 = scale_ * acts[p], scale_ * dots[p]
-                    e_t2, z_t2 = error[t], z[t]
+                    e_t2, z_t2 = felt[t], z[t]
                     g_pre += c2
                     for i in range(d):
                         g_dec[i] += a * e_t[i] + a2 * e_t2[i]

@@ -5,10 +5,20 @@ Each stands for the function of the same name in :mod:`metasae_lib.train.kernels
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from metasae_lib.train.kernels.common import Adam, Batch, DenseCodes, Extra, Pull, Rows, adam_step
+from metasae_lib.train.kernels.common import (
+    Adam,
+    Batch,
+    DenseCodes,
+    Extra,
+    Pull,
+    Rows,
+    adam_step,
+    groups,
+)
 
 
 def normalise_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -68,16 +78,22 @@ def row_topk(pre: Tensor, features: Tensor, k: int) -> Tensor:
 
 
 def residual(
-    codes: DenseCodes, z: Tensor, W_dec: Tensor, b_dec: Tensor, with_dots: bool
+    codes: DenseCodes, z: Tensor, W_dec: Tensor, b_dec: Tensor, ends: np.ndarray, with_dots: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The products are a (b, n) matrix, zero where not selected."""
-    weights = W_dec.to(codes.acts.dtype)
-    error = z - b_dec - (codes.acts @ weights).to(z.dtype)
-    square = error.square().sum(-1)
+    acts, weights, parts = codes.acts, W_dec.to(codes.acts.dtype), groups(ends)
+    error, left = z.new_empty(len(parts), *z.shape), z - b_dec
+    for g, part in enumerate(parts):
+        left = torch.sub(left, (acts[:, part] @ weights[part]).to(z.dtype), out=error[g])
+    square = left.square().sum(-1)
+    for g in range(len(parts) - 1, 0, -1):
+        error[g - 1] += error[g]
     if not with_dots:
-        return error, square, codes.acts[:0]
-    dots = error.to(codes.acts.dtype) @ weights.T
-    return error, square, torch.where(codes.acts > 0, dots, 0)
+        return error, square, acts[:0]
+    dots = torch.empty_like(acts)
+    for part, felt in zip(parts, error, strict=True):
+        torch.mm(felt.to(acts.dtype), weights[part].T, out=dots[:, part])
+    return error, square, torch.where(acts > 0, dots, 0)
 
 
 def update_rows(
@@ -85,9 +101,12 @@ def update_rows(
 ) -> Tensor:
     """Holds the (n, d) gradients."""
     W_enc_T, W_dec, m_enc, v_enc, m_dec, v_dec = weights
-    codes, dots, z, error, b_dec, scale = batch
+    codes, dots, z, error, ends, b_dec, scale = batch
     dtype = codes.acts.dtype
-    g_dec = scale * (codes.acts.T @ error.to(dtype)).to(W_dec.dtype)
+    products = torch.empty_like(W_dec, dtype=dtype)
+    for part, felt in zip(groups(ends), error, strict=True):
+        torch.mm(codes.acts[:, part].T, felt.to(dtype), out=products[part])
+    g_dec = scale * products.to(W_dec.dtype)
     g_enc = scale * (dots.T @ z.to(dtype)).to(W_dec.dtype)
     g_pre = scale * dots.sum(0, dtype=W_dec.dtype)
     g_enc = g_enc - g_pre.unsqueeze(1) * b_dec
