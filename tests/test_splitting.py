@@ -72,9 +72,9 @@ def test_a_feature_in_two_halves_is_a_split_and_the_reverse_a_merge(
     assert found["rank"].tolist() == [1, 1] and found.rate.tolist() == [0.01, 0.01]
     assert np.isnan(found.overlap[0]) and found.overlap[1] < 0
     assert find(reverse(cross(a, b)), side(b), side(a)).empty
-    counts = count_directions(cross(a, b), side(a), side(b))
+    (counts,) = count_directions(cross(a, b), side(a), side(b))
     assert counts == {"splits": 1, "merges": 0, "eligible_a": 2, "eligible_b": 3}
-    swapped = count_directions(cross(b, a), side(b), side(a))
+    (swapped,) = count_directions(cross(b, a), side(b), side(a))
     assert (swapped["splits"], swapped["merges"]) == (0, 1)
 
 

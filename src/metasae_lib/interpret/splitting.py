@@ -68,10 +68,13 @@ def eligible(side: Side, rule: Rule) -> NDArray[np.bool_]:
     return np.array(words, bool) & rare
 
 
-def find(cross: CrossCounts, a: Side, b: Side, rule: Rule | None = None) -> pd.DataFrame:
+def find(
+    cross: CrossCounts, a: Side, b: Side, rule: Rule | None = None, top: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Features of A that split in B, strongest first: one row a (feature, partner).
 
-    cross: counts between A and B. For merges give `reverse(cross)` and the sides swapped. Columns:
+    cross: counts between A and B. For merges give `reverse(cross)` and the sides swapped. top: the
+    `strongest` of these counts, where several rules are asked about. Columns:
     rank (from 1), feature, score (φ with the n-th partner), rate, peak, partner, phi, partner_rate,
     partner_peak, overlap (largest φ of this partner with a stronger one; nan for the first).
     MeasureError if the counts are of other dictionaries.
@@ -82,7 +85,7 @@ def find(cross: CrossCounts, a: Side, b: Side, rule: Rule | None = None) -> pd.D
             f"the cross counts are {cross.n11.shape} for {len(a.counts.n1)} and "
             f"{len(b.counts.n1)} features: give the counts of these two dictionaries"
         )
-    top = top_matches(cross, _LOOK)
+    top = strongest(cross) if top is None else top
     able_a, able_b = eligible(a, rule), b.counts.n1 >= rule.min_count
     top = top[(top.phi >= rule.min_phi) & able_a[top.feature] & able_b[top.match]]
     top = top[top.groupby("feature").match.transform("size") >= rule.n_partners]
@@ -124,25 +127,34 @@ def listed(candidates: pd.DataFrame, count: int = 10) -> pd.DataFrame:
     return both[columns].reset_index(drop=True)
 
 
+def strongest(cross: CrossCounts) -> pd.DataFrame:
+    """The partners in B of every feature of A that any rule looks at, whatever its clauses."""
+    return top_matches(cross, _LOOK)
+
+
 def reverse(cross: CrossCounts) -> CrossCounts:
     """The same counts seen from the other dictionary."""
     return CrossCounts(cross.n11.T, cross.n1_b, cross.n1_a, cross.n_tokens)
 
 
 def count_directions(
-    cross: CrossCounts, a: Side, b: Side, rule: Rule | None = None
-) -> dict[str, int]:
+    cross: CrossCounts, a: Side, b: Side, rules: Sequence[Rule] = (Rule(),)
+) -> list[dict[str, int]]:
     """How many features of A split in B (splits), and of B in A (merges), of how many eligible.
 
-    Keys: splits, merges, eligible_a, eligible_b.
+    One answer for each rule. Keys: splits, merges, eligible_a, eligible_b.
     """
-    rule = rule or Rule()
-    return {
-        "splits": int(find(cross, a, b, rule).feature.nunique()),
-        "merges": int(find(reverse(cross), b, a, rule).feature.nunique()),
-        "eligible_a": int(eligible(a, rule).sum()),
-        "eligible_b": int(eligible(b, rule).sum()),
-    }
+    back = reverse(cross)
+    here, there = strongest(cross), strongest(back)  # most of the time, and the same for all rules
+    return [
+        {
+            "splits": int(find(cross, a, b, rule, here).feature.nunique()),
+            "merges": int(find(back, b, a, rule, there).feature.nunique()),
+            "eligible_a": int(eligible(a, rule).sum()),
+            "eligible_b": int(eligible(b, rule).sum()),
+        }
+        for rule in rules
+    ]
 
 
 def _compared(arm: Arm, selected: tuple[float, float]) -> bool:

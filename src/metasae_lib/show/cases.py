@@ -32,14 +32,28 @@ def split_counts(
     pairs: pd.DataFrame,
     cross: Mapping[tuple[str, str], CrossCounts],
     sides: Mapping[str, splitting.Side],
-    rule: splitting.Rule | None = None,
 ) -> pd.DataFrame:
     """Pairs of dictionaries (columns role, a, b) with `splitting.count_directions` of each."""
-    counts = [
-        splitting.count_directions(cross[a, b], sides[a], sides[b], rule)
-        for a, b in zip(pairs.a, pairs.b, strict=True)
+    return _counted(pairs, cross, sides, {"": splitting.Rule()}).drop(columns="clause")
+
+
+def _counted(
+    pairs: pd.DataFrame,
+    cross: Mapping[tuple[str, str], CrossCounts],
+    sides: Mapping[str, splitting.Side],
+    rules: Mapping[str, splitting.Rule],
+) -> pd.DataFrame:
+    """`splitting.count_directions` of every pair under every rule; columns clause, role, a, b..."""
+    rows = [
+        {"clause": clause, "role": role, "a": a, "b": b, **found}
+        for role, a, b in pairs[["role", "a", "b"]].itertuples(index=False)
+        for clause, found in zip(
+            rules,
+            splitting.count_directions(cross[a, b], sides[a], sides[b], list(rules.values())),
+            strict=True,
+        )
     ]
-    return pd.concat([pairs, pd.DataFrame(counts, pairs.index)], axis=1)
+    return pd.DataFrame(rows)
 
 
 def split_choices(
@@ -55,12 +69,11 @@ def split_choices(
     splits, merges, eligible_a, eligible_b.
     """
     others = pairs[pairs.role != "same start"]
-    pairs = pairs if others.empty else others
-    counted = {
-        name: split_counts(pairs, cross, sides, splitting.Rule(**changed))
-        for name, changed in variants.items()
-    }
-    both = pd.concat(counted, names=["clause"]).rename(columns={"role": "pair"})
+    rules = {name: splitting.Rule(**changed) for name, changed in variants.items()}
+    both = _counted(pairs if others.empty else others, cross, sides, rules)
+    both = both.rename(columns={"role": "pair"})
+    order = {name: place for place, name in enumerate(variants)}
+    both = both.sort_values("clause", key=lambda names: names.map(order), kind="stable")
     return both.groupby(["clause", "pair"], sort=False).sum(numeric_only=True).reset_index()
 
 
