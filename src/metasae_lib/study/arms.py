@@ -89,7 +89,9 @@ def arms_by_kind(profile: Profile) -> dict[str, list[ArmSpec]]:
         "zero-start": [ArmSpec("zero-start", first)],
         "jumprelu": pair("jumprelu"),
         "ablation": pair("jumprelu") + pair("jumprelu", k=half) + pair("batchtopk", k=half),
-        "ortsae": [ArmSpec("ortsae", first)],
+        "ortsae": [
+            ArmSpec("ortsae", seed, order=orders[seed]) for seed in seeds[: training.seeds_rivals]
+        ],
         "as-released": [solo, replace(joint, meta_k=meta_k, phases=(100, 10))],
         "critic": [replace(critic, meta_k=meta_k), replace(critic, phases=(100, 10))],
     }
