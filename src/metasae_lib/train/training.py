@@ -168,7 +168,7 @@ def _train_missing(run: Run, places: list[_Place], watch: Watch | None) -> None:
     stream: BatchStream | SampleStream = (
         SampleStream(run) if run.profile.synthetic else BatchStream(run)
     )
-    if run.profile.activations.cache:
+    if run.profile.activations.cache or run.profile.synthetic:
         stream.residuals.fill()
         release_subject(run)  # its memory is for the arms
     device = compute_device(run.profile)
