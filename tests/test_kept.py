@@ -68,7 +68,7 @@ def test_what_cannot_be_kept_leaves_nothing(finished: Run, tmp_path: Path) -> No
 
 def test_a_run_without_scorecard_is_not_finished(run: Run, tmp_path: Path) -> None:
     run.save_table("effects", pd.DataFrame({"x": [1]}), "made up")
-    with pytest.raises(ArtefactError, match="no scorecard yet"):
+    with pytest.raises(ArtefactError, match="no table scorecard yet"):
         keep(run.folder, tmp_path / "results")
 
 

@@ -66,10 +66,9 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     notebooks = toc.notebooks(root / "notebooks")
     runs = {name: Run.open(_profile(root, name), runs_dir) for name in profiles}
     kept = {run.name: run for run in kept_runs(root / "results")}
-    for run in runs.values():
-        _stage_run(
-            run, notebooks, root / "notebooks", staging / run.profile.name, kept.get(run.name)
-        )
+    pages = {name: toc.pages_of(run.profile, notebooks) for name, run in runs.items()}
+    for name, run in runs.items():
+        _stage_run(run, pages[name], root / "notebooks", staging / name, kept.get(run.name))
     known = sorted(path.stem for path in (root / "profiles").glob("*.yml"))
     # A toy that was not run is nothing that a reader misses.
     others = [name for name in known if name not in runs and not toy(name)]
@@ -82,9 +81,11 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     (generated / "workflow.svg").write_text(toc.workflow_svg(notebooks), encoding="utf-8")
     # A fresh run stands for the kept one of its profile; of others, what is kept is shown.
     shown = runs | {name: kept[name] for name in others if name in kept}
+    # What is claimed of language models, a world of known atoms cannot answer.
+    shown = {name: run for name, run in shown.items() if not run.profile.synthetic}
     landing.write(published, shown, generated)
     claims = together.write(shown, staging)
-    table = toc.contents(list(runs), others, notebooks, claims)
+    table = toc.contents(pages, others, claims)
     (staging / "_toc.yml").write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
 
 
@@ -206,11 +207,15 @@ def _settings(profile: Profile) -> str:
     """The numbers a reader asks for first as a numbered table, then the whole profile, folded."""
     training, sizes = profile.training, profile.dictionary
     roles = ", ".join(f"{role} {tokens:,}" for role, tokens in profile.text.roles.items())
-    rows = {
+    subject = {
         "Language model": f"{literal(profile.model.source)}, layer {profile.model.layer},"
         f" {profile.model.dtype}, weights {profile.model.weights.replace('_', ' ')}",
         "Text": f"{literal(profile.text.source)}, rows of {profile.text.context_length} tokens",
         "Tokens by role": roles,
+    }
+    if profile.synthetic:
+        subject = {"World of known atoms": literal(profile.model.source)}
+    rows = subject | {
         "Primary dictionary": f"$n$ = {sizes.n_features:,}, $k$ = {sizes.k}",
         "Meta dictionary": f"$m$ = {sizes.n_meta_features:,}, $k$ = {sizes.meta_k}",
         "Trained on": f"{training.train_tokens:,} tokens in batches of {training.batch_tokens:,},"

@@ -116,7 +116,11 @@ def _badge(name: str, verdict: str) -> str:
 def findings(run: Run, link: bool) -> str:
     """What the scorecard of a run found, in its own sentences."""
     try:
-        said = [str(sentence) for sentence in run.load_json("headline")["sentences"]]
+        said = (
+            run.load_json("synthsaebench_sentences")
+            if run.profile.synthetic
+            else [str(sentence) for sentence in run.load_json("headline")["sentences"]]
+        )
     except (ArtefactError, KeyError, TypeError):
         said = ["The scorecard of this run has not drawn its conclusions yet."]
     name = run.profile.name

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from metasae_lib import Profile
 
 # A notebook reads tables that these have saved. One that is not named waits for none.
 AFTER = {
@@ -13,6 +15,8 @@ AFTER = {
     "04_autointerp": ["02_training"],
     "05_case_studies": ["02_training", "04_autointerp"],
 }
+# A world of known atoms has no language model and no text.
+SYNTHETIC = ["06_ground_truth"]
 # The scorecard compares everything there is, so it waits for every other notebook.
 LAST = "07_scorecard"
 
@@ -25,6 +29,11 @@ def notebooks(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("[0-9][0-9]_*.py"))
 
 
+def pages_of(profile: Profile, all_notebooks: Sequence[str]) -> list[str]:
+    """The notebooks that apply to a profile, in reading order."""
+    return [name for name in all_notebooks if not profile.synthetic or name in SYNTHETIC]
+
+
 def upstream(notebook: str, all_notebooks: Sequence[str]) -> list[str]:
     """The notebooks that must have run before this one."""
     if notebook == LAST:
@@ -33,16 +42,16 @@ def upstream(notebook: str, all_notebooks: Sequence[str]) -> list[str]:
 
 
 def contents(
-    run: Sequence[str], not_run: Sequence[str], all_notebooks: Sequence[str], claims: Sequence[str]
+    run: Mapping[str, Sequence[str]], not_run: Sequence[str], claims: Sequence[str]
 ) -> dict[str, Any]:
     """The `_toc.yml` of a book: a part for the claims over all profiles, a part for every profile
-    that was run, a page for the others."""
+    that was run with its notebooks, a page for the others."""
     parts = [
         {"caption": "The claim", "chapters": [{"file": page} for page in BEFORE_RUNS]},
         {"caption": "All profiles together", "chapters": [{"file": page} for page in claims]},
     ]
-    for profile in run:
-        pages = [f"{profile}/index", *(f"{profile}/{name}" for name in all_notebooks)]
+    for profile, notebooks_run in run.items():
+        pages = [f"{profile}/index", *(f"{profile}/{name}" for name in notebooks_run)]
         parts.append({"caption": f"Run: {profile}", "chapters": [{"file": page} for page in pages]})
     if not_run:
         pages = [f"{profile}/index" for profile in not_run]

@@ -46,8 +46,9 @@ def _keep(folder: str) -> None:
     from metasae_lib.show import figures
 
     target = keep(folder)
-    effects = KeptRun(target).load_table("effects")
-    figures.effect(effects).savefig(target / "effect.png", dpi=100)
+    run = KeptRun(target)
+    if not run.profile.synthetic:
+        figures.effect(run.load_table("effects")).savefig(target / "effect.png", dpi=100)
     print(f"kept in {target}")
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -122,20 +122,38 @@ def _reconstruct(
         else:
             acts = torch.where(pre > sae.threshold, pre, 0)  # type: ignore[operator]
         return acts @ sae.W_dec + sae.b_dec, int((acts > 0).sum()), 0
+    active, bracket = selected(sae, pre, mode, bracket)
+    return decoded(sae, active), len(active.acts), bracket
+
+
+class Active(NamedTuple):
+    """What fires: feature `features[j]` with acts[j] on the token i whose range starts[i] to
+    starts[i + 1] holds j."""
+
+    starts: np.ndarray
+    features: np.ndarray
+    acts: np.ndarray
+
+
+def selected(sae: Dictionary, pre: Tensor, mode: Mode, bracket: int = 0) -> tuple[Active, int]:
+    """What fires in a mode, and the bracket for the next batch. pre: (t, n) on the CPU."""
     if mode == "batch":
         codes, bracket = batch_topk(pre, sae.k * len(pre), bracket)
-        starts, features, acts = codes.row_ptr[:-1], codes.cols, torch.from_numpy(codes.acts)
-    else:
-        pattern, values = above(pre.numpy(), sae.threshold.numpy())  # type: ignore[union-attr]
-        starts, features, acts = pattern.indptr[:-1], pattern.indices, torch.from_numpy(values)
+        return Active(codes.row_ptr, codes.cols, codes.acts), bracket
+    pattern, values = above(pre.numpy(), sae.threshold.numpy())  # type: ignore[union-attr]
+    return Active(pattern.indptr, pattern.indices, values), bracket
+
+
+def decoded(sae: Dictionary, active: Active) -> Tensor:
+    """z_hat (t, d) of what fires."""
     z_hat = F.embedding_bag(
-        torch.from_numpy(features.astype(np.int64)),
+        torch.from_numpy(active.features.astype(np.int64)),
         sae.W_dec,
-        torch.from_numpy(starts),
+        torch.from_numpy(active.starts[:-1]),
         mode="sum",
-        per_sample_weights=acts,
+        per_sample_weights=torch.from_numpy(active.acts),
     )
-    return z_hat + sae.b_dec, len(acts), bracket
+    return z_hat + sae.b_dec
 
 
 def measure_arms(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:

@@ -84,7 +84,7 @@ def frontier_table(
         if len(curve) < 2:
             continue
         curve = curve.sort_values("l2")
-        at = _between(curve.l2.to_numpy(), arm.l2)
+        at = between(curve.l2.to_numpy(), arm.l2)
         base = curve.iloc[0].copy()
         columns = ["mean_abs", "null_mean_abs", "l2"]
         base[columns] = at @ curve[columns].to_numpy(np.float64)
@@ -97,7 +97,7 @@ def _joined(phi: pd.DataFrame, fidelity: pd.DataFrame) -> pd.DataFrame:
     return phi.merge(fidelity[["arm", "l2", "ce_overhead_pct"]], on="arm")
 
 
-def _between(places: Floats, at: float) -> Floats:
+def between(places: Floats, at: float) -> Floats:
     """Weights of a curve's points, in ascending order, that give its value at a place; nan beyond
     its ends."""
     weights = [np.interp(at, places, point, np.nan, np.nan) for point in np.eye(len(places))]

@@ -30,6 +30,11 @@ from metasae_lib.show.sentences import (
     scale_of_run,  # a run's size against the paper's
     spread_sentence,  # how far choices move the headline
 )
+from metasae_lib.show.synthsaebench import (
+    synthsaebench_pairs,  # what each method changes there
+    synthsaebench_rows,  # ours beside the published values
+    synthsaebench_sentences,  # whether the penalty recovers more atoms
+)
 from metasae_lib.show.tables import (
     ablation,  # configurations of the JumpReLU ablation
     beside_competitors,  # what the penalty and other methods change

@@ -92,8 +92,10 @@ def arms_by_kind(profile: Profile) -> dict[str, list[ArmSpec]]:
         "zero-start": [ArmSpec("zero-start", first)],
         "jumprelu": pair("jumprelu"),
         "ablation": pair("jumprelu") + pair("jumprelu", k=half) + pair("batchtopk", k=half),
-        "ortsae": [ArmSpec("ortsae", first)],
-        "matryoshka": [ArmSpec("matryoshka", first)],
+        **{
+            kind: [ArmSpec(kind, s, order=orders[s]) for s in seeds[: training.seeds_rivals]]
+            for kind in COMPETITORS
+        },
         "as-released": [solo, replace(joint, meta_k=meta_k, phases=(100, 10))],
         "critic": [replace(critic, meta_k=meta_k), replace(critic, phases=(100, 10))],
     }

@@ -71,8 +71,11 @@ def keep(folder: str | os.PathLike[str], results: str | os.PathLike[str] = "resu
         frame = run.load_table(path.stem)
         if np.isinf(frame.select_dtypes("number")).any(axis=None):
             raise ArtefactError(f"{path} holds an infinite number: find out why before keeping it")
-    if not run.has_table("scorecard"):
-        raise ArtefactError(f"run {folder.name} has no scorecard yet: run its notebooks to the end")
+    last = "synthsaebench" if run.profile.synthetic else "scorecard"
+    if not run.has_table(last):
+        raise ArtefactError(
+            f"run {folder.name} has no table {last} yet: run its notebooks to the end"
+        )
     target = Path(results) / folder.name
     new = target.with_name(f".{target.name}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -82,7 +85,7 @@ def keep(folder: str | os.PathLike[str], results: str | os.PathLike[str] = "resu
     for path in [*copied, *sorted((run.folder / "values").glob("[!.]*.json"))]:
         shutil.copyfile(path, new / path.relative_to(run.folder))
     shutil.copyfile(run.folder / "profile.yml", new / "profile.yml")
-    made = json.loads((new / "tables" / "scorecard.json").read_text(encoding="utf-8"))
+    made = json.loads((new / "tables" / f"{last}.json").read_text(encoding="utf-8"))
     hashes = {
         path.relative_to(new).as_posix(): sha256_of(path)
         for path in sorted(new.rglob("*"))

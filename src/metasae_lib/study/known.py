@@ -32,6 +32,44 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class WorldSpec:
+    """A world of known atoms; :mod:`metasae_lib.subject.world` says what it does with them.
+
+    rates: of the first and the last atom, between them a power law of `exponent`. roots, branching,
+    depth: of the trees that the first atoms form, level by level. rank, correlation: of the factors
+    that atoms share. steps, learning_rate: by which atoms are driven apart. strengths: mean of the
+    first and the last atom. spread: mean and deviation of the normal whose absolute value is an
+    atom's own deviation. bias: norm of the constant in every sample.
+    """
+
+    n_atoms: int
+    d: int
+    exponent: float
+    rates: Sequence[float]
+    roots: int
+    branching: int
+    depth: int
+    rank: int
+    correlation: float
+    steps: int
+    learning_rate: float
+    strengths: Sequence[float]
+    spread: Sequence[float]
+    bias: float
+    seed: int
+
+    @property
+    def n_tree(self) -> int:
+        """Atoms that are in trees."""
+        return self.roots * sum(self.branching**level for level in range(self.depth + 1))
+
+    @property
+    def n_parents(self) -> int:
+        """Atoms that have children: all of the trees but their last level."""
+        return self.n_tree - self.roots * self.branching**self.depth
+
+
+@dataclass(frozen=True)
 class Wheel:
     """A pinned wheel of the package index."""
 
@@ -71,6 +109,7 @@ SHAPES: dict[str, ModelShape] = {
     for entry in _KNOWN["shapes"]
     for source in entry["sources"]
 }
+WORLDS = {name: WorldSpec(**spec) for name, spec in _KNOWN["worlds"].items()}
 EMBEDDED_TOKENS: dict[str, int] = _KNOWN["texts"]
 MODELS: dict[str, GGUFModel | EncoderModel] = {
     **{name: GGUFModel(**model) for name, model in _KNOWN["models"].items()},
@@ -85,8 +124,12 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 def model_shape(source: str) -> ModelShape | None:
     """Shape of a model by its profile source; None where only a download could tell.
 
-    For a local folder, `config.json` is read and a block is taken as 12·d² parameters.
+    For a local folder, `config.json` is read and a block is taken as 12·d² parameters. A world of
+    known atoms costs no language model: it has two layers of nothing.
     """
+    kind, _, name = source.partition(":")
+    if kind == "synthetic" and name in WORLDS:
+        return ModelShape(n_layers=2, d_model=WORLDS[name].d, block_parameters=0, vocabulary=0)
     if not source.startswith("folder:"):
         return SHAPES.get(source.partition("@")[0])
     path = local_path(source.removeprefix("folder:")) / "config.json"

@@ -27,6 +27,7 @@ from metasae_lib.study.known import (
     EMBEDDED_TOKENS,
     MODELS,
     SHAPES,
+    WORLDS,
     EncoderModel,
     ModelShape,
     model_shape,
@@ -37,6 +38,17 @@ from metasae_lib.study.sections import ROLE_SHARES, ROLES
 # that passes here is one that the corpus can fill.
 _EMBEDDED_MARGIN = 0.9
 
+
+# What a profile of a synthetic world need not say: it has no language model and no text.
+_SYNTHETIC: dict[str, Any] = {
+    "model": {"layer": 1, "dtype": "float32", "weights": "as_trained", "batch_rows": 1},
+    "text": {
+        "source": "synthetic", "context_length": 16, "bos": "none", "skip_first": False,
+        "roles": dict.fromkeys(ROLES, 16),
+    },
+    "activations": {"cache": False, "chunk_rows": 1},
+    "evaluation": {"threshold_rule": "rate", "ce_rows": 1, "bootstrap": 1},
+}  # fmt: skip
 
 # What runs and the book have beside the folders of profiles.
 _TAKEN = {"artefacts", "explorer", "generated", "mathjax", "together"}
@@ -113,6 +125,11 @@ class Profile(sections.Section):
         return model_shape(self.model.source)
 
     @property
+    def synthetic(self) -> bool:
+        """Whether it studies a world of known atoms (`text.roles.scan`: samples held out)."""
+        return self.model.source.startswith("synthetic:")
+
+    @property
     def steps(self) -> int:
         """Primary training steps of every arm."""
         return self.training.train_tokens // self.training.batch_tokens
@@ -162,6 +179,10 @@ def _problems(profile: Profile) -> Iterable[str]:
     if kind == "embedded" and model.source not in SHAPES:
         known = [source for source in SHAPES if source.startswith("embedded:")]
         yield f"model.source is '{model.source}'; choose one of {', '.join(known)}"
+    if kind == "synthetic" and place not in WORLDS:
+        yield f"model.source is '{model.source}'; the worlds are {', '.join(WORLDS)}"
+    if profile.synthetic != (text.source == "synthetic"):
+        yield "model.source and text.source are both synthetic, or neither: change one"
     if kind == "folder" and not os.path.isfile(local_path(place) / "config.json"):
         yield f"model.source names the folder {place}, which holds no config.json of a model"
     shape = profile.shape
@@ -384,6 +405,9 @@ def _at(values: Any, key: str) -> Any:
 
 
 def _validate(values: dict[str, Any], name: str) -> Profile:
+    model = values.get("model")
+    if isinstance(model, dict) and str(model.get("source")).startswith("synthetic:"):
+        values = _merged(_SYNTHETIC, values)
     try:
         return Profile.model_validate(values)
     except ValidationError as error:
@@ -421,7 +445,8 @@ def _sentence(detail: Any) -> str:
         "too_long": f"must have at most {context.get('max_length')} items",
     }
     forms = {
-        "model.source": "must be embedded:<name>, hub:<owner/name>[@<revision>] or folder:<path>",
+        "model.source": "must be embedded:<name>, hub:<owner/name>[@<revision>], folder:<path> "
+        "or synthetic:<world>",
         "text.source": "must be embedded, hf:<dataset>[@<revision>][:<config>] or files:<path or "
         "pattern>",
         "autointerp.url": "must be http(s)://host[:port]/path without name, password or query",

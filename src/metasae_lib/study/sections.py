@@ -65,7 +65,7 @@ class Section(BaseModel):
 class Model(Section):
     """The language model and the layer under study."""
 
-    source: Annotated[str, Field(pattern=r"^(embedded|hub|folder):\S.*$")]
+    source: Annotated[str, Field(pattern=r"^(embedded|hub|folder|synthetic):\S.*$")]
     layer: Count
     dtype: Literal["bfloat16", "float32"]
     weights: Literal["as_trained", "processed"]
@@ -75,7 +75,9 @@ class Model(Section):
 class Text(Section):
     """Where the text comes from and how it is cut. `roles`: unique tokens kept for each role."""
 
-    source: Annotated[str, Field(pattern=r"^(embedded|hf:[^:\s][^:\n]*(:[^:\s]+)?|files:\S.*)$")]
+    source: Annotated[
+        str, Field(pattern=r"^(embedded|synthetic|hf:[^:\s][^:\n]*(:[^:\s]+)?|files:\S.*)$")
+    ]
     column: str = "text"
     max_share: dict[str, Annotated[Number, Field(gt=0, le=1)]] = {}
     context_length: Annotated[int, Field(ge=2)]
@@ -112,7 +114,8 @@ class Training(Section):
     `order`: whether further seeds take the tokens of a chunk in the same order as the first
     (`shared`), or each in its own (`by_seed`). The selected setting is trained at every seed, the
     rest of the grid at the first `seeds_grid`, and solo dictionaries at each k of `frontier`, which
-    show what less fidelity alone does to φ, at the first `seeds_frontier` (at most all).
+    show what less fidelity alone does to φ, at the first `seeds_frontier` (at most all); other
+    methods at the first `seeds_rivals`.
     `start`: what is taken out of the inputs, see :mod:`metasae_lib.train.start`.
     `matryoshka_prefixes`: shares of the features that must rebuild the input alone, as in the main
     experiment and the ablations of Bussmann et al. 2025 (§4.3, App. G.3).
@@ -138,6 +141,7 @@ class Training(Section):
     seeds_grid: Count = 1
     frontier: list[Count] = []
     seeds_frontier: Count = 1
+    seeds_rivals: Count = 1
     arms: Annotated[list[str], Field(min_length=1)]
     checkpoint_every: Count
     order: Literal["shared", "by_seed"] = "shared"

@@ -16,3 +16,10 @@ from metasae_lib.subject.model import (
     load_subject,  # the language model, to its layer and beyond
     subject_of,  # a run's, loaded once
 )
+from metasae_lib.subject.world import (
+    Samples,  # samples of a world, with the atoms that fire
+    SampleStream,  # batches of them, for every arm
+    World,  # known atoms, and how they fire
+    samples,  # a run's, by role
+    world_of,  # a run's, made once
+)

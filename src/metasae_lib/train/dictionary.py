@@ -111,11 +111,17 @@ class Dictionary(nn.Module, ABC):
         pre = self.pre_activations(z)
         return pre * ((pre > self.threshold) & (pre > 0))
 
-    def save(self, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        metadata: Mapping[str, Any] | None = None,
+        normalisation: str = "layer_norm",
+    ) -> None:
         """Write `cfg.json` and `sae_weights.safetensors` as SAELens reads them.
 
         With thresholds the export is a SAELens `jumprelu` dictionary with b_enc = 0.
-        metadata: further entries of cfg.json's metadata (hook_name, model_name, context_size,
+        normalisation: SAELens' name of what inputs went through, `none` if they are read as they
+        are. metadata: further entries of cfg.json's metadata (hook_name, model_name, context_size,
         prepend_bos, ...). The weights are written first, the configuration last, each atomically.
         """
         folder = Path(folder)
@@ -130,7 +136,7 @@ class Dictionary(nn.Module, ABC):
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
             "device": "cpu",
             "apply_b_dec_to_input": True,
-            "normalize_activations": "layer_norm",
+            "normalize_activations": normalisation,
             "reshape_activations": "none",
             "metadata": {"sae_lens_version": _FORMAT, **(metadata or {}), _OWN: own},
         }

@@ -23,7 +23,7 @@ from metasae_lib.study import (
     progress,
 )
 from metasae_lib.study.run import locked
-from metasae_lib.subject import BatchStream, Residuals
+from metasae_lib.subject import BatchStream, Residuals, SampleStream
 from metasae_lib.subject.model import compute_device, free_memory, release_subject
 from metasae_lib.train.dictionary import BatchTopK, Dictionary, normalise
 from metasae_lib.train.learner import Losses, workspace
@@ -86,8 +86,8 @@ def _start(profile: Profile, spec: ArmSpec) -> Name:
 
 
 def _places(run: Run) -> list[_Place]:
-    residuals = Residuals(run, "train").inputs
-    return [_place(run, spec, residuals) for spec in run.profile.arms()]
+    source = SampleStream(run) if run.profile.synthetic else Residuals(run, "train")
+    return [_place(run, spec, source.inputs) for spec in run.profile.arms()]
 
 
 Watch = Callable[[str, dict[str, float]], None]
@@ -164,8 +164,10 @@ def _train_missing(run: Run, places: list[_Place], watch: Watch | None) -> None:
     distributed.barrier()  # all have looked before the first is finished
     if not missing:
         return
-    stream = BatchStream(run)
-    if run.profile.activations.cache:
+    stream: BatchStream | SampleStream = (
+        SampleStream(run) if run.profile.synthetic else BatchStream(run)
+    )
+    if run.profile.activations.cache or run.profile.synthetic:
         stream.residuals.fill()
         release_subject(run)  # its memory is for the arms
     device = compute_device(run.profile)
@@ -176,7 +178,11 @@ def _train_missing(run: Run, places: list[_Place], watch: Watch | None) -> None:
 
 
 def _train_group(
-    run: Run, places: list[_Place], stream: BatchStream, device: torch.device, watch: Watch | None
+    run: Run,
+    places: list[_Place],
+    stream: BatchStream | SampleStream,
+    device: torch.device,
+    watch: Watch | None,
 ) -> None:
     """Train arms side by side: each batch is read once and given to all that are at its step."""
     steps, training = run.profile.steps, run.profile.training
@@ -187,7 +193,7 @@ def _train_group(
             restore_checkpoint(trainer, path, place.state.key)
         trainers.append((place, trainer))
     seen = {place.spec: (place.spec.order, _start(run.profile, place.spec)) for place in places}
-    starts = {name: Start.of(name, _first_chunk(stream, device))
+    starts = {name: Start.of(name, _seen(run, stream.residuals.chunk(0), device))
               for name in {start for _, start in seen.values()} - {"zeros"}}  # fmt: skip
     # Processes that share residuals walk through the text together.
     first = distributed.least(min((trainer.step_count for _, trainer in trainers), default=steps))
@@ -197,7 +203,7 @@ def _train_group(
         for step in range(first, steps):
             active = [(place, trainer) for place, trainer in trainers if trainer.step_count == step]
             batches = {
-                order: normalise(stream.batch(step, order).to(device, torch.float32))[0]
+                order: _seen(run, stream.batch(step, order), device)
                 for order in {place.spec.order for place, _ in active} or {0}
             }
             inputs = {
@@ -229,21 +235,24 @@ def _state_line(losses: Sequence[Losses]) -> str:
     return f"L2 {span}, L0 ≤ {l0:.1f}, dead ≤ {max(int(loss.dead) for loss in losses)}"
 
 
-def _first_chunk(stream: BatchStream, device: torch.device) -> Tensor:
-    return normalise(stream.residuals.chunk(0).to(device, torch.float32))[0]
+def _seen(run: Run, x: Tensor, device: torch.device) -> Tensor:
+    """What training sees of raw inputs (b, d): samples of a synthetic world as they are."""
+    x = x.to(device, torch.float32)
+    return x if run.profile.synthetic else normalise(x)[0]
 
 
 def _save_result(profile: Profile, place: _Place, trainer: Trainer, start: Start | None) -> None:
-    about = {
-        "model_name": profile.model.source,
-        "hook_name": f"blocks.{profile.model.layer}.hook_resid_pre",
-        "context_size": profile.text.context_length,
-        "prepend_bos": profile.text.bos == "every_row",
-        "arm": place.spec.name,
-    }
+    about: dict[str, Any] = {"model_name": profile.model.source, "arm": place.spec.name}
+    if not profile.synthetic:
+        about |= {
+            "hook_name": f"blocks.{profile.model.layer}.hook_resid_pre",
+            "context_size": profile.text.context_length,
+            "prepend_bos": profile.text.bos == "every_row",
+        }
     folder = place.result.folder
     sae = trainer.primary.sae
-    (sae if start is None else start.fold(sae)).save(folder / "sae", about)
+    seen = "none" if profile.synthetic else "layer_norm"
+    (sae if start is None else start.fold(sae)).save(folder / "sae", about, seen)
     if trainer.meta is not None:
         trainer.meta.sae.save(folder / "meta")
     with atomic_write(folder / "history.csv") as path:

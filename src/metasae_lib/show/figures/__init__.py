@@ -42,6 +42,7 @@ from metasae_lib.show.figures.training import (
     push_2d,
     push_3d,
     recovery,
+    recovery_at_l2,
     same_features,
     time_spent,
     training_curve,

@@ -265,3 +265,18 @@ def phi_against_recovery(ax: Axes, frame: pd.DataFrame) -> None:
     ax.axhline(atoms, color=style.PINK, linestyle="--", label="the true atoms")
     ax.set(xlabel="share of atoms recovered", ylabel="mean |φ| of the features")
     style.add_legend(ax)
+
+
+@style.styled(8.0, 3.8, ncols=2)
+def recovery_at_l2(axes: NDArray[Any], frame: pd.DataFrame) -> None:
+    """F1 and MCC of dictionaries on SynthSAEBench over their L2; a line joins the solo and frontier
+    arms of a seed. Columns: kind, seed, l2, f1, mcc."""
+    curves = frame[frame.kind.isin(["solo", "frontier"])].sort_values("l2")
+    names = {"f1": "F1 of features as detectors of atoms", "mcc": "MCC (mean |cosine|, matched)"}
+    for ax, (column, label) in zip(axes, names.items(), strict=True):
+        for _, curve in curves.groupby("seed"):
+            ax.plot(curve.l2, curve[column], color=style.GREY, linewidth=0.8)
+        for _, part, look in style.by_kind(frame):
+            ax.plot(part.l2, part[column], **look)
+        ax.set(xlabel="L2 (mean square error a dimension)", ylabel=label)
+    style.legend_below(axes[0], 5)
