@@ -170,7 +170,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_scores(
     small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = synthsaebench.score_arms(small_run, train_arms(small_run))
-    assert len(whole) == 8 and whole.held_out.eq(512).all() and whole.samples.eq(1920).all()
+    assert len(whole) == 10 and whole.held_out.eq(512).all() and whole.samples.eq(1920).all()
     assert whole.l0[whole.kind == "solo"].between(2.9, 3.0).all()
     again = Run.open(small_run.profile, tmp_path / "again")
 
@@ -269,7 +269,7 @@ def test_profiles_of_worlds() -> None:
     profile = Profile.load("synthsaebench")
     assert profile.synthetic and not Profile.load("tiny").synthetic
     assert profile.training.lambda2[0] * 768 / 25 == pytest.approx(0.3 * 1280 / 64, rel=0.01)
-    assert len(profile.arms()) == 15 and profile.shape is not None and profile.shape.d_model == 768
+    assert len(profile.arms()) == 18 and profile.shape is not None and profile.shape.d_model == 768
     with pytest.raises(ProfileError, match="the worlds are synthsaebench-16k"):
         Profile.load("synthsaebench", {"model.source": "synthetic:other"})
     with pytest.raises(ProfileError, match="both synthetic, or neither"):
