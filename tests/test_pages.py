@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -397,7 +398,16 @@ def test_every_embedded_text_is_listed_with_its_licence(site: Path) -> None:
         assert row.select_one(f'a[href="{text.link}"]')
 
 
-def test_buttons_open_what_is_in_the_repository(site: Path, tmp_path: Path) -> None:
+def test_the_citation_is_of_this_version() -> None:
+    cited = Citation(REPOSITORY).values
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert cited["version"] == cited["preferred-citation"]["version"] == project["version"]
+    assert cited["preferred-citation"]["title"] == cited["title"]
+    assert cited["date-released"].year == cited["preferred-citation"]["year"]
+    assert f"## {cited['version']}," in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+def test_buttons_open_what_is_in_the_repository(site: Path) -> None:
     where = Citation(site.parents[1])
     for name in READS_TABLES:
         assert f"urlpath=lab/tree/notebooks/{name}.py" in where.launch(name)

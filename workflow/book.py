@@ -103,11 +103,9 @@ def render(root: Path, staging: Path, output: Path) -> None:
     staging, output = staging.resolve(), output.resolve()
     settings = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
     # A card needs the book's address, and is drawn for nobody without it.
-    site = Citation(root).site
-    settings["sphinx"]["config"] |= {
-        "ogp_site_url": site,
-        "ogp_social_cards": {"enable": bool(site)},
-    }
+    address = Citation(root).site
+    cards = {"enable": bool(address)}
+    settings["sphinx"]["config"] |= {"ogp_site_url": address, "ogp_social_cards": cards}
     (staging / "_config.yml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     shutil.rmtree(output / "_build" / "html", ignore_errors=True)
     command = [

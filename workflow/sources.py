@@ -26,14 +26,14 @@ def line(data: Iterable[str], maker: str) -> str:
 def saved_tables(source: str) -> dict[str, tuple[str, int]]:
     """By variable, the table that a notebook saves it as, and the line where it does."""
     return {
-        call.args[1].id: (call.args[0].value, call.lineno)
+        call.args[1].id: (str(call.args[0].value), call.lineno)
         for call in ast.walk(ast.parse(source))
         if isinstance(call, ast.Call)
         and isinstance(call.func, ast.Attribute)
         and call.func.attr == "save_table"
         and isinstance(call.args[0], ast.Constant)
         and isinstance(call.args[1], ast.Name)
-    }  # fmt: skip
+    }
 
 
 def drawn_tables(cell: str, source: str) -> list[str]:

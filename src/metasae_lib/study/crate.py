@@ -41,10 +41,8 @@ def describe(folder: Path, about: str) -> Path:
     root["name"], root["description"] = f"Results of the run {made['run']}", about
     root["datePublished"] = made["date"]
     root["license"], root["isBasedOn"] = entities[LICENCE], entities[_PAPER]
-    files = {
-        name: crate.add_file(folder / name, name, properties=_file(folder, name))
-        for name in [*manifest["files"], "manifest.json"]
-    }
+    for name in [*manifest["files"], "manifest.json"]:
+        crate.add_file(folder / name, name, properties=_file(folder, name))
     hardware = made["hardware"]
     machine = ", ".join(hardware["gpus"]) or f"{hardware['processor']}, {hardware['cores']} cores"
     action = {
@@ -54,8 +52,8 @@ def describe(folder: Path, about: str) -> Path:
         "description": f"{made['run_seconds']:,.0f} s of work on {machine}, {hardware['system']}",
     }
     run = crate.add(ContextEntity(crate, "#run", properties=action))
-    run["instrument"], run["object"] = entities["#library"], files.pop("profile.yml")
-    run["result"] = list(files.values())
+    run["instrument"], run["object"] = entities["#library"], crate.get("profile.yml")
+    run["result"] = root
     root["mentions"] = run
     crate.metadata.write(folder)
     return folder / "ro-crate-metadata.json"

@@ -35,7 +35,8 @@ class ModelShape:
 class EmbeddedText:
     """The text of a package: what it is, whose, from where, and how it may be used.
 
-    licence: as the package states it of the text, None where it states none; `terms`: its address.
+    licence: of the text, not of the package's code; None where the package states none. `terms`:
+    its address.
     tokens: rounded down.
     """
 
