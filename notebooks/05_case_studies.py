@@ -183,7 +183,8 @@ feature, partner = cases.strongest_pair(candidates, cross[solo, joint])
 example = text[solo].top(feature, 1)[0]
 row, column = text[solo].layout.place(example.segment)
 prompt = torch.tensor(tokens.rows("contexts")[row, : column + example.peak + 1].tolist())
-Markdown(f"The row ends with: {senses.quoted(''.join(example.pieces[: example.peak + 1]))} …")
+ending = senses.quoted("".join(example.pieces[: example.peak + 1]))
+Markdown(f"The row ends with: {ending} … ({example.origin})")
 
 # %%
 first = int(run.profile.text.skip_first)

@@ -41,7 +41,7 @@ from metasae_lib import show
 from metasae_lib.measure import noise_floor
 from metasae_lib.show import figures, load_published, number, percent, section, verdict_counts
 
-run = show.open_run(profile, overrides, runs_dir)
+run = show.finished_run(profile, overrides, runs_dir)  # made here, or kept in results/
 published = load_published()
 printed = published.frame().set_index("id").value
 paper = printed.rename(lambda name: name.removeprefix("gpt2-large."))

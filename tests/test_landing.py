@@ -20,6 +20,9 @@ sys.path.insert(0, str(REPOSITORY / "workflow"))
 
 import landing  # noqa: E402
 import together  # noqa: E402
+from citation import Citation  # noqa: E402
+
+WHERE = Citation(REPOSITORY)
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def test_a_scorecard_is_read_back_as_it_was(fresh: Run) -> None:
 
 
 def test_the_first_page_answers(fresh: Run, published: Any, tmp_path: Path) -> None:
-    landing.write(published, {fresh.name: fresh}, tmp_path)
+    landing.write(published, {fresh.name: fresh}, tmp_path, WHERE)
     answer = (tmp_path / "answer.md").read_text()
     assert answer.startswith("**On smollm2-135m mean |φ| falls under joint training (−5.2%, ")
     assert (tmp_path / landing.PICTURE).stat().st_size > 10_000
@@ -62,7 +65,7 @@ def test_the_first_page_answers(fresh: Run, published: Any, tmp_path: Path) -> N
 
 
 def test_a_toy_answers_nothing(run: Run, published: Any, tmp_path: Path) -> None:
-    landing.write(published, {run.name: fill(run)}, tmp_path)
+    landing.write(published, {run.name: fill(run)}, tmp_path, WHERE)
     assert "can answer yet" in (tmp_path / "answer.md").read_text()
     assert not (tmp_path / landing.PICTURE).exists()
 
@@ -71,12 +74,12 @@ def test_kept_runs_stand_beside_fresh_ones_and_are_marked(
     kept: KeptRun, published: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "generated").mkdir()
-    landing.write(published, {kept.name: kept}, tmp_path / "generated")
+    landing.write(published, {kept.name: kept}, tmp_path / "generated", WHERE)
     assert "falls under joint training" in (tmp_path / "generated" / "answer.md").read_text()
     found = (tmp_path / "generated" / "findings.md").read_text()
     mark = landing.kept_mark(kept)
     assert mark in found and mark.startswith("kept run of 20") and "commit" in mark
-    together.write({kept.name: kept}, tmp_path)
+    together.write({kept.name: kept}, tmp_path, REPOSITORY / "notebooks", WHERE)
     page = (tmp_path / "together" / "co-occurrence.md").read_text()
     assert mark in page and "smollm2-135m: verdict" in page
     assert (tmp_path / "together" / "co-occurrence-effects-smollm2-135m.png").exists()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import jupytext
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "workflow"))
+
+from sources import drawn_tables
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
@@ -105,6 +110,13 @@ def test_every_table_is_offered_for_download(notebook: Any) -> None:
     # What only the scorecard reads is offered there.
     saved = {name for name in saved if not name.endswith("_values")}
     assert saved <= set(re.findall(r'"([\w.-]+)"', offered))
+
+
+def test_every_figure_is_drawn_from_a_saved_table(notebook: Any) -> None:
+    source = "\n\n".join(cell.source for cell in code(notebook))
+    for cell in code(notebook):
+        if "mystnb" in cell.metadata:
+            assert drawn_tables(cell.source, source), cell.source
 
 
 def test_labels_differ_between_notebooks() -> None:

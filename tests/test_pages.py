@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from test_report import fill
 from metasae_lib import Profile, Run
 from metasae_lib.show import run_scorecard
 from metasae_lib.study.errors import ProfileError
+from metasae_lib.study.kept import kept_runs
+from metasae_lib.study.known import TEXTS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "workflow"))
@@ -29,8 +32,10 @@ import build  # noqa: E402
 import execute  # noqa: E402
 import landing  # noqa: E402
 import pages  # noqa: E402
+import sources  # noqa: E402
 import toc  # noqa: E402
 from check_site import check_site  # noqa: E402
+from citation import READS_TABLES, Citation  # noqa: E402
 
 NOTEBOOK = """\
 # %% [markdown]
@@ -54,6 +59,7 @@ from IPython.display import Markdown, display
 from matplotlib import pyplot
 
 from metasae_lib import Profile, Run
+from metasae_lib.show import table as table_of
 
 run = Run.open(Profile.load(profile, overrides), runs_dir)
 table = pd.DataFrame({{"x": [1, 2], "y": [3.0, 4.0]}})
@@ -66,6 +72,7 @@ _ = pyplot.plot(table.x, table.y)
 
 # %%
 {extra}
+display(table_of(pd.DataFrame({{"x": [0.123456789]}}), "Exact", "tab-exact"))
 display(Markdown("## A heading of the cell\\n\\n:::{{table}} Numbers\\n:name: numbers\\n\\n"
                  "| x |\\n| --- |\\n| 1 |\\n:::\\n\\n[small](../runs/tables/small.csv)"))
 print("after the heading")
@@ -85,10 +92,16 @@ def _shown(**data: str) -> NotebookNode:
     return new_output("display_data", data={k.replace("_", "/"): v for k, v in data.items()})
 
 
+ADDRESS = "https://github.com/someone/a-book"
+
+
 def _repository(folder: Path, extra: str = "") -> Path:
     """A repository with the real prose, a small notebook and a profile full of Markdown."""
     shutil.copytree(REPOSITORY / "book", folder / "book")
     shutil.copy(REPOSITORY / "_config.yml", folder)
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    cited |= {"repository-code": ADDRESS, "url": "https://someone.example/a-book/"}
+    (folder / "CITATION.cff").write_text(yaml.safe_dump(cited))
     (folder / "profiles").mkdir()
     for name in ("tiny", "smollm2-135m", "gpt2-large"):
         profile = yaml.safe_load((REPOSITORY / "profiles" / f"{name}.yml").read_text())
@@ -232,6 +245,13 @@ def test_links_to_a_missing_table_are_refused(tmp_path: Path) -> None:
         pages.link_files(page, tmp_path, tmp_path)
 
 
+def test_links_outside_of_the_book_are_files() -> None:
+    for name in ("README.md", "CHANGELOG.md", "results/README.md"):
+        text = (REPOSITORY / name).read_text()
+        for target in re.findall(r"\]\((?![a-z]+:)([^)#]+)", text):
+            assert (REPOSITORY / name).parent.joinpath(target).exists(), (name, target)
+
+
 # Contents
 
 
@@ -280,11 +300,24 @@ def test_a_dead_kernel_is_no_page_and_is_not_run_again(
     assert capsys.readouterr().out.count("cell 1/5") == 1
 
 
+@pytest.mark.parametrize("name", READS_TABLES)
+def test_a_notebook_that_reads_tables_needs_what_is_kept_alone(name: str, tmp_path: Path) -> None:
+    """As it opens from a launch button: nothing was run, and nothing kept is changed."""
+    fresh = Run.open(Profile.load("smollm2-135m"), tmp_path)
+    path = execute.execute(REPOSITORY / "notebooks" / f"{name}.py", fresh)
+    outputs = [o for c in nbformat.read(path, 4).cells for o in c.get("outputs", [])]
+    text = " ".join(o.data.get("text/markdown", "") for o in outputs if "data" in o)
+    (kept,) = (run for run in kept_runs(REPOSITORY / "results") if run.name == fresh.name)
+    assert kept.provenance()["commit"] in text
+    assert str(kept.load_json("headline")["sentences"][0]) in text
+    assert not list((fresh.folder / "tables").iterdir())
+
+
 # The rendered book
 
 
 def test_the_book_is_sound(site: Path) -> None:
-    assert check_site(site, REPOSITORY) == []
+    assert check_site(site, REPOSITORY, ADDRESS) == []
 
 
 def test_the_same_figure_stands_on_both_profiles_pages(site: Path) -> None:
@@ -306,10 +339,80 @@ def test_downloads_are_the_run_s_own_files(site: Path) -> None:
     tables = sorted(path for path in site.rglob("small.csv"))
     assert tables and {path.read_text() for path in tables} == {"x,y\n1,3.0\n2,4.0\n"}
     page = BeautifulSoup((site / "tiny" / "01_first.html").read_text(), "html.parser")
-    assert len(page.select('article a[href$="small.csv"]')) == 2  # the cell's, and the block's
+    # The cell's, the figure's, and the block's.
+    assert len(page.select('article a[href$="small.csv"]')) == 3
     notebook = nbformat.read(next(site.rglob("01_first.ipynb")), as_version=4)
     assert pages.unfinished(notebook) == "" and "papermill" not in notebook.metadata
     assert str(Path.home()) not in nbformat.writes(notebook)
+
+
+def test_figures_and_tables_carry_their_data_and_the_line_that_made_them(site: Path) -> None:
+    page = BeautifulSoup((site / "tiny" / "01_first.html").read_text(), "html.parser")
+    figure, table = page.select(".source-line")
+    lines = (site.parents[1] / "notebooks" / "01_first.py").read_text().splitlines()
+    drawn = lines.index("_ = pyplot.plot(table.x, table.y)") + 1
+    assert figure.select_one('a[href$="small.csv"]')
+    assert f"notebooks/01_first.py, line {drawn} at commit" in figure.get_text()
+    link = table.select_one('a[href$="tab-exact.csv"]')
+    assert link and (site / "tiny" / str(link["href"])).read_text() == "x\n0.123456789\n"
+    assert "0.123" in page.get_text() and "commit" in table.get_text()
+    # Committed sources are linked, at the commit; changed ones are named only.
+    commit = "0" * 40
+    where = Citation(site.parents[1])
+    told = where.file("notebooks/01_first.py", commit, 34)
+    assert f"({ADDRESS}/blob/{commit}/notebooks/01_first.py#L34)" in told
+    told = where.file("notebooks/01_first.py", f"{commit}+changes", 34)
+    assert told == "`notebooks/01_first.py, line 34` at commit 00000000 with changes"
+
+
+def test_data_are_found_by_the_names_that_a_cell_draws() -> None:
+    notebook = 'run.save_table("a", x, "")\nrun.save_table("b", y, "")\nother.save("c", z)'
+    assert sources.saved_tables(notebook) == {"x": ("a", 1), "y": ("b", 2)}
+    assert sources.drawn_tables("z = x + y\nfigures.curve(y[y.arm == 1], z)", notebook) == ["b"]
+    assert sources.drawn_tables("z = x + y\nfigures.curve(z)", notebook) == ["a", "b"]
+    assert sources.drawn_tables("figures.curve(z)", notebook) == []
+    assert sources.saver("phi", REPOSITORY / "notebooks")[0] == "notebooks/03_cooccurrence.py"
+
+
+def test_pages_say_what_they_are_to_those_who_link_to_them(site: Path) -> None:
+    page = BeautifulSoup((site / "index.html").read_text(), "html.parser")
+    said = {str(tag.get("property") or tag.get("name")): tag["content"] for tag in page.select(
+        "meta[property], meta[name]")}  # fmt: skip
+    assert said["og:url"] == "https://someone.example/a-book/index.html"
+    assert "features" in said["description"] and said["og:site_name"] == "Meta-SAEs, run again"
+    card = said["og:image"].removeprefix("https://someone.example/a-book/")
+    assert (site / card).stat().st_size > 10_000
+    icon = page.select_one('link[rel="icon"]')
+    assert icon and (site / str(icon["href"])).exists()
+    assert "@book{metasaebook" in page.get_text()
+    assert "CC BY 4.0" in " ".join(tag.get_text() for tag in page.select("footer"))
+
+
+def test_every_embedded_text_is_listed_with_its_licence(site: Path) -> None:
+    page = BeautifulSoup((site / "texts.html").read_text(), "html.parser")
+    rows = page.select("#tab-texts tbody tr, table#tab-texts tbody tr")
+    assert len({row.get_text() for row in rows}) == len(TEXTS)
+    for text in TEXTS.values():
+        (row,) = {row for row in rows if text.title in row.get_text()}
+        assert (text.licence or "none stated") in row.get_text() and text.credit in row.get_text()
+        assert row.select_one(f'a[href="{text.link}"]')
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = Citation(REPOSITORY).values
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert cited["version"] == cited["preferred-citation"]["version"] == project["version"]
+    assert cited["preferred-citation"]["title"] == cited["title"]
+    assert cited["date-released"].year == cited["preferred-citation"]["year"]
+    assert f"## {cited['version']}," in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+def test_buttons_open_what_is_in_the_repository(site: Path) -> None:
+    where = Citation(site.parents[1])
+    for name in READS_TABLES:
+        assert f"urlpath=lab/tree/notebooks/{name}.py" in where.launch(name)
+        assert (REPOSITORY / "notebooks" / f"{name}.py").exists()
+    assert where.launch("02_training") == "" == Citation(REPOSITORY).launch("07_scorecard")
 
 
 def test_what_a_profile_says_is_shown_as_it_stands(site: Path) -> None:
@@ -386,7 +489,8 @@ def test_a_run_without_a_headline_says_so(run: Run) -> None:
 def test_a_book_with_a_dead_reference_is_not_rendered(tmp_path: Path) -> None:
     root = tmp_path / "repository"
     (root / "src").mkdir(parents=True)
-    shutil.copy(REPOSITORY / "_config.yml", root)
+    for name in ("_config.yml", "CITATION.cff"):
+        shutil.copy(REPOSITORY / name, root)
     (root / "src" / "references.bib").write_text("")
     (root / "src" / "_extra").mkdir()
     (root / "src" / "index.md").write_text("# T\n\n{numref}`nowhere`\n")
@@ -409,13 +513,17 @@ def test_what_a_reader_would_stumble_over_is_found(harmed: Path) -> None:
         "<p>see /home/me/runs</p>": "a path of this machine, /home/me/runs",
         '<script src="https://cdn.example/x.js"></script>': "loads https://cdn.example/x.js",
         '<link rel="stylesheet" href="//cdn.example/x.css">': "loads //cdn.example/x.css",
+        f'<a href="{ADDRESS}/blob/main/gone.py#L3">x</a>': "links to gone.py of the repository",
+        '<a href="https://mybinder.org/v2/gh/a/b/HEAD?urlpath=lab/tree/gone.ipynb">x</a>': (
+            "links to gone.ipynb of the repository"
+        ),
     }
     (harmed.parent / "outside.html").write_text("")
     page = harmed / "method.html"
     html = page.read_text()
     assert "</article>" in html
     page.write_text(html.replace("</article>", "".join(harms) + "</article>", 1))
-    found = check_site(harmed, REPOSITORY)
+    found = check_site(harmed, REPOSITORY, ADDRESS)
     assert all(line.startswith("method.html: ") for line in found)
     for said in harms.values():
         assert any(said in line for line in found), (said, found)

@@ -229,10 +229,11 @@ def test_a_sense_needs_most_of_a_features_firing() -> None:
 
 
 def test_contexts_stand_side_by_side_and_cannot_be_markup() -> None:
-    found = [Occurrence(0, i, f"<script>`|*{i} ", "too", "\nnext") for i in range(4)]
+    found = [Occurrence(0, i, f"<script>`|*{i} ", "too", "\nnext", f"text {i}") for i in range(4)]
     acts = {"solo 1": np.array([0.0, 2.0, 1.0, 0.0]), "joint 2": np.zeros(4)}
     table = side_by_side(found, np.array([0, 1, 1, -1]), ["also", "excess"], acts, per_sense=1)
     assert table.sense.tolist() == ["also", "excess"]
     assert table.context[1] == "`<script>ˋ|*1 «too» next`"
+    assert table.text.tolist() == ["text 0", "text 1"]
     assert table["solo 1"][1] == 2 and np.isnan(table["solo 1"][0])
     assert quoted("a\n\n b") == "`a b`"

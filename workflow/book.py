@@ -24,12 +24,14 @@ import landing
 import toc
 import together
 from check_site import check_site
+from citation import Citation
 from landing import toy
 from metasae_lib import Profile, Run
 from metasae_lib.show import tables
 from metasae_lib.show.text import literal
 from metasae_lib.study.errors import MetaSAEError
 from metasae_lib.study.kept import KeptRun, kept_runs
+from metasae_lib.study.known import TEXTS, WHEELS
 from pages import (
     ANSI,
     LINES_SHOWN,
@@ -41,6 +43,7 @@ from pages import (
     tables_used,
     without_machine,
 )
+from sources import add_sources
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # One file with TeX input and HTML output; its fonts are looked for beside it.
@@ -58,6 +61,7 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
 
     `root` holds book/, notebooks/ and profiles/. PageError or BookError for what must not be shown.
     """
+    where = Citation(root)
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(root / "book", staging, ignore=shutil.ignore_patterns("explorer"))
     _copy_mathjax(staging / "_extra" / "mathjax")
@@ -68,7 +72,7 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     kept = {run.name: run for run in kept_runs(root / "results")}
     pages = {name: toc.pages_of(run.profile, notebooks) for name, run in runs.items()}
     for name, run in runs.items():
-        _stage_run(run, pages[name], root / "notebooks", staging / name, kept.get(run.name))
+        _stage_run(run, pages[name], root / "notebooks", staging / name, kept.get(run.name), where)
     known = sorted(path.stem for path in (root / "profiles").glob("*.yml"))
     # A toy that was not run is nothing that a reader misses.
     others = [name for name in known if name not in runs and not toy(name)]
@@ -83,8 +87,9 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     shown = runs | {name: kept[name] for name in others if name in kept}
     # What is claimed of language models, a world of known atoms cannot answer.
     shown = {name: run for name, run in shown.items() if not run.profile.synthetic}
-    landing.write(published, shown, generated)
-    claims = together.write(shown, staging)
+    landing.write(published, shown, generated, where)
+    (generated / "texts.md").write_text(_texts(), encoding="utf-8")
+    claims = together.write(shown, staging, root / "notebooks", where)
     table = toc.contents(pages, others, claims)
     (staging / "_toc.yml").write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
 
@@ -92,10 +97,16 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
 def render(root: Path, staging: Path, output: Path) -> None:
     """Let Jupyter Book make `output/_build/html` from the staged sources; warnings are errors."""
     staging, output = staging.resolve(), output.resolve()
+    settings = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
+    # A card needs the book's address, and is drawn for nobody without it.
+    address = Citation(root).site
+    cards = {"enable": bool(address)}
+    settings["sphinx"]["config"] |= {"ogp_site_url": address, "ogp_social_cards": cards}
+    (staging / "_config.yml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     shutil.rmtree(output / "_build" / "html", ignore_errors=True)
     command = [
         str(Path(sys.executable).with_name("jupyter-book")), "build", str(staging), "--all", "-W",
-        "-n", "--keep-going", "--quiet", "--config", str(root / "_config.yml"),
+        "-n", "--keep-going", "--quiet", "--config", str(staging / "_config.yml"),
         "--toc", str(staging / "_toc.yml"), "--path-output", str(output),
     ]  # fmt: skip
     done = subprocess.run(
@@ -119,7 +130,12 @@ def render(root: Path, staging: Path, output: Path) -> None:
 
 
 def _stage_run(
-    run: Run, notebooks: Sequence[str], sources: Path, folder: Path, kept: KeptRun | None
+    run: Run,
+    notebooks: Sequence[str],
+    sources: Path,
+    folder: Path,
+    kept: KeptRun | None,
+    where: Citation,
 ) -> None:
     (folder / "executed").mkdir(parents=True)
     executed = {}
@@ -132,6 +148,8 @@ def _stage_run(
     for name, notebook in executed.items():
         try:
             page = make_page(notebook, run.profile.name, known)
+            made_at = notebook.metadata.get("commit", "unknown")
+            add_sources(page, sources / f"{name}.py", folder, made_at, where)
             titles = [title.lower() for _, title in headings(page)]
             # A notebook ends with these itself; one that forgot them gets them here.
             if "provenance" not in titles:
@@ -141,7 +159,7 @@ def _stage_run(
                 text = tables.downloads(run, *filter(run.has_table, tables_used(notebook))).data
                 page.cells.append(new_markdown_cell(f"## Downloads\n\n{text}"))
             page.cells.append(new_markdown_cell(_notebook_links(name)))
-            _add_banner(page, run.profile)
+            _add_banner(page, run.profile, where.launch(name))
             link_files(page, run.folder, folder)
         except PageError as error:
             raise PageError(f"{name} of {run.name}: {error}") from error
@@ -154,15 +172,15 @@ def _stage_run(
         shutil.copytree(explorer, folder.parent / "_extra" / "explorer" / run.profile.name)
 
 
-def _add_banner(page: nbformat.NotebookNode, profile: Profile) -> None:
-    """Say under the title which run the page shows."""
+def _add_banner(page: nbformat.NotebookNode, profile: Profile, launch: str) -> None:
+    """Say under the title which run the page shows, and where it can be tried."""
     first = page.cells[0] if page.cells else None
     if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
         raise PageError("it does not begin with a '# ' title.")
     title, _, rest = first.source.partition("\n")
     about = f"Profile [{profile.name}](index.md): {literal(profile.about)}"
     banner = f"```{{div}} run-banner\n{about}\n```\n"
-    first.source = f"{title}\n\n{banner}{_small_run(profile)}\n{rest}"
+    first.source = f"{title}\n\n{banner}{_small_run(profile)}\n{launch}\n{rest}"
 
 
 def _small_run(profile: Profile) -> str:
@@ -232,6 +250,19 @@ def _settings(profile: Profile) -> str:
     )
 
 
+def _texts() -> str:
+    """The embedded texts: what each is, whose, and how it may be used."""
+    lines = [["Text", "By", "Licence of the text", "Read from"], ["---"] * 4]
+    lines += [
+        [f"[{text.title}]({text.link})", text.credit,
+         f"[{text.licence}]({text.terms})" if text.licence else "none stated",
+         f"[{package} {WHEELS[package].version}](https://pypi.org/project/{package}/)"]
+        for package, text in TEXTS.items()
+    ]  # fmt: skip
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f":::{{table}} The embedded texts\n:name: tab-texts\n\n{body}\n:::\n"
+
+
 def _table(caption: str, name: str, rows: Mapping[str, str]) -> str:
     body = "\n".join(f"* - {key}\n  - {value}" for key, value in rows.items())
     return f"```{{list-table}} {caption}\n:name: {name}\n:stub-columns: 1\n\n{body}\n```\n"
@@ -277,7 +308,8 @@ def main() -> int:
     except (BookError, PageError, MetaSAEError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
-    problems = check_site(arguments.output / "_build" / "html", REPOSITORY)
+    repository = Citation(REPOSITORY).repository
+    problems = check_site(arguments.output / "_build" / "html", REPOSITORY, repository)
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

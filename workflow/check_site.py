@@ -17,6 +17,8 @@ from urllib.parse import unquote, urlsplit
 
 from bs4 import BeautifulSoup, Tag
 
+from citation import Citation
+
 Parse = Callable[[Path], BeautifulSoup]
 
 MAX_PAGE_BYTES = 3 * 2**20
@@ -39,8 +41,11 @@ def pages_of(site: Path) -> list[Path]:
     )
 
 
-def check_site(site: Path, repository: Path) -> list[str]:
-    """One sentence a problem, each with its page; [] for a sound site."""
+def check_site(site: Path, repository: Path, address: str = "") -> list[str]:
+    """One sentence a problem, each with its page; [] for a sound site.
+
+    repository: its folder here; address: where it is for others, '' if nowhere.
+    """
     pages = pages_of(site)
     if not pages:
         return [f"{site.name} holds no pages."]
@@ -48,7 +53,10 @@ def check_site(site: Path, repository: Path) -> list[str]:
     found = [
         f"{page.relative_to(site)}: {problem}"
         for page in pages
-        for problem in _page_problems(page, site, parse(page), parse)
+        for problem in (
+            *_page_problems(page, site, parse(page), parse),
+            *_repository_links(parse(page), repository, address),
+        )
     ]
     machine = _machine_paths(repository)
     total = 0
@@ -119,6 +127,17 @@ def _links(page: Path, site: Path, soup: BeautifulSoup, parse: Parse) -> Iterato
                 yield f"links to {target}, which has no such place."
 
 
+def _repository_links(soup: BeautifulSoup, repository: Path, address: str) -> Iterator[str]:
+    """Links into the repository, and launch buttons for its files, that would find nothing."""
+    inside = rf"{re.escape(address)}/(?:blob|tree|raw)/[^/]+/([^?#]+)" if address else r"(?!)"
+    launched = r"https://mybinder\.org/.*urlpath=lab/tree/([^&#]+)"
+    for tag in soup.select("a[href]"):
+        match = re.match(f"{inside}|{launched}", unquote(str(tag["href"])))
+        path = match and next(filter(None, match.groups()))
+        if path and not (repository / path).exists():
+            yield f"links to {path} of the repository, which is not there."
+
+
 def _headings(article: Tag) -> Iterator[str]:
     tags = article.select("h1, h2, h3, h4, h5, h6")
     levels = [(int(tag.name[1]), tag.get_text(" ", strip=True)) for tag in tags]
@@ -139,7 +158,8 @@ def _parse(page: Path) -> BeautifulSoup:
 
 
 def main() -> int:
-    problems = check_site(Path(sys.argv[1]), Path(__file__).resolve().parents[1])
+    root = Path(__file__).resolve().parents[1]
+    problems = check_site(Path(sys.argv[1]), root, Citation(root).repository)
     print("\n".join(problems) or "The site is sound.")
     return 1 if problems else 0
 

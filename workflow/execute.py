@@ -30,6 +30,7 @@ from papermill.exceptions import PapermillExecutionError
 from metasae_lib import Profile, Run
 from metasae_lib.study.errors import MetaSAEError
 from metasae_lib.study.files import atomic_write
+from metasae_lib.study.machine import commit
 from pages import ANSI, LINES_SHOWN, code_cells, unfinished
 
 ATTEMPTS = 3  # kernels that start at once collide now and then
@@ -118,7 +119,7 @@ def execute(source: Path, run: Run, overrides: dict[str, Any] | None = None) -> 
     logs, name = run.folder / "logs", source.stem
     converted, running, log = (logs / f"{name}.{end}" for end in ("input.ipynb", "ipynb", "log"))
     notebook = jupytext.read(source)
-    notebook.metadata["kernelspec"] = KERNEL
+    notebook.metadata["kernelspec"], notebook.metadata["commit"] = KERNEL, commit()
     if not any("parameters" in c.metadata.get("tags", []) for c in code_cells(notebook)):
         raise ExecutionError(f"{source.name} has no cell tagged 'parameters': tag one.")
     # Relative to the notebook, as a reader's own default is: no path of this machine on a page.

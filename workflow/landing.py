@@ -11,12 +11,15 @@ from typing import Any
 
 import pandas as pd
 
+from citation import Citation
 from metasae_lib import Run
 from metasae_lib.show import figures, sentences
 from metasae_lib.show import published as paper
 from metasae_lib.show.scorecard import saved_scorecard
 from metasae_lib.study.errors import ArtefactError
 from metasae_lib.study.kept import KeptRun, agreement
+from metasae_lib.study.machine import commit
+from sources import line
 
 _BADGES = {
     paper.AGREES: "success", paper.SAME_DIRECTION: "info", paper.DISAGREES: "danger",
@@ -30,13 +33,16 @@ def toy(name: str) -> bool:
     return name.startswith("tiny")
 
 
-def write(published: Mapping[str, Any], runs: Mapping[str, Run], folder: Path) -> None:
+def write(
+    published: Mapping[str, Any], runs: Mapping[str, Run], folder: Path, where: Citation
+) -> None:
     """Write the generated pieces of the first page into a folder."""
     telling = {
         name: run for name, run in runs.items() if not toy(name) and run.has_table("effects")
     }
     pieces = {
-        "answer.md": _answer(telling, folder / PICTURE),
+        "answer.md": _answer(telling, folder / PICTURE, where),
+        "cite.md": where.box(),
         "claims.md": _claims(published, telling),
         "findings.md": "\n\n".join(findings(run, link=True) for run in runs.values()),
     }
@@ -44,7 +50,7 @@ def write(published: Mapping[str, Any], runs: Mapping[str, Run], folder: Path) -
         (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
-def _answer(runs: Mapping[str, Run], picture: Path) -> str:
+def _answer(runs: Mapping[str, Run], picture: Path, where: Citation) -> str:
     """The answer in one sentence, and one picture that shows it."""
     if not runs:
         return (
@@ -61,14 +67,18 @@ def _answer(runs: Mapping[str, Run], picture: Path) -> str:
                 rows.append(ways[way] | {"comparison": f"{name}: {words}"})
     if not rows:
         return f"**{said}.**"
-    figures.effect(pd.DataFrame(rows)).savefig(picture)
+    frame, data = pd.DataFrame(rows), picture.with_suffix(".csv")
+    figures.effect(frame).savefig(picture)
+    frame.to_csv(data, index=False)
+    source = f"{{download}}`{data.name} <generated/{data.name}>`"
     return (
         f"**{said}.**\n\n```{{figure}} generated/{PICTURE}\n:name: fig-answer\n"
         ":alt: Intervals of the percent change of mean absolute phi by joint training, two rows a "
         "run: against the solo partner and at equal L2, with lines at zero and at the paper's "
         "values.\n\nChange of mean |φ| by joint training, pair by pair, with 95% intervals for new "
         "seeds and new features: against the solo dictionary of the same seed, and against solo "
-        "dictionaries that reconstruct as badly. Red: the paper's two values.\n```"
+        "dictionaries that reconstruct as badly. Red: the paper's two values.\n```\n\n"
+        + line([source], where.file("workflow/landing.py", commit()))
     )
 
 

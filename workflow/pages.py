@@ -191,7 +191,8 @@ def _split(cell: NotebookNode) -> list[NotebookNode]:
     for output in cell.outputs:
         text = output.get("data", {}).get("text/markdown")
         if text is not None:
-            pieces.append(new_markdown_cell(text))
+            about = output.metadata.get("text/markdown", {})
+            pieces.append(new_markdown_cell(text, metadata=about))
             continue
         if pieces[-1].cell_type == "markdown":
             tags = [*metadata.get("tags", []), "remove-input"]

@@ -15,10 +15,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import landing
+from citation import Citation
 from metasae_lib import Run
 from metasae_lib.show import figures, scorecard, tables
 from metasae_lib.show import text as formats
 from metasae_lib.study.kept import KeptRun
+from metasae_lib.study.machine import commit
+from sources import line, saver
 
 FOLDER = "together"
 
@@ -144,8 +147,8 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def write(runs: Mapping[str, Run], staging: Path) -> list[str]:
-    """Write the pages and their figures into `staging/together`; return the pages' names."""
+def write(runs: Mapping[str, Run], staging: Path, notebooks: Path, where: Citation) -> list[str]:
+    """Write the pages, their figures and data into `staging/together`; return the pages' names."""
     folder = staging / FOLDER
     folder.mkdir()
     cards = {
@@ -153,14 +156,21 @@ def write(runs: Mapping[str, Run], staging: Path) -> list[str]:
     }
     for claim in CLAIMS:
         parts = [f"# {claim.title}", claim.text]
-        pictures = [_tabs(claim, picture, runs, folder) for picture in claim.pictures]
-        values = ["## The paper's values and ours", _values(claim, cards)]
-        parts += [*pictures, *values]
+        for picture in claim.pictures:
+            parts.append(_tabs(claim, picture, runs, folder, notebooks, where))
+        parts += ["## The paper's values and ours", _values(claim, cards, folder, where)]
         (folder / f"{claim.name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [f"{FOLDER}/{claim.name}" for claim in CLAIMS]
 
 
-def _tabs(claim: Claim, picture: Picture, runs: Mapping[str, Run], folder: Path) -> str:
+def _tabs(
+    claim: Claim,
+    picture: Picture,
+    runs: Mapping[str, Run],
+    folder: Path,
+    notebooks: Path,
+    where: Citation,
+) -> str:
     lines = [f"## {picture.title}", "", ":::::{tab-set}", ":sync-group: profile", ""]
     for name, run in runs.items():
         lines += [f"::::{{tab-item}} {name}", f":sync: {name}", ""]
@@ -172,17 +182,26 @@ def _tabs(claim: Claim, picture: Picture, runs: Mapping[str, Run], folder: Path)
                 f"This run holds nothing for it: its table `{picture.table}` is missing or empty."
             ]
         else:
-            file = f"{claim.name}-{picture.table}-{name}.png"
-            picture.draw(frame).savefig(folder / file)
+            file = f"{claim.name}-{picture.table}-{name}"
+            picture.draw(frame).savefig(folder / f"{file}.png")
+            frame.to_csv(folder / f"{file}.csv", index=False)
             lines += [
-                f"```{{figure}} {file}", f":name: fig-{claim.name}-{picture.table}-{name}",
-                f":alt: {name}. {picture.alt}", "", f"{picture.title}: {name}.", "```",
+                f"```{{figure}} {file}.png", f":name: fig-{claim.name}-{picture.table}-{name}",
+                f":alt: {name}. {picture.alt}", "", f"{picture.title}: {name}.", "```", "",
+                line([f"{{download}}`{file}.csv`"], _made(run, picture.table, notebooks, where)),
             ]  # fmt: skip
         lines += ["::::", ""]
     return "\n".join([*lines, ":::::"])
 
 
-def _values(claim: Claim, cards: Mapping[str, pd.DataFrame]) -> str:
+def _made(run: Run, table: str, notebooks: Path, where: Citation) -> str:
+    """Which notebook saved a table; of a kept one its lines may have moved since."""
+    file, number = saver(table, notebooks) or ("workflow/together.py", None)
+    at = None if isinstance(run, KeptRun) else number
+    return where.file(file, run.table_record(table)["commit"], at)
+
+
+def _values(claim: Claim, cards: Mapping[str, pd.DataFrame], folder: Path, where: Citation) -> str:
     """A table with a row a published value, and two columns a profile: ours and the verdict."""
     whole = None
     for name, card in cards.items():
@@ -192,7 +211,11 @@ def _values(claim: Claim, cards: Mapping[str, pd.DataFrame]) -> str:
         whole = rows if whole is None else pd.concat([whole, rows.iloc[:, 3:]], axis=1)
     if whole is None:
         return "No run of this book has a scorecard yet."
-    return formats.table(
+    file = f"{claim.name}.csv"
+    whole.to_csv(folder / file, index=False)
+    shown = formats.table(
         whole, f"The paper's values beside every run: {claim.title}",
         f"tab-together-{claim.name}", look="filterable",
-    ).data  # fmt: skip
+    )  # fmt: skip
+    made = where.file("workflow/together.py", commit())
+    return f"{shown.data}\n{line([f'{{download}}`{file}`'], made)}"

@@ -193,8 +193,8 @@ function histogram(counts, largest) {
   return svg;
 }
 
-// [text, [[start, end, strength 1-9], …]] with positions in characters, not in UTF-16 units.
-function context([text, spans], largest) {
+// [text, [[start, end, strength 1-9], …], origin] with positions in characters, not in UTF-16 units.
+function context([text, spans, origin], largest) {
   const characters = Array.from(text);
   const line = element("p", { class: "context" });
   const strongest = Math.max(...spans.map(([, , strength]) => strength), 0);
@@ -210,7 +210,7 @@ function context([text, spans], largest) {
     done = end;
   }
   line.append(characters.slice(done).join(""));
-  return line;
+  return element("div", {}, line, element("p", { class: "quiet origin" }, origin));
 }
 
 function linkList(arm, pairs) {

@@ -30,7 +30,7 @@ from metasae_lib.measure.patterns import above
 from metasae_lib.measure.scan import scan_inputs
 from metasae_lib.study import Artefact, MeasureError, Run, atomic_write, progress
 from metasae_lib.study.sections import Negatives
-from metasae_lib.subject import Residuals, load_tokens
+from metasae_lib.subject import Residuals, Tokens, load_tokens
 from metasae_lib.train import Arm, normalise
 
 KEEP = 100  # firing segments kept for a feature
@@ -44,11 +44,11 @@ class Contexts:
     """The contexts of one arm. `n_features`; `n_firing` (n,): segments in which each one fires."""
 
     def __init__(
-        self, artefact: Artefact, layout: Layout, rows: Array, pieces: Pieces, seed: int
+        self, artefact: Artefact, layout: Layout, tokens: Tokens, pieces: Pieces, seed: int
     ) -> None:
         self.layout = layout
         self.pieces = pieces
-        self._rows, self._seed = rows, seed
+        self._tokens, self._rows, self._seed = tokens, tokens.rows("contexts"), seed
         with np.load(artefact.folder / "examples.npz") as arrays:
             self.n_firing: Array = arrays["n_firing"]
             self._segment, self._strength = arrays["segment"], arrays["strength"]
@@ -189,8 +189,10 @@ class Contexts:
 
     def _example(self, segment: int, acts: Array) -> Example:
         row, start = self.layout.place(segment)
-        ids = tuple(self._rows[row, start : start + self.layout.window].tolist())
-        return Example(ids, self.pieces(ids), tuple(acts.tolist()), segment)
+        stop = start + self.layout.window
+        ids = tuple(self._rows[row, start:stop].tolist())
+        sources = self._tokens.sources("contexts", row, start, stop)
+        return Example(ids, self.pieces(ids), tuple(acts.tolist()), segment, sources)
 
     def _bits(self, feature: int) -> Array:
         return np.unpackbits(self._fired[feature]).astype(bool)
@@ -213,8 +215,8 @@ def collect_contexts(
         )
     calibrate_arms(run, arms)
     residuals, tokens = Residuals(run, "contexts"), load_tokens(run)
-    rows = tokens.rows("contexts")
-    layout = Layout(len(rows), profile.text.context_length, profile.activations.chunk_rows, window)
+    n_rows = len(tokens.rows("contexts"))
+    layout = Layout(n_rows, profile.text.context_length, profile.activations.chunk_rows, window)
     sample = {"window": window, "keep": keep, "seed": seed}
 
     def make(missing: Mapping[str, Artefact]) -> None:
@@ -224,7 +226,7 @@ def collect_contexts(
     inputs = by_arm(arms, scan_inputs(run, residuals) | sample)
     made = run.made("contexts", inputs, _VERSION, make)
     pieces = Pieces(tokens.tokenizer)
-    return {name: Contexts(one, layout, rows, pieces, seed) for name, one in made.items()}
+    return {name: Contexts(one, layout, tokens, pieces, seed) for name, one in made.items()}
 
 
 def _collect(run: Run, residuals: Residuals, collectors: Sequence[_Collector]) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from metasae_lib.study.known import attribution
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -26,13 +28,20 @@ class Example:
 
     pieces: the text of each token, exact: joined they are the segment's text, and a character of
     several bytes stands whole at the token where it begins. acts: activation on each token, 0 where
-    the feature does not fire. ids: the token ids. segment: its number in the role.
+    the feature does not fire. ids: the token ids. segment: its number in the role. sources: of the
+    documents that it is cut from.
     """
 
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
     acts: tuple[float, ...]
     segment: int
+    sources: tuple[str, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        """What must stand beside it: titles and licences of its sources."""
+        return attribution(self.sources)
 
     @property
     def text(self) -> str:

@@ -25,6 +25,7 @@ from metasae_lib.study import MeasureError, Role, Run
 from metasae_lib.subject import Residuals
 from metasae_lib.train import Arm, normalise
 
+AROUND = 16  # tokens of text kept on either side of a place
 PURE = 0.8  # share of one sense from which a feature belongs to it
 WEAKEST = 0.173  # the smallest |φ| that the paper counts as a part of a split (Table 5)
 
@@ -48,23 +49,29 @@ WORDS: dict[str, tuple[Sense, ...]] = {
 
 @dataclass(frozen=True)
 class Occurrence:
-    """One place of a word: its row, the position of its last token, and the text around it."""
+    """One place of a word: its row, the position of its last token, and the text around it.
+
+    origin: what must stand beside that text (`known.attribution`).
+    """
 
     row: int
     position: int
     before: str
     word: str
     after: str
+    origin: str = ""
 
     @classmethod
-    def of(cls, row: int, position: int, before: str, token: str, after: str) -> Occurrence:
+    def of(
+        cls, row: int, position: int, before: str, token: str, after: str, origin: str = ""
+    ) -> Occurrence:
         """From a token's text, whose leading blanks stand before the word."""
         word = token.lstrip()
-        return cls(row, position, before + token.removesuffix(word), word, after)
+        return cls(row, position, before + token.removesuffix(word), word, after, origin)
 
 
 def occurrences(
-    rows: NDArray[Any], tokenizer: Any, word: str, first: int = 1, around: int = 16
+    rows: NDArray[Any], tokenizer: Any, word: str, first: int = 1, around: int = AROUND
 ) -> list[Occurrence]:
     """Every place of a whole word in token rows, in lower and title case.
 
@@ -96,7 +103,8 @@ def places_of(contexts: Contexts, feature: int) -> list[Occurrence]:
         row, start = contexts.layout.place(example.segment)
         parts = (slice(example.peak), example.peak, slice(example.peak + 1, None))
         before, word, after = ("".join(example.pieces[part]) for part in parts)
-        found.append(Occurrence.of(row, start + example.peak, before, word, after))
+        place = row, start + example.peak
+        found.append(Occurrence.of(*place, before, word, after, example.origin))
     return found
 
 
@@ -315,15 +323,15 @@ def side_by_side(
 ) -> pd.DataFrame:
     """The same contexts under several features: the first places of each sense, activations beside.
 
-    acts: by heading, (m,). Columns: sense, context (quoted), one a heading.
+    acts: by heading, (m,). Columns: sense, context (quoted), text (its origin), one a heading.
     """
     rows = []
     for sense, name in enumerate(names):
         for i in np.flatnonzero(labels == sense)[:per_sense]:
             one = found[i]
             text = quoted(f"{one.before[-40:]}«{one.word}»{one.after[:30]}")
-            rows.append((name, text, *(float(a[i]) or None for a in acts.values())))
-    return pd.DataFrame(rows, columns=["sense", "context", *acts])
+            rows.append((name, text, one.origin, *(float(a[i]) or None for a in acts.values())))
+    return pd.DataFrame(rows, columns=["sense", "context", "text", *acts])
 
 
 def quoted(text: str) -> str:

@@ -46,6 +46,7 @@ from metasae_lib.show.tables import (
     controls,  # whether λ₂ = 0 is the solo arm
     downloads,  # the tables behind its figures
     explained,  # decoder variance explained post hoc
+    finished_run,  # a run for reading: the kept one where none was made
     frontier_points,  # solo curves, joint arms and competitors over L2
     last_steps,  # each arm at the end of its training
     noise_floors,  # mean |φ| that chance alone gives

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -19,6 +19,7 @@ from metasae_lib.show.published import load_published
 from metasae_lib.show.tables import compared_arms
 from metasae_lib.show.text import table
 from metasae_lib.study import Role, Run
+from metasae_lib.study.known import attribution
 from metasae_lib.subject import Tokens
 from metasae_lib.train import Arm
 
@@ -210,7 +211,11 @@ def _places(
 ) -> tuple[list[senses.Occurrence], NDArray[np.int64]]:
     """Every place of a word in a role, and its sense (-1 for none)."""
     first = int(run.profile.text.skip_first)
-    places = senses.occurrences(tokens.rows(role), tokens.tokenizer, word, first)
+    places = []
+    for one in senses.occurrences(tokens.rows(role), tokens.tokenizer, word, first):
+        around = one.position - senses.AROUND, one.position + senses.AROUND
+        sources = tokens.sources(role, one.row, *around)
+        places.append(replace(one, origin=attribution(sources)))
     return places, np.array([senses.label(o, senses.WORDS[word]) for o in places], int)
 
 

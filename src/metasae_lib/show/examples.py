@@ -31,7 +31,7 @@ def examples_page(contexts: Contexts, frame: pd.DataFrame, examples: int = 3) ->
     for row in frame.to_dict("records"):
         text = html.escape(in_words(row["explanation"]) or "no explanation")
         lines = "".join(
-            f"<li>… {highlighted(example)} …</li>"
+            f"<li>… {highlighted(example)} … <small>{html.escape(example.origin)}</small></li>"
             for example in contexts.top(int(row["feature"]), examples)
         )
         parts.append(

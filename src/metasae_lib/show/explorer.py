@@ -212,7 +212,8 @@ def _cards(arm: ArmPage) -> Iterator[dict[str, Any]]:
 
 
 def _marked(context: Example, largest: float) -> list[Any]:
-    """[text, [[start, end, strength], ...]]: positions in characters, strength 1-9 of `largest`."""
+    """[text, [[start, end, strength], ...], origin]: positions in characters, strength 1-9 of
+    `largest`."""
     spans, start = [], 0
     for piece, act in zip(context.pieces, context.acts, strict=True):
         end = start + len(piece)
@@ -220,7 +221,7 @@ def _marked(context: Example, largest: float) -> list[Any]:
             strength = round(9 * act / largest) if largest > 0 else 1
             spans.append([start, end, min(max(strength, 1), 9)])
         start = end
-    return [context.text, spans]
+    return [context.text, spans, context.origin]
 
 
 def _short(value: Any) -> Any:

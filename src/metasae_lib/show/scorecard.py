@@ -77,7 +77,7 @@ def paper_against_ours(run: Run, *ids: str, label: str) -> Markdown:
             raise PublishedError(f"published.yml has no value that matches {pattern!r}.")
     chosen = card[card.id.isin(set().union(*found.values()))]
     shown = table(scorecard_rows(chosen), f"The paper's values beside those of {run.name}", label)
-    return Markdown(f"## Paper against ours\n\n{shown.data}")
+    return Markdown(f"## Paper against ours\n\n{shown.data}", metadata=shown.metadata)
 
 
 def scorecard_rows(card: pd.DataFrame) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from metasae_lib.measure.statistics import paired_difference
 from metasae_lib.show.published import grid_id, load_published
 from metasae_lib.show.text import between, literal, percent, plain, section, table
 from metasae_lib.study import COMPETITORS, ArmSpec, MeasureError, Profile, Run, repository_folders
-from metasae_lib.study.kept import kept_runs
+from metasae_lib.study.kept import KeptRun, kept_runs
 from metasae_lib.train import Arm
 
 
@@ -31,6 +31,17 @@ def open_run(profile: str, overrides: Mapping[str, Any], runs_dir: str) -> Run:
     """
     runs = (_notebooks() / runs_dir).resolve()
     return Run.open(Profile.load(profile, overrides or None), runs)
+
+
+def finished_run(profile: str, overrides: Mapping[str, Any], runs_dir: str) -> Run:
+    """`open_run` for a notebook that only reads tables: where none of the run has been made yet,
+    the kept run of the profile, if there is one."""
+    run = open_run(profile, overrides, runs_dir)
+    if not any((run.folder / "tables").iterdir()):
+        for folder in repository_folders("results"):
+            if (folder / run.name / "manifest.json").exists():
+                return KeptRun(folder / run.name)
+    return run
 
 
 def _notebooks() -> Path:

@@ -51,6 +51,9 @@ def table(
 ) -> Markdown:
     """A numbered MyST table of a frame; its index is left out.
 
+    The frame itself goes along as CSV, unrounded, in the metadata `table` by its label: a page
+    offers it below the table.
+
     look: what it is on a page of the book: `filterable`, with a search box and a choice of verdict;
     `wide`, in small type and with unbroken names, to be scrolled where it does not fit.
     """
@@ -59,7 +62,8 @@ def table(
     lines += [[cell(number(value)) for value in row] for row in frame.itertuples(index=False)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     kind = f":class: {look}\n" if look else ""
-    return Markdown(f":::{{table}} {caption}\n:name: {label}\n{kind}\n{body}\n:::\n")
+    text = f":::{{table}} {caption}\n:name: {label}\n{kind}\n{body}\n:::\n"
+    return Markdown(text, metadata={"table": {label: frame.to_csv(index=False)}})
 
 
 def section(title: str, text: str) -> Markdown:

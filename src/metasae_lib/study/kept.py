@@ -1,7 +1,8 @@
 """Kept runs: a run's small tables and values under `results/`, read as the run itself is.
 
-`results/<run>/` holds `tables/`, `values/` and `profile.yml` as the run has them, and their hashes
-in `manifest.json`. What took hours, or another machine, is in the book without being run again.
+`results/<run>/` holds `tables/`, `values/` and `profile.yml` as the run has them, their hashes in
+`manifest.json`, and the same for machines in `ro-crate-metadata.json`. What took hours, or another
+machine, is in the book without being run again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from metasae_lib.study.crate import describe
 from metasae_lib.study.errors import ArtefactError
 from metasae_lib.study.files import make_folder, sha256_of, write_json
 from metasae_lib.study.profile import Profile
@@ -44,6 +46,14 @@ class KeptRun(Run):
                     f"repository, or keep the run anew with make keep"
                 )
         self._origin: dict[str, Any] = manifest["made"]
+
+    def save_table(self, name: str, frame: pd.DataFrame, about: str) -> Path:
+        """Nothing is saved: a kept run stays as it is. The path of what is kept."""
+        return self._path("table", name)
+
+    def save_json(self, name: str, value: object) -> Path:
+        """Nothing is saved, as for tables."""
+        return self._path("value", name)
 
     def provenance(self) -> dict[str, Any]:
         """Where the kept results come from: date, hardware, commit and so on of the run."""
@@ -93,6 +103,7 @@ def keep(folder: str | os.PathLike[str], results: str | os.PathLike[str] = "resu
     }
     manifest = {"profile_hash": run.profile_hash, "made": made, "files": hashes}
     write_json(new / "manifest.json", manifest)
+    describe(new, run.profile.about)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(new, target)
     return target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,23 @@ class WorldSpec:
 
 
 @dataclass(frozen=True)
+class EmbeddedText:
+    """The text of a package: what it is, whose, from where, and how it may be used.
+
+    licence: of the text, not of the package's code; None where the package states none. `terms`:
+    its address.
+    tokens: rounded down.
+    """
+
+    title: str
+    credit: str
+    link: str
+    licence: str | None
+    terms: str | None
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Wheel:
     """A pinned wheel of the package index."""
 
@@ -110,7 +127,8 @@ SHAPES: dict[str, ModelShape] = {
     for source in entry["sources"]
 }
 WORLDS = {name: WorldSpec(**spec) for name, spec in _KNOWN["worlds"].items()}
-EMBEDDED_TOKENS: dict[str, int] = _KNOWN["texts"]
+TEXTS = {package: EmbeddedText(**text) for package, text in _KNOWN["texts"].items()}
+EMBEDDED_TOKENS = {package: text.tokens for package, text in TEXTS.items()}
 MODELS: dict[str, GGUFModel | EncoderModel] = {
     **{name: GGUFModel(**model) for name, model in _KNOWN["models"].items()},
     **{name: EncoderModel(**model) for name, model in _KNOWN["encoders"].items()},
@@ -119,6 +137,19 @@ WHEELS = {package: Wheel(**pin) for package, pin in _KNOWN["wheels"].items()}
 # What architectures call the width of the residual stream, and the number of their blocks.
 _WIDTH = ("hidden_size", "n_embd", "d_model")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def attribution(sources: Iterable[str]) -> str:
+    """What stands beside a piece of text: titles and licences of its sources.
+
+    A dataset of the hub and files of one's own are named as the corpus names them.
+    """
+    return "; ".join(
+        f"{TEXTS[name].title} ({TEXTS[name].licence or 'no licence stated'})"
+        if name in TEXTS
+        else name
+        for name in sources
+    )
 
 
 def model_shape(source: str) -> ModelShape | None:

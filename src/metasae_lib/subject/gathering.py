@@ -101,8 +101,9 @@ class Gathering:
 
     def write_rows(self, role: Role, n_rows: int, per_row: int, bos: int | None) -> str:
         """Write `<role>.npy`, (n_rows, per_row) ids or one more with BOS before each row, and
-        `<role>-sources.npy`, the source of each row's first text token; returns 16 hex digits of
-        SHA-256 over the ids. `names` says which source a number is."""
+        `<role>-documents.npy`, (documents, 2): the place of each one's first id among all ids, BOS
+        not counted, and its source; returns 16 hex digits of SHA-256 over the ids. `names` says
+        which source a number is."""
         ids = np.memmap(self._folder / f"{role}.ids.part", "<i4", "r", shape=(n_rows * per_row,))
         digest = hashlib.sha256()
         with atomic_write(self._folder / f"{role}.npy") as temporary:
@@ -118,15 +119,15 @@ class Gathering:
                     file.write(content)
                     digest.update(content)
         about = np.fromfile(self._folder / f"{role}.documents.part", "<i4").reshape(-1, 2)
-        first = np.searchsorted(np.cumsum(about[:, 1]), np.arange(n_rows) * per_row, "right")
-        source = np.array(self._order())[about[first, 0]].astype(np.uint8)
-        with atomic_write(self._folder / f"{role}-sources.npy") as temporary:
-            np.save(temporary, source)
+        source = np.array(self._order())[about[:, 0]]
+        first = np.cumsum(about[:, 1], dtype=np.int64) - about[:, 1]
+        with atomic_write(self._folder / f"{role}-documents.npy") as temporary:
+            np.save(temporary, np.stack([first, source], 1)[first < n_rows * per_row])
         return digest.hexdigest()[:16]
 
     @property
     def names(self) -> list[str]:
-        """The sources, in the order of their numbers in `<role>-sources.npy`."""
+        """The sources, in the order of their numbers in `<role>-documents.npy`."""
         return sorted(self._names)
 
     def clear(self) -> None:

