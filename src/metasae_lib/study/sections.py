@@ -113,7 +113,9 @@ class Training(Section):
     (`shared`), or each in its own (`by_seed`). The selected setting is trained at every seed, the
     rest of the grid at the first `seeds_grid`, and solo dictionaries at each k of `frontier`, which
     show what less fidelity alone does to φ, at the first `seeds_frontier` (at most all).
-    `start`: what is taken out of the inputs, see :mod:`metasae_lib.train.start`.
+    `start`: what is taken out of the inputs, see :mod:`metasae_lib.train.start`. `given`: folders
+    of SAELens dictionaries that are measured beside the arms, by names that become kinds of arm,
+    see :mod:`metasae_lib.train.given`.
     `meta_posthoc`: settings under which a meta SAE is trained on finished decoders, see
     :mod:`metasae_lib.train.posthoc`.
     """
@@ -145,6 +147,7 @@ class Training(Section):
     jumprelu_bandwidth: Positive = 1e-3
     jumprelu_weight: Positive = 1.0
     meta_posthoc: list[Literal["bussmann", "saebench"]] = []
+    given: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], str] = {}
 
 
 #: Of the scan role, in whole chunks.
