@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from small_models import save_model, save_text, small_profile
@@ -300,3 +302,23 @@ def test_profiles_name_what_is_there(tmp_path: Path) -> None:
     ):
         with pytest.raises(ProfileError, match=message):
             Profile.load("tiny", {"training.given": given})
+
+
+def blocks(language: str) -> list[str]:
+    page = (Path(__file__).parents[1] / "book" / "saelens.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
+
+
+def test_the_lines_of_the_page_do_what_it_says(
+    root: Path, measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, arms, _ = measured
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = blocks("python")
+    lines = ours.replace('Profile.load("tiny")', "profile").replace('"runs"', "runs")
+    exec(lines, {"profile": run.profile, "runs": run.runs_dir})
+    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == sorted(arms)
+    compile(theirs, "page", "exec")  # `make roundtrip` runs it in SAELens
+    (given,) = (yaml.safe_load(block)["training"]["given"] for block in blocks("yaml"))
+    profile = profile_with(root, **dict.fromkeys(given, tmp_path / "exported" / "solo-seed0"))
+    assert [arm.name for arm in profile.arms()] == ["solo-seed0", "mine-seed0"]

@@ -16,7 +16,7 @@ AFTER = {
 # The scorecard compares everything there is, so it waits for every other notebook.
 LAST = "07_scorecard"
 
-BEFORE_RUNS = ["method", "setup", "cluster"]
+BEFORE_RUNS = ["method", "setup", "saelens", "cluster"]
 AFTER_RUNS = ["how-made", "glossary", "known-issues", "bibliography"]
 
 
