@@ -70,7 +70,7 @@ $(PEERS): benchmarks/peers/requirements.txt
 	.venv-peers/bin/pip uninstall --quiet --yes torchvision
 	touch $@
 
-# Every calibrated arm of a profile, exported, in SAELens itself.
+# Every calibrated arm of a profile, exported, in SAELens itself; and SAELens' own dictionaries in ours.
 roundtrip: $(READY) $(PEERS)
 	$(BIN)/python -m metasae_lib fetch tiny
 	$(BIN)/python benchmarks/saelens_roundtrip.py

@@ -34,16 +34,19 @@ def matched_pairs(base: Arm, joint: Arm) -> pd.DataFrame:
 def rivals(run: Run, fidelity: pd.DataFrame) -> pd.DataFrame:
     """The selected joint arm of every seed, and what it is held against.
 
-    fidelity: columns arm, kind, seed, lambda2, sigma_sq, k, l2. Columns: against (`solo`, or
-    `frontier`: the solo arm at the smaller k whose mean L2 is nearest to that of the joint arms),
-    seed, base_arm, joint_arm. A seed whose arms were not all trained is left out.
+    fidelity: columns arm, kind, seed, lambda2, sigma_sq, k, l2. Columns: against (`solo`;
+    `frontier`: the solo arm at the smaller k whose mean L2 is nearest to that of the joint arms; or
+    the name of a given dictionary), seed, base_arm, joint_arm. A seed whose arms were not all
+    trained is left out.
     """
     joint = fidelity[is_selected(run, fidelity)]
     frontier = fidelity[fidelity.kind == "frontier"]
     away = (frontier.groupby("k").l2.mean() - joint.l2.mean()).abs()
     equal = frontier[frontier.k == away.idxmin()] if len(away) else frontier
     solo = fidelity[fidelity.kind == "solo"]
-    both = pd.concat([solo.assign(against="solo"), equal.assign(against="frontier")])
+    given = fidelity[fidelity.kind.isin(list(run.profile.training.given))]
+    against = {"solo": solo, "frontier": equal} | dict(tuple(given.groupby("kind")))
+    both = pd.concat([frame.assign(against=name) for name, frame in against.items()])
     found = both.merge(joint[["arm", "seed"]], on="seed", suffixes=("", "_joint"))
     found = found.rename(columns={"arm": "base_arm", "arm_joint": "joint_arm"})
     return found[["against", "seed", "base_arm", "joint_arm"]]

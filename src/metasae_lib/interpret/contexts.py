@@ -25,13 +25,13 @@ from torch import Tensor
 
 from metasae_lib.interpret.examples import QUANTILES, WINDOW, Array, Example, Layout, Pieces
 from metasae_lib.measure import calibrate_arms
-from metasae_lib.measure.passes import by_arm, pre_activations, product_dtype
+from metasae_lib.measure.passes import Entered, by_arm, pre_activations, product_dtype
 from metasae_lib.measure.patterns import above
 from metasae_lib.measure.scan import scan_inputs
 from metasae_lib.study import Artefact, MeasureError, Run, atomic_write, progress
 from metasae_lib.study.sections import Negatives
 from metasae_lib.subject import Residuals, Tokens, load_tokens
-from metasae_lib.train import Arm, normalise
+from metasae_lib.train import Arm
 
 KEEP = 100  # firing segments kept for a feature
 _VERSION = 1
@@ -238,9 +238,9 @@ def _collect(run: Run, residuals: Residuals, collectors: Sequence[_Collector]) -
         for index in range(first, residuals.n_chunks):
             active = [one for one in collectors if one.next_chunk == index]
             for part, x in enumerate(residuals.chunk(index).split(part_rows * kept_per_row)):
-                z = normalise(x.float())[0]
+                tokens = Entered(x)
                 for one in active:
-                    pre = pre_activations(one.arm.sae, z, dtype)
+                    pre = pre_activations(one.arm.sae, tokens.of(one.arm.sae), dtype)
                     one.add(index, part * part_rows, kept_per_row, pre)
                 bar.update(len(x))
             for one in active:

@@ -20,10 +20,10 @@ from scipy import sparse
 
 from metasae_lib.interpret.contexts import Contexts
 from metasae_lib.measure import Counts, CrossCounts, phi, top_matches
-from metasae_lib.measure.passes import pre_activations, product_dtype
+from metasae_lib.measure.passes import Entered, pre_activations, product_dtype
 from metasae_lib.study import MeasureError, Role, Run
 from metasae_lib.subject import Residuals
-from metasae_lib.train import Arm, normalise
+from metasae_lib.train import Arm
 
 AROUND = 16  # tokens of text kept on either side of a place
 PURE = 0.8  # share of one sense from which a feature belongs to it
@@ -138,9 +138,9 @@ def firing_at(
         stop = start + residuals.chunk_tokens(index)
         here = places[(places >= start) & (places < stop)] - start
         if len(here):
-            z = normalise(residuals.chunk(index)[here].float())[0]
+            tokens = Entered(residuals.chunk(index)[here])
             for name, arm in arms.items():
-                pre = pre_activations(arm.sae, z, dtype)
+                pre = pre_activations(arm.sae, tokens.of(arm.sae), dtype)
                 assert arm.sae.threshold is not None
                 acts = pre.float() * (pre > arm.sae.threshold)
                 rows[name].append(sparse.csr_array(acts.cpu().numpy()))

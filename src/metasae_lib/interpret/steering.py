@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from metasae_lib.subject import Subject
-from metasae_lib.train import Dictionary, normalise
-from metasae_lib.train.dictionary import scale_of
+from metasae_lib.train import Dictionary
+from metasae_lib.train.dictionary import enter
 
 
 def scaled(
@@ -19,17 +19,17 @@ def scaled(
     """A replacement for `Subject.loss`: one feature's contribution times `factor`.
 
     factor: 0 removes it, 1 changes nothing, 2 doubles it. Where feature i has the activation a_i
-    (above its threshold), (factor - 1) a_i W_i is added in the space of normalised inputs and
-    mapped back; everything else of the residual stays, what the dictionary cannot rebuild included.
+    (above its threshold), (factor - 1) a_i W_i is added in the dictionary's space and mapped
+    back; everything else of the residual stays, what the dictionary cannot rebuild included.
     first: positions before it stay as they are (1 under `text.skip_first`: no dictionary has seen
     position 0).
     """
 
     def replace(x: Tensor) -> Tensor:
-        z, _, std = normalise(x.float())
+        z, _, scale = enter(x.float(), sae.space)
         acts = sae.encode_threshold(z.flatten(0, -2))[:, feature].view(*z.shape[:-1], 1)
         acts[:, :first] = 0
-        return x + (factor - 1) * acts * sae.W_dec[feature] * scale_of(std)
+        return x + (factor - 1) * acts * sae.W_dec[feature] * scale
 
     return replace
 

@@ -12,6 +12,7 @@ from metasae_lib.measure.cross import (
     partners,  # who fires with whom, across dictionaries
     top_matches,  # the same for one pair of dictionaries
 )
+from metasae_lib.measure.exports import export_arms  # calibrated arms as SAELens reads them
 from metasae_lib.measure.fidelity import (
     fidelity_pairs,  # what each setting costs against solo, on the same text
     measure_arms,  # L2, L0, CE and dead features of every arm

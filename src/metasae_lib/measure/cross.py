@@ -31,7 +31,6 @@ def check_comparable(arm_a: Arm, arm_b: Arm) -> None:
             {
                 "language model": metadata.get("model_name"),
                 "hook": metadata.get("hook_name"),
-                "normalisation": config.get("normalize_activations"),
                 "d_in": arm.sae.d_in,
             }
         )
@@ -85,9 +84,9 @@ def _cross(
         for a, b in pairs
     }
     for _, parts in scan_chunks(residuals, f"cross counts of {len(pairs)} pairs of arms"):
-        for z in parts:
+        for tokens in parts:
             fired = {
-                name: firing(pre_activations(sae, z, dtype), sae.threshold)
+                name: firing(pre_activations(sae, tokens.of(sae), dtype), sae.threshold)
                 for name, sae in used.items()
             }
             for (a, b), counter in counters.items():

@@ -6,6 +6,9 @@ z_hat its reconstruction, over T tokens and d dimensions:
     L2  = Σ (z - z_hat)² / (T d)            the paper's L2 (App. D): the space has unit variance
     FVU = Σ (z - z_hat)² / Σ (z - z̄)²       z̄ the mean over tokens of each dimension
 
+A dictionary that works in another space is measured in this one too, so that all compare: its error
+there, token by token, times what a unit of its space is in z.
+
 CE overhead: how much the model's cross-entropy rises when the residual is replaced by its
 reconstruction, mapped back by the token's own mean and deviation. All on held-out text (role
 `scan`), both with thresholds and in training mode (BatchTopK over the batch).
@@ -32,7 +35,8 @@ from metasae_lib.measure.thresholds import calibrate_arms
 from metasae_lib.study import Artefact, MeasureError, Role, Run, progress
 from metasae_lib.study.sections import FIDELITY_TOKENS
 from metasae_lib.subject import Residuals, Subject, load_tokens, subject_of
-from metasae_lib.train import Arm, Dictionary, JumpReLU, denormalise, normalise
+from metasae_lib.train import Arm, Dictionary, JumpReLU
+from metasae_lib.train.dictionary import enter
 from metasae_lib.train.kernels.compiled import batch_topk
 from metasae_lib.train.kernels.plain import batch_topk as batch_topk_plain
 
@@ -73,10 +77,12 @@ class Reconstruction:
     errors: list[float] = field(default_factory=list)  # sum of squares, of each batch
     n_active: int = 0
 
-    def add(self, z: Tensor, z_hat: Tensor, n_active: int) -> None:
-        """Add tokens. z, z_hat: (t, d) normalised. n_active: activations that are not zero."""
+    def add(self, u: Tensor, u_hat: Tensor, n_active: int, unit: Tensor | float = 1.0) -> None:
+        """Add tokens. u, u_hat: (t, d) in the dictionary's space. n_active: activations that are
+        not zero. unit: (t,) of `Entered.unit`, or 1 for normalised tokens."""
         self.n_active += n_active
-        self.errors.append(float((z - z_hat).square_().sum(1).sum(dtype=torch.float64)))
+        errors = (u - u_hat).square_().sum(1) * unit**2
+        self.errors.append(float(errors.sum(dtype=torch.float64)))
 
     @property
     def l2(self) -> float:
@@ -100,7 +106,7 @@ class Reconstruction:
 def reconstruct(
     sae: Dictionary, z: Tensor, mode: Mode, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, int]:
-    """z_hat (t, d) of normalised z (t, d), and the number of active features in all.
+    """z_hat (t, d) of z (t, d), as the dictionary reads it, and the number of active features.
 
     mode: "threshold", each feature above its own θ; or "batch", the k·t largest of the t tokens
     given, as in training. dtype: of the encoder product. Decoding is float32.
@@ -276,16 +282,18 @@ def _errors(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> _ByText:
     sums = {(name, mode): Reconstruction(moments) for name in arms for mode in MODES}
     brackets, tokens = dict.fromkeys(sums, 0), list[int]()
     what, n_tokens = f"fidelity of {len(arms)} arms", min(FIDELITY_TOKENS, residuals.n_tokens)
-    for z, sizes in training_groups(run, residuals, n_tokens, what):
-        moments.add(z)
+    for group, sizes in training_groups(run, residuals, n_tokens, what):
+        moments.add(group.z)
         tokens += sizes
         for name, arm in arms.items():
-            pre = pre_activations(arm.sae, z, dtype)
-            for part, batch in zip(z.split(sizes), pre.split(sizes), strict=True):
+            u, unit = group.of(arm.sae), group.unit(arm.sae)
+            pre = pre_activations(arm.sae, u, dtype)
+            batches = zip(u.split(sizes), unit.split(sizes), pre.split(sizes), strict=True)
+            for part, units, batch in batches:
                 for mode in MODES:
                     at = name, mode
-                    z_hat, active, brackets[at] = _reconstruct(arm.sae, batch, mode, brackets[at])
-                    sums[at].add(part, z_hat, active)
+                    u_hat, active, brackets[at] = _reconstruct(arm.sae, batch, mode, brackets[at])
+                    sums[at].add(part, u_hat, active, units)
     result: _ByText = {}
     for name in arms:
         held, batch = (sums[name, mode] for mode in MODES)
@@ -347,10 +355,10 @@ def replacement(
 
     def replace(x: Tensor) -> Tensor:
         kept = x[:, first:].float()
-        z, mean, std = normalise(kept.flatten(0, 1))
-        z_hat, _ = reconstruct(sae, z, mode, dtype)
+        u, shift, scale = enter(kept.flatten(0, 1), sae.space)
+        u_hat, _ = reconstruct(sae, u, mode, dtype)
         out = x.clone()
-        out[:, first:] = denormalise(z_hat, mean, std).view_as(kept).to(x.dtype)
+        out[:, first:] = (u_hat * scale + shift).view_as(kept).to(x.dtype)
         return out
 
     return replace

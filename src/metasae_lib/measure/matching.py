@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,8 @@ def same_features(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:
             fresh = BatchTopK(sae.d_in, sae.n_features, sae.k, spec.seed)
             kinds["start"][spec.seed] = fresh.W_dec.to(sae.directions)
     solo, joint, start = kinds.values()
+    given = {n: arm.sae.directions for n, arm in arms.items()
+             if arm.spec.kind in run.profile.training.given}  # fmt: skip
 
     def same_seed(a: Mapping[int, Tensor], b: Mapping[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [(a[seed], b[seed]) for seed in a if seed in b]
@@ -95,6 +97,10 @@ def same_features(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:
         ("two joint seeds", "nearest", combinations(joint.values(), 2)),
         ("joint and another seed's solo", "nearest", others),
         ("random directions", "nearest", combinations(start.values(), 2)),
+        *(
+            (f"{n} and a solo", "nearest", product([rows], solo.values()))
+            for n, rows in given.items()
+        ),
     ]
     rows = []
     for comparison, of, pairs in wanted:

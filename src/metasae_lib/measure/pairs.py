@@ -39,11 +39,13 @@ _ABOUT = ["arm", "kind", "seed", "lambda2", "sigma_sq", "k"]
 def resampled_mean_abs(run: Run, counts: Mapping[str, Counts]) -> dict[str, Floats]:
     """mean |φ| of every arm in the same resamples of its features, `evaluation.bootstrap` of them.
 
-    Drawn by index, dead features too: see `statistics.bootstrap_mean_abs`.
+    Drawn by index, dead features too: see `statistics.bootstrap_mean_abs`. An arm of another width
+    has draws of its own.
     """
-    draws = feature_draws(run.profile.dictionary.n_features, run.profile.evaluation.bootstrap)
+    widths = {len(each.n1) for each in counts.values()}
+    draws = {n: feature_draws(n, run.profile.evaluation.bootstrap) for n in widths}
     return {
-        name: bootstrap_mean_abs(abs_phi_blocks(each), draws[each.alive])
+        name: bootstrap_mean_abs(abs_phi_blocks(each), draws[len(each.n1)][each.alive])
         for name, each in counts.items()
     }
 

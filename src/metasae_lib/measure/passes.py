@@ -1,4 +1,4 @@
-"""Passes over a role: normalised tokens part by part, and an arm's pre-activations of them."""
+"""Passes over a role: tokens part by part as each arm reads them, and its pre-activations."""
 
 from __future__ import annotations
 
@@ -11,11 +11,41 @@ from torch import Tensor
 from metasae_lib.study import MeasureError, Run, progress
 from metasae_lib.subject import Residuals
 from metasae_lib.subject.model import free_memory
-from metasae_lib.train import Arm, Dictionary, normalise
+from metasae_lib.train import Arm, Dictionary
+from metasae_lib.train.dictionary import Space, enter
 
 GROUP = 8192  # tokens whose pre-activations are made at once
 MEMORY_SHARE = 0.7  # of the free memory that counts may take
 T = TypeVar("T")
+
+
+class Entered:
+    """Residuals x (t, d) of some tokens, entered once into each space that an arm works in."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x.float()
+        self._entered: dict[Space, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    @property
+    def z(self) -> Tensor:
+        """(t, d) normalised: what dictionaries that were trained here read."""
+        return self._in("layer_norm")[0]
+
+    def of(self, sae: Dictionary) -> Tensor:
+        """(t, d) as a dictionary reads them."""
+        return self._in(sae.space)[0]
+
+    def unit(self, sae: Dictionary) -> Tensor:
+        """(t,): how long in z what has length 1 in the dictionary's space is."""
+        return (self._in(sae.space)[2] / self._in("layer_norm")[2])[:, 0]
+
+    def _in(self, space: Space) -> tuple[Tensor, Tensor, Tensor]:
+        if space not in self._entered:
+            self._entered[space] = enter(self._x, space)
+        return self._entered[space]
 
 
 def by_arm(arms: Mapping[str, Arm], inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -43,8 +73,11 @@ def pre_activations(sae: Dictionary, z: Tensor, dtype: torch.dtype) -> Tensor:
     """(z - b_dec) W_enc with the matrix product in `dtype`, as in training; float32.
 
     z: (b, d) normalised. Returns (b, n). Calibration, scan and fidelity all take this one, so
-    that a threshold is compared with numbers that were rounded as those it was made from.
+    that a threshold is compared with numbers that were rounded as those it was made from. A
+    dictionary that was trained elsewhere is read in float32.
     """
+    if sae.b_enc is not None:
+        return sae.pre_activations(z)
     return ((z - sae.b_dec).to(dtype) @ sae.W_enc.to(dtype)).float()
 
 
@@ -55,23 +88,23 @@ def product_dtype(run: Run) -> torch.dtype:
 
 
 def training_batches(chunk: Tensor, batch_tokens: int, seed: int) -> Iterator[Tensor]:
-    """Normalised batches of about `batch_tokens` out of a chunk (t, d) of raw residuals.
+    """Batches (b, d) of about `batch_tokens` residuals, float32, out of a chunk (t, d).
 
     Tokens are shuffled within the chunk, as in training: the neighbours in a text fire alike, and
     the cut-offs of unshuffled batches would vary more than those that the dictionary was made for.
     """
     order = torch.randperm(len(chunk), generator=torch.Generator().manual_seed(seed))
     for rows in order.tensor_split(max(1, round(len(chunk) / batch_tokens))):
-        yield normalise(chunk[rows.to(chunk.device)].float())[0]
+        yield chunk[rows.to(chunk.device)].float()
 
 
 def training_groups(
     run: Run, residuals: Residuals, n_tokens: int, what: str
-) -> Iterator[tuple[Tensor, list[int]]]:
+) -> Iterator[tuple[Entered, list[int]]]:
     """`training_batches` of the first chunks of a role, until `n_tokens` tokens are there.
 
-    Batches (b, d) are joined into groups of about GROUP tokens, for one large product each. Yields
-    the group (t, d) and the sizes of its batches. what: beside the progress bar.
+    Batches are joined into groups of about GROUP tokens, for one large product each. Yields the
+    group and the sizes of its batches. what: beside the progress bar.
     """
     taken = 0
     with progress(n_tokens, what) as bar:
@@ -80,16 +113,16 @@ def training_groups(
                 return
             batches = training_batches(residuals.chunk(i), run.profile.training.batch_tokens, i)
             for group in _grouped(batches):
-                z = torch.cat(group)
-                yield z, list(map(len, group))
-                taken += len(z)
-                bar.update(len(z))
+                tokens = Entered(torch.cat(group))
+                yield tokens, list(map(len, group))
+                taken += len(tokens)
+                bar.update(len(tokens))
 
 
 def _grouped(batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     group: list[Tensor] = []
-    for z in batches:
-        group.append(z)
+    for batch in batches:
+        group.append(batch)
         if sum(map(len, group)) >= GROUP:
             yield group
             group = []
@@ -99,16 +132,16 @@ def _grouped(batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 def scan_chunks(
     residuals: Residuals, what: str, first: int = 0
-) -> Iterator[tuple[int, Iterator[Tensor]]]:
-    """The chunks of a role from one on: number, and normalised tokens (t, d) part by part.
+) -> Iterator[tuple[int, Iterator[Entered]]]:
+    """The chunks of a role from one on: number, and tokens part by part.
 
     what: beside the progress bar.
     """
     with progress(residuals.n_tokens, what) as bar:
 
-        def parts(chunk: Tensor) -> Iterator[Tensor]:
+        def parts(chunk: Tensor) -> Iterator[Entered]:
             for x in chunk.split(GROUP):
-                yield normalise(x.float())[0]
+                yield Entered(x)
                 bar.update(len(x))
 
         for i in range(first, residuals.n_chunks):

@@ -149,9 +149,9 @@ def _scan(run: Run, residuals: Residuals, scans: Sequence[ArmScan]) -> None:
     for i, parts in scan_chunks(residuals, f"scanning {len(scans)} arms", first):
         open_ones = [scan for scan in scans if scan.next_chunk == i]
         started = time.monotonic()
-        for z in parts:
+        for tokens in parts:
             for scan in open_ones:
-                scan.add(pre_activations(scan.sae, z, dtype))
+                scan.add(pre_activations(scan.sae, tokens.of(scan.sae), dtype))
         for scan in open_ones:
             scan.next_chunk += 1
             scan.seconds += (time.monotonic() - started) / len(scans)

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts
 from metasae_lib.measure.cross import firing
 from metasae_lib.measure.fidelity import first_position
-from metasae_lib.measure.passes import pre_activations, product_dtype
+from metasae_lib.measure.passes import Entered, pre_activations, product_dtype
 from metasae_lib.measure.phi import summarise
 from metasae_lib.measure.scan import SCALES, counts_artefact, load_counts, scan_arms, scan_inputs
 from metasae_lib.study import Artefact, Run, atomic_write, progress
 from metasae_lib.subject import Residuals, Subject, load_tokens, subject_of
-from metasae_lib.train import Arm, normalise
+from metasae_lib.train import Arm
 
 VERSION = 1  # of the stage
 _MIN_FIRINGS = 100  # firings that another choice of pairs asks of both features
@@ -133,12 +133,13 @@ def _first_position(
     run: Run, arms: Mapping[str, Arm], counts: Mapping[str, Counts], subject: Subject
 ) -> list[dict[str, Any]]:
     x, times = first_position(run, "scan", subject)
-    z = normalise(x.float())[0]
+    tokens = Entered(x)
     skipped = run.profile.text.skip_first
     sign, variant = (1, "with position 0") if skipped else (-1, "without position 0")
     rows = []
     for name, arm in arms.items():
-        pre = pre_activations(arm.sae, z.to(arm.sae.b_dec.device), product_dtype(run))
+        inputs = tokens.of(arm.sae).to(arm.sae.b_dec.device)
+        pre = pre_activations(arm.sae, inputs, product_dtype(run))
         assert arm.sae.threshold is not None
         fired = (pre > arm.sae.threshold).double().cpu().numpy()
         weighted = fired * (sign * times[:, None])
@@ -171,9 +172,10 @@ def _without_bos(
                 ("base", subject.residuals(ids)[:, 2:]),
                 ("without BOS", subject.residuals(ids[:, 1:])[:, 1:]),
             ):
-                z = normalise(x.flatten(0, 1).float())[0]
+                tokens = Entered(x.flatten(0, 1))
                 for name, arm in arms.items():
-                    fired = firing(pre_activations(arm.sae, z, dtype), arm.sae.threshold)
+                    pre = pre_activations(arm.sae, tokens.of(arm.sae), dtype)
+                    fired = firing(pre, arm.sae.threshold)
                     counters[name, variant].update(fired)
                 bar.update(ids.size)
     return [

@@ -317,9 +317,10 @@ def _calibrate(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[
     results: dict[str, Calibration] = {}
     while open_ones:  # a second time only for arms whose first guess of the window failed
         what = f"calibrating {len(open_ones)} arms"
-        for z, sizes in training_groups(run, residuals, residuals.n_tokens, what):
+        for tokens, sizes in training_groups(run, residuals, residuals.n_tokens, what):
             for name, calibrator in open_ones.items():
-                for pre in pre_activations(arms[name].sae, z, dtype).split(sizes):
+                sae = arms[name].sae
+                for pre in pre_activations(sae, tokens.of(sae), dtype).split(sizes):
                     calibrator.update(pre)
         results |= {name: one.result() for name, one in open_ones.items() if one.window_held}
         open_ones = {name: one.again() for name, one in open_ones.items() if not one.window_held}

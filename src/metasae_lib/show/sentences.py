@@ -165,11 +165,12 @@ def judged_sentence(compared: pd.DataFrame, judge: str) -> Markdown:
     compared: `interpret.compare_all`.
     """
     mine = compared[(compared.judge == judge) & (compared.pairs == "matched")]
+    names = {"solo": "the solo arm", "frontier": "the solo arm of nearest L2"}
     parts = []
     for row in mine[(mine.score == "fuzzing") & (mine.n > 0)].to_dict("records"):
         delta, low, high = row["delta"], row["low"], row["high"]
         sees = "differs from zero" if low > 0 or high < 0 else "holds zero"
-        against = "the solo arm" if row["against"] == "solo" else "the solo arm of nearest L2"
+        against = names.get(row["against"], row["against"])
         parts.append(
             f"against {against} **{delta:+.4f}** ({low:+.4f} to {high:+.4f}, for new {row['over']};"
             f" {row['n']:,} pairs of {row['n_seeds']:.0f} seeds): the interval {sees}"

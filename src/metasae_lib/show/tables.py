@@ -244,7 +244,8 @@ def competitors(run: Run, arms: pd.DataFrame) -> Markdown:
             "`critic` to `training.arms`."
         )
     shown = pd.concat([arms[arms.arm.isin(compared_arms(run))], others])
-    shown = shown.assign(k=shown.k.fillna(run.profile.dictionary.k).astype(int))
+    given = shown.kind.isin(list(run.profile.training.given))
+    shown = shown.assign(k=shown.k.fillna(run.profile.dictionary.k).mask(given))
     names = {"arm": "arm", "k": "k", "l2": "L2", "l0_threshold": "L0",
              "ce_overhead_pct": "CE overhead (%)", "dead": "dead"}  # fmt: skip
     shown = shown[list(names)].rename(columns=names)

@@ -213,15 +213,16 @@ def stage_seconds(
     """Seconds of every stage on a machine that trains and counts so many arms at once."""
     text, roles, rows = profile.text, profile.text.roles, profile.evaluation.ce_rows
     arms, layer = profile.arms(), profile.model.layer
+    to_train = len(arms) - len(profile.training.given)
     # Arms that do not fit together see the text again; position 0 is computed even if unused.
-    train, scan = profile.training.train_tokens * -(-len(arms) // trained), roles["scan"]
+    train, scan = profile.training.train_tokens * -(-to_train // trained), roles["scan"]
     if profile.activations.cache:
         train = roles["train"]
     else:
         scan *= -(-len(arms) // counted)
     to_layer = layer * costs.block * text.context_length / text.kept_per_row
     joint = sum(arm.sigma_sq is not None for arm in arms)
-    steps = (len(arms) - joint) * costs.solo + joint * costs.joint
+    steps = (to_train - joint) * costs.solo + joint * costs.joint
     # The blocks before the layer run once, those behind it for each arm: at its thresholds, and
     # on one batch of rows in training mode.
     behind = (shape.n_layers - layer) * costs.block + costs.head
@@ -231,7 +232,7 @@ def stage_seconds(
     return {
         f"residuals, training, layer {layer}": train * to_layer,
         "residuals, other roles": (scan + roles["calibration"] + roles["contexts"]) * to_layer,
-        f"training, {len(arms)} arms": steps * profile.steps,
+        f"training, {to_train} arms": steps * profile.steps,
         "thresholds": len(arms) * roles["calibration"] * costs.calibration,
         "counts": len(arms) * roles["scan"] * costs.scan,
         "fidelity": errors + ce,

@@ -149,10 +149,11 @@ class Profile(sections.Section):
         return sorted({max(1, round(share * n)) for share in self.training.matryoshka_prefixes})
 
     def arms(self) -> list[ArmSpec]:
-        """Every arm of the profile, in the order of `training.arms`."""
+        """Every arm of the profile, in the order of `training.arms`, then those of `given`."""
         known = arms_by_kind(self)
         # An arm that two kinds ask for is one arm.
-        return list(dict.fromkeys(arm for kind in self.training.arms for arm in known[kind]))
+        trained = dict.fromkeys(arm for kind in self.training.arms for arm in known[kind])
+        return [*trained, *(ArmSpec(name, self.training.seeds[0]) for name in self.training.given)]
 
     @model_validator(mode="after")
     def _fits_together(self) -> Profile:
@@ -251,6 +252,14 @@ def _problems(profile: Profile) -> Iterable[str]:
             yield (
                 f"training.arms has the unknown kind '{arm}'; "
                 f"the nearest is '{nearest(arm, kinds)}'"
+            )
+    for name, place in training.given.items():
+        if name in kinds:
+            yield f"training.given has '{name}', which is a kind of arm: give it another name"
+        if not os.path.isfile(local_path(place) / "cfg.json"):
+            yield (
+                f"training.given.{name} names the folder {place}, which holds no cfg.json of a "
+                f"SAELens dictionary"
             )
     if "frontier" in training.arms:
         k = profile.dictionary.k

@@ -124,7 +124,9 @@ class Training(Section):
     rest of the grid at the first `seeds_grid`, and solo dictionaries at each k of `frontier`, which
     show what less fidelity alone does to φ, at the first `seeds_frontier` (at most all); other
     methods at the first `seeds_rivals`.
-    `start`: what is taken out of the inputs, see :mod:`metasae_lib.train.start`.
+    `start`: what is taken out of the inputs, see :mod:`metasae_lib.train.start`. `given`: folders
+    of SAELens dictionaries that are measured beside the arms, by names that become kinds of arm,
+    see :mod:`metasae_lib.train.given`.
     `matryoshka_prefixes`: shares of the features that must rebuild the input alone, as in the main
     experiment and the ablations of Bussmann et al. 2025 (§4.3, App. G.3).
     `meta_posthoc`: settings under which a meta SAE is trained on finished decoders, see
@@ -162,6 +164,7 @@ class Training(Section):
         1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0
     ]  # fmt: skip
     meta_posthoc: list[Literal["bussmann", "saebench"]] = []
+    given: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], str] = {}
 
 
 #: Of the scan role, in whole chunks.

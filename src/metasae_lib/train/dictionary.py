@@ -1,7 +1,8 @@
 """Sparse autoencoders over normalised residuals, in SAELens' file format.
 
-Every dictionary works in the space of per-token normalised inputs: :func:`normalise` once,
-:func:`denormalise` to go back.
+Every dictionary that is trained here works in the space of per-token normalised inputs:
+:func:`normalise` once, :func:`denormalise` to go back. One that was trained elsewhere may work in
+another, see :func:`enter`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,8 @@ EPS = 1e-5
 _FORMAT = "6.54.12"  # the SAELens whose format this is: from 6.0 on, metadata are kept
 _SCALE = "scale.safetensors"
 _OWN = "metasae"  # the section of cfg.json's metadata that is ours
+Space = Literal["layer_norm", "constant_norm_rescale", "none"]  # SAELens' normalize_activations
+SPACES: tuple[Space, ...] = get_args(Space)
 
 
 def normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,22 +46,39 @@ def denormalise(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return z * (std + EPS) + mean
 
 
-def scale_of(std: Tensor) -> Tensor:
-    """What :func:`normalise` divided by."""
-    return std + EPS
+def enter(x: Tensor, space: Space) -> tuple[Tensor, Tensor, Tensor]:
+    """Residuals as a dictionary of a space reads them, u = (x - shift) / scale, token by token.
+
+    x: (..., d). Returns u (..., d), shift and scale (..., 1). `layer_norm` is :func:`normalise`;
+    `constant_norm_rescale` gives every token the length √d; `none` leaves x as it is.
+    """
+    if space == "layer_norm":
+        z, mean, std = normalise(x)
+        return z, mean, std + EPS
+    one = torch.ones_like(x[..., :1])
+    if space == "none":
+        return x, 0 * one, one
+    scale = x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+    return x / scale, 0 * one, scale
 
 
 class Dictionary(nn.Module, ABC):
     """What BatchTopK and JumpReLU share: weights, products, thresholds and files.
 
     W_enc (d, n), W_dec (n, d) with unit rows (unless training was scaled), b_dec (d,), float32;
-    threshold (n,) or None while not calibrated. There is no encoder bias. W_enc is stored feature
-    by feature: it is the transposed view of a contiguous (n, d) matrix, as training wants it.
-    Parameters need no gradient by default; `requires_grad_()` turns autograd on.
+    threshold (n,) or None while not calibrated. W_enc is stored feature by feature: it is the
+    transposed view of a contiguous (n, d) matrix, as training wants it. Parameters need no gradient
+    by default; `requires_grad_()` turns autograd on.
+
+    What is trained here has no encoder bias and reads normalised inputs z. A dictionary that was
+    trained elsewhere has a bias b_enc (n,), and reads inputs u of its own `space` wherever z is
+    written here.
     """
 
     kind: str
+    space: Space = "layer_norm"
     threshold: Tensor | None
+    b_enc: Tensor | None
     scale: Tensor | None = None  # (d,): what decoder rows were multiplied by, see `train.start`
 
     def __init__(self, d_in: int, n_features: int, k: int, seed: int = 0) -> None:
@@ -78,18 +98,20 @@ class Dictionary(nn.Module, ABC):
         self.W_dec = nn.Parameter(decoder, requires_grad=False)
         self.b_dec = nn.Parameter(torch.zeros(d_in), requires_grad=False)
         self.register_buffer("threshold", None)
+        self.register_buffer("b_enc", None)
 
     @abstractmethod
     def encode(self, z: Tensor) -> Tensor:
         """The training form. z: (b, d) normalised. Returns (b, n), zero where not kept."""
 
     def pre_activations(self, z: Tensor) -> Tensor:
-        """(z - b_dec) W_enc. z: (b, d) normalised. Returns (b, n).
+        """(z - b_dec) W_enc + b_enc. z: (b, d) normalised. Returns (b, n).
 
         Raises DictionaryError for another shape, as does what is built on this.
         """
         _check_shape("z", z, self.d_in)
-        return (z - self.b_dec) @ self.W_enc
+        pre = (z - self.b_dec) @ self.W_enc
+        return pre if self.b_enc is None else pre + self.b_enc
 
     @property
     def directions(self) -> Tensor:
@@ -111,23 +133,17 @@ class Dictionary(nn.Module, ABC):
         pre = self.pre_activations(z)
         return pre * ((pre > self.threshold) & (pre > 0))
 
-    def save(
-        self,
-        folder: str | Path,
-        metadata: Mapping[str, Any] | None = None,
-        normalisation: str = "layer_norm",
-    ) -> None:
+    def save(self, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
         """Write `cfg.json` and `sae_weights.safetensors` as SAELens reads them.
 
-        With thresholds the export is a SAELens `jumprelu` dictionary with b_enc = 0.
-        normalisation: SAELens' name of what inputs went through, `none` if they are read as they
-        are. metadata: further entries of cfg.json's metadata (hook_name, model_name, context_size,
+        With thresholds the export is a SAELens `jumprelu` dictionary; b_enc = 0 if there is none.
+        metadata: further entries of cfg.json's metadata (hook_name, model_name, context_size,
         prepend_bos, ...). The weights are written first, the configuration last, each atomically.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: w.cpu().contiguous() for name, w in self.state_dict().items()}
-        weights["b_enc"] = torch.zeros(self.n_features, dtype=self.W_enc.dtype)
+        weights.setdefault("b_enc", torch.zeros(self.n_features, dtype=self.W_enc.dtype))
         own = {"kind": self.kind, "k": self.k, "seed": self.seed}
         config = {
             "architecture": "jumprelu" if self.threshold is not None else "batchtopk",
@@ -136,7 +152,9 @@ class Dictionary(nn.Module, ABC):
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
             "device": "cpu",
             "apply_b_dec_to_input": True,
-            "normalize_activations": normalisation,
+            "normalize_activations": self.space,
+            "k": self.k,
+            "rescale_acts_by_decoder_norm": False,
             "reshape_activations": "none",
             "metadata": {"sae_lens_version": _FORMAT, **(metadata or {}), _OWN: own},
         }
@@ -161,6 +179,7 @@ class Dictionary(nn.Module, ABC):
             own = config["metadata"][_OWN]
             kind, k, seed = own["kind"], int(own["k"]), int(own["seed"])
             shape = int(config["d_in"]), int(config["d_sae"])
+            space: Space = config["normalize_activations"]
         except (OSError, ValueError, KeyError, TypeError):
             raise DictionaryError(f"{path} is missing or not one of ours: save it again") from None
         kinds = {one.kind: one for one in Dictionary.__subclasses__() if issubclass(one, cls)}
@@ -179,6 +198,9 @@ class Dictionary(nn.Module, ABC):
             parameter.data = weights[name]
         sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         sae.threshold = weights.get("threshold")
+        sae.space, b_enc = space, weights["b_enc"]
+        if space != "layer_norm" or bool(b_enc.any()):
+            sae.b_enc = b_enc
         if (folder / _SCALE).exists():
             sae.scale = load_file(folder / _SCALE)["scale"]
         return sae

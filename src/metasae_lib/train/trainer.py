@@ -29,7 +29,10 @@ from metasae_lib.train.learner import (
 from metasae_lib.train.penalty import decomposability, orthogonality, penalty_pull
 
 HISTORY_EVERY = 10  # steps between two rows of an arm's history
-_HISTORY = ("step", "tokens", "l2", "aux", "penalty", "l0", "dead", "meta_l2", "seconds")
+#: Columns of an arm's history, and their types.
+HISTORY = dict.fromkeys(
+    ("step", "tokens", "l2", "aux", "penalty", "l0", "dead", "meta_l2", "seconds"), float
+) | dict.fromkeys(("step", "tokens", "dead"), int)
 _META_SEED = 1_000_003  # added to an arm's seed for its meta dictionary
 _CHECKPOINT = re.compile(r"(?:final|checkpoint)-(\d+)\.safetensors")
 
@@ -99,12 +102,11 @@ class Trainer:
 
     def last_row(self) -> dict[str, float]:
         """The newest row of the history."""
-        return dict(zip(_HISTORY, self.rows[-1], strict=True))
+        return dict(zip(HISTORY, self.rows[-1], strict=True))
 
     def history(self) -> pd.DataFrame:
         """Step, tokens, l2, aux, penalty (mean p_i), l0, dead, meta_l2, seconds."""
-        frame = pd.DataFrame(self.rows, columns=list(_HISTORY), dtype=float)
-        return frame.astype({"step": int, "tokens": int, "dead": int})
+        return pd.DataFrame(self.rows, columns=list(HISTORY), dtype=float).astype(HISTORY)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on, and the history."""
@@ -116,7 +118,7 @@ class Trainer:
         }
         progress = [self.step_count, self.seconds, float(self._meta_l2)]
         return tensors | {
-            "history": torch.tensor(self.rows, dtype=torch.float64).view(-1, len(_HISTORY)),
+            "history": torch.tensor(self.rows, dtype=torch.float64).view(-1, len(HISTORY)),
             "progress": torch.tensor(progress, dtype=torch.float64),
         }
 

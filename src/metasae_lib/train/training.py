@@ -26,9 +26,11 @@ from metasae_lib.study.run import locked
 from metasae_lib.subject import BatchStream, Residuals, SampleStream
 from metasae_lib.subject.model import compute_device, free_memory, release_subject
 from metasae_lib.train.dictionary import BatchTopK, Dictionary, normalise
+from metasae_lib.train.given import check_given, given_files, load_given
 from metasae_lib.train.learner import Losses, workspace
 from metasae_lib.train.start import Name, Start
 from metasae_lib.train.trainer import (
+    HISTORY,
     HISTORY_EVERY,
     Trainer,
     latest_checkpoint,
@@ -42,7 +44,7 @@ MEMORY_SHARE = 0.7  # of the free memory that training may plan with
 
 @dataclass(frozen=True)
 class Arm:
-    """A trained arm. history: one row each :data:`HISTORY_EVERY` steps."""
+    """A trained arm, or a given one. history: one row each :data:`HISTORY_EVERY` steps."""
 
     spec: ArmSpec
     sae: Dictionary
@@ -61,6 +63,11 @@ class _Place:
 
 
 def _place(run: Run, spec: ArmSpec, residuals: dict[str, Any]) -> _Place:
+    if spec.kind in run.profile.training.given:
+        files = given_files(run.profile, spec.kind)
+        inputs = {"arm": asdict(spec), "residuals": residuals, "files": files}
+        artefact = run.artefact("arm", inputs, VERSION)
+        return _Place(spec, artefact, artefact)
     training, sizes = run.profile.training.model_dump(), run.profile.dictionary.model_dump()
     names = {
         "batch_tokens", "learning_rate", "betas", "dtype", "k_aux", "aux_weight", "dead_after"
@@ -86,6 +93,7 @@ def _start(profile: Profile, spec: ArmSpec) -> Name:
 
 
 def _places(run: Run) -> list[_Place]:
+    check_given(run)
     source = SampleStream(run) if run.profile.synthetic else Residuals(run, "train")
     return [_place(run, spec, source.inputs) for spec in run.profile.arms()]
 
@@ -154,7 +162,7 @@ def _load(place: _Place) -> Arm:
         place.spec,
         Dictionary.load(folder / "sae"),
         BatchTopK.load(meta) if (meta := folder / "meta").exists() else None,
-        pd.read_csv(folder / "history.csv"),
+        pd.read_csv(folder / "history.csv", dtype=HISTORY),
         folder,
     )
 
@@ -162,6 +170,11 @@ def _load(place: _Place) -> Arm:
 def _train_missing(run: Run, places: list[_Place], watch: Watch | None) -> None:
     missing = [place for place in places if not place.result.complete]
     distributed.barrier()  # all have looked before the first is finished
+    for place in missing:
+        if place.spec.kind in run.profile.training.given and distributed.rank() == 0:
+            _save(run.profile, place, load_given(run.profile, place.spec.kind))
+    missing = [place for place in missing if place.spec.kind not in run.profile.training.given]
+    distributed.barrier()
     if not missing:
         return
     stream: BatchStream | SampleStream = (
@@ -241,23 +254,35 @@ def _seen(run: Run, x: Tensor, device: torch.device) -> Tensor:
     return x if run.profile.synthetic else normalise(x)[0]
 
 
-def _save_result(profile: Profile, place: _Place, trainer: Trainer, start: Start | None) -> None:
-    about: dict[str, Any] = {"model_name": profile.model.source, "arm": place.spec.name}
+def described(profile: Profile, arm: str) -> dict[str, Any]:
+    """What SAELens asks of a dictionary's metadata."""
+    about: dict[str, Any] = {"model_name": profile.model.source, "arm": arm}
     if not profile.synthetic:
         about |= {
             "hook_name": f"blocks.{profile.model.layer}.hook_resid_pre",
             "context_size": profile.text.context_length,
             "prepend_bos": profile.text.bos == "every_row",
         }
-    folder = place.result.folder
+    return about
+
+
+def _save_result(profile: Profile, place: _Place, trainer: Trainer, start: Start | None) -> None:
     sae = trainer.primary.sae
-    seen = "none" if profile.synthetic else "layer_norm"
-    (sae if start is None else start.fold(sae)).save(folder / "sae", about, seen)
+    if profile.synthetic:
+        sae.space = "none"
     if trainer.meta is not None:
-        trainer.meta.sae.save(folder / "meta")
+        trainer.meta.sae.save(place.result.folder / "meta")
+    _save(profile, place, sae if start is None else start.fold(sae), trainer)
+
+
+def _save(profile: Profile, place: _Place, sae: Dictionary, trainer: Trainer | None = None) -> None:
+    """Finish an arm; one that is given has no history."""
+    folder = place.result.folder
+    sae.save(folder / "sae", described(profile, place.spec.name))
     with atomic_write(folder / "history.csv") as path:
-        trainer.history().to_csv(path, index=False)
-    place.result.finish({"seconds": trainer.seconds})
+        history = trainer.history() if trainer else pd.DataFrame(columns=list(HISTORY))
+        history.to_csv(path, index=False)
+    place.result.finish({"seconds": trainer.seconds} if trainer else {})
 
 
 def _groups(
