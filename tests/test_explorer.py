@@ -362,7 +362,7 @@ def test_what_is_collected_is_what_was_counted(
 
     monkeypatch.setattr(explorer, "scan_arms", scan)
     monkeypatch.setattr(explorer, "cross_scan", cross)
-    lens = Lens(np.full((3, 2, 1), " token", object), np.zeros((3, 2, 1)))
+    lens = Lens(np.full((3, 2, 12), " token", object), np.zeros((3, 2, 12)))
     monkeypatch.setattr(explorer, "logit_lens", lambda run, arms: dict.fromkeys(arms, lens))
     arms = {
         name: SimpleNamespace(sae=sae)
@@ -375,6 +375,7 @@ def test_what_is_collected_is_what_was_counted(
     pages = list(collect(None, arms, contexts, ("solo", "joint"), told))  # type: ignore[arg-type]
     assert [(page.name, page.same) for page in pages] == [("solo", ["copy"]), ("joint", [])]
     assert pages[0].other_tokens == pages[1].tokens
+    assert pages[0].lens.values.shape == (3, 2, 10)
     features = pages[0].features
     assert features.partner.tolist() == [2, 1, 0]
     np.testing.assert_allclose(features.phi, 1)

@@ -1,8 +1,8 @@
 "use strict";
 // Figures whose points can be pointed at and chosen. Their places stand in a script of the class
 // `points` behind the picture. What is chosen is ringed in every such figure of the page, its rows
-// are marked in the tables, and a panel leads on. Without this script, and in print, the picture
-// is all there is.
+// are marked in the tables, and a panel leads on. Without this script, and in print, there is the
+// picture alone.
 document.addEventListener("DOMContentLoaded", () => {
   const scripts = [...document.querySelectorAll("script.points")];
   if (!scripts.length) return;
@@ -16,7 +16,9 @@ document.addEventListener("DOMContentLoaded", () => {
   const same = (a, b) => a && b && (a === b || a.startsWith(`${b}-seed`) || b.startsWith(`${a}-seed`));
   const rows = [...document.querySelectorAll("article tbody tr")];
   const profile = location.pathname.split("/").at(-2);
-  const panel = make("div", { class: "picked", role: "status" });
+  const hint = "Point at a mark, or go from one to the next with the arrow keys; choose one to find its arms "
+    + "in tables, curves and the explorer.";
+  const panel = make("div", { class: "picked", role: "status" }, hint);
   const buttons = [];
 
   const choose = (button) => {
@@ -26,10 +28,8 @@ document.addEventListener("DOMContentLoaded", () => {
       other.setAttribute("aria-pressed", String(Boolean(button) && on));
     });
     rows.forEach((row) => row.classList.toggle("picked", Boolean(same(row.cells[0].textContent.trim(), arm))));
-    panel.replaceChildren();
-    if (!button) return;
-    button.closest("figure").after(panel);
-    panel.append(button.getAttribute("aria-label"));
+    panel.replaceChildren(button?.getAttribute("aria-label") ?? hint);
+    button?.closest("figure").after(panel);
     if (!arm) return;
     const row = rows.find((one) => one.classList.contains("picked"));
     if (row) row.id ||= `row-${arm}`;
@@ -53,7 +53,7 @@ document.addEventListener("DOMContentLoaded", () => {
     image.before(frame);
     const own = JSON.parse(script.textContent).sort((a, b) => a.left - b.left).map((point, i) => {
       const button = make("button", { type: "button", "aria-label": point.words, "aria-pressed": "false",
-        "data-arm": point.arm, tabindex: i ? -1 : 0, class: point.left > 0.5 ? "right" : "" });
+        "data-arm": point.arm, tabindex: i ? -1 : 0 });
       button.style.setProperty("--left", point.left);
       button.style.setProperty("--top", point.top);
       button.addEventListener("click", () =>
@@ -61,6 +61,7 @@ document.addEventListener("DOMContentLoaded", () => {
       return button;
     });
     frame.append(image, ...own);
+    if (!buttons.length) frame.closest("figure").after(panel);
     buttons.push(...own);
     frame.addEventListener("keydown", (event) => {
       const here = own.indexOf(document.activeElement);

@@ -180,8 +180,8 @@ function drawList(arm) {
   at("rows").replaceChildren(...rows);
 }
 
-// Bars over an axis from one end to the other. what: of what it counts; marks: a bar that is this
-// feature's own, and a line at a share of the width.
+// Bars over an axis between two ends, counting `what`. bar: the one of this feature; line: at a share
+// of the width.
 function histogram(counts, ends, what, { bar = -1, line = null } = {}) {
   const make = (tag, attributes, text = "") => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -385,7 +385,7 @@ async function start() {
   at("profile").textContent = `of ${site.profile}`;
   at("about").textContent = site.about;
   at("back").href = site.back;
-  at("arm").append(...site.arms.map((arm) => 
+  at("arm").append(...site.arms.map((arm) =>
     element("option", { value: arm.name }, [arm.name, ...arm.same].join(" = "))));
   at("arm").addEventListener("change", () => go({ arm: at("arm").value, feature: undefined, page: 0 }));
   for (const key of FILTERS) {

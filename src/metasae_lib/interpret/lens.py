@@ -37,6 +37,10 @@ class Lens:
     names: Array
     values: Array
 
+    def first(self, count: int) -> Lens:
+        """The first `count` tokens at either end."""
+        return Lens(self.names[..., :count], self.values[..., :count])
+
     def of(self, feature: int) -> list[list[tuple[str, float]]]:
         """(token, value) of the promoted ones, strongest first, and of the suppressed ones."""
         ends = zip(self.names[feature].tolist(), self.values[feature].tolist(), strict=True)

@@ -41,7 +41,9 @@ _PEAKS = 10  # strongest segments whose peaks name a feature
 _BINS = 20
 _RATE_BINS = 30
 _NEAR, _CROSS = 8, 5  # neighbours shown within the arm, and in the other one
-_SHOWN = 6, 2  # contexts of a feature of the two main arms, and of the others
+# Of a feature of the two main arms, and of the others:
+_SHOWN = 6, 2  # contexts
+_LENS = 10, 5  # tokens at either end of the lens
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,11 @@ def collect(
     for name, other in others.items():
         own, text, cross = counts[name], contexts[name], crosses[name, other]
         tokens = peaks.get(name) or peak_tokens(text)
-        sides = [
+        a, b = (
             splitting.Side(each, [peak[0] if peak else "" for peak in found])
             for each, found in ((own, tokens), (counts[other], peaks[other]))
-        ]
-        splits = splitting.find(cross, *sides).drop_duplicates("feature").set_index("feature")
+        )
+        splits = splitting.find(cross, a, b).drop_duplicates("feature").set_index("feature")
         activations = [text.activations(i) for i in range(own.n1.size)]
         sae, n = arms[name].sae, len(own.n1)
         rows, partners, cosines = hungarian(sae.directions, arms[other].sae.directions)
@@ -147,7 +149,7 @@ def collect(
             features=features.join(told),
             tokens=tokens,
             other_tokens=peaks[other],
-            lens=lenses[name],
+            lens=lenses[name].first(_LENS[name not in main]),
             histograms=[
                 np.histogram(a, _BINS, (0, float(a.max())))[0].tolist() if len(a) else []
                 for a in activations
@@ -239,7 +241,7 @@ def _cards(arm: ArmPage) -> Iterator[dict[str, Any]]:
             "near": [[int(match), _short(value)] for match, value in arm.near[i]],
             "cross": [[int(match), _short(value), named(match)] for match, value in arm.cross[i]],
             "partner": named(row["partner"]),
-            "lens": [[[token, _short(value, 3)] for token, value in end] for end in arm.lens.of(i)],
+            "lens": [[[token, _short(value, 2)] for token, value in end] for end in arm.lens.of(i)],
             "contexts": [_marked(context, row["max"]) for context in arm.contexts[i]],
         }
 

@@ -69,9 +69,10 @@ def trade_off(ax: Axes, ours: pd.DataFrame, paper: pd.DataFrame) -> None:
     def plot(part: pd.DataFrame, *fmt: str, **look: Any) -> None:
         ax.plot(part.d_l2_pct, part.d_mean_abs_phi_pct, *fmt, **look)
 
-    def offer(row: Any, arm: str, words: str) -> None:
-        words += f", L2 {percent(row.d_l2_pct)}"
-        style.point(ax, row.d_l2_pct, row.d_mean_abs_phi_pct, arm, words)
+    def offer(row: Mapping[Any, Any], arm: str, name: str, interval: str = "") -> None:
+        x, y = row["d_l2_pct"], row["d_mean_abs_phi_pct"]
+        words = f"{name}: mean |φ| {percent(y)}{interval}, L2 {percent(x)}"
+        style.point(ax, x, y, arm, words)
 
     plot(paper, "D", color=style.RED, mfc="none", markersize=5, label="paper, GPT-2 large")
     plot(ours[ours.kind == "solo"], "o", color=style.GREY, markersize=5, label="another solo seed")
@@ -95,12 +96,11 @@ def trade_off(ax: Axes, ours: pd.DataFrame, paper: pd.DataFrame) -> None:
         plot(front, color=style.BLACK, linewidth=1, zorder=1)
     best = joint[joint.selected]
     plot(best, "o", mfc="none", mec=style.BLACK, markersize=14, label="selected setting")
-    for row in paper.itertuples():
-        at = f"the paper, λ₂ = {row.lambda2:g}, σ² = {row.sigma_sq:g}"
-        offer(row, "", f"{at}: mean |φ| {percent(row.d_mean_abs_phi_pct)}")
-    for row in ours.itertuples():
-        change = f"{percent(row.d_mean_abs_phi_pct)} ({between(row.low, row.high, percent)})"
-        offer(row, row.setting, f"{row.setting}: mean |φ| {change}")
+    for row in paper.to_dict("records"):
+        offer(row, "", f"the paper, λ₂ = {row['lambda2']:g}, σ² = {row['sigma_sq']:g}")
+    for row in ours.to_dict("records"):
+        interval = f" ({between(row['low'], row['high'], percent)})"
+        offer(row, row["setting"], row["setting"], interval)
     style.zero_line(ax)
     style.zero_line(ax, "x")
     ax.set(xlabel="change of L2 (%)", ylabel="change of mean |φ| (%)")
