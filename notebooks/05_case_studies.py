@@ -202,8 +202,9 @@ cases.steered_tokens(steered, feature, partner)
 # %% [markdown]
 # ## The feature explorer
 #
-# Every feature of every arm, with its contexts, its partner in the other dictionary and the features
-# it fires with: search, filter, and share the address of what you find. It is a page of its own in
+# Every feature of every arm, with its contexts, the tokens that it promotes, its partner in the
+# other dictionary (side by side, if you like) and the features it fires with: search, filter, and
+# share the address of what you find. It opens on the strongest split, and is a page of its own in
 # the book that needs no server.
 
 # %%

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -44,7 +46,7 @@ def grid() -> pd.DataFrame:
     )
     frame["low"], frame["high"] = frame.d_mean_abs_phi_pct - 1, frame.d_mean_abs_phi_pct + 1
     frame["selected"] = (frame.lambda2 == 0.3) & (frame.sigma_sq == 1)
-    return frame
+    return frame.assign(setting=frame.kind)
 
 
 def plane(side: int) -> pd.DataFrame:
@@ -126,6 +128,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "frontier": lambda: figures.frontier(
         pd.DataFrame(
             {
+                "arm": list("abcde"),
                 "kind": ["solo", "frontier", "solo", "frontier", "joint"],
                 "seed": [0, 0, 1, 1, 0],
                 "l2": [0.1, 0.11, 0.1, 0.12, 0.105],
@@ -255,7 +258,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
 def test_figure_is_labelled_legible_and_leaves_nothing_open(name: str) -> None:
     rc = dict(plt.rcParams)
     figure = DRAWINGS[name]()
-    picture = figure._repr_png_()  # type: ignore[attr-defined]
+    picture, _ = figure._repr_png_()  # type: ignore[attr-defined]
     assert picture.startswith(b"\x89PNG") and len(picture) < 400_000
     for ax in figure.axes:
         if ax.get_label() == "<colorbar>":
@@ -276,6 +279,21 @@ def test_figure_is_labelled_legible_and_leaves_nothing_open(name: str) -> None:
 def test_the_same_table_gives_the_same_picture() -> None:
     first, second = (DRAWINGS["trade_off"]()._repr_png_() for _ in range(2))  # type: ignore[attr-defined]
     assert first == second
+
+
+def test_points_lie_where_their_marks_are_drawn() -> None:
+    picture, offered = DRAWINGS["trade_off"]()._repr_png_()  # type: ignore[attr-defined]
+    pixels = mpl.image.imread(io.BytesIO(picture))[..., :3]
+    places = {point["arm"]: point for point in offered["points"]}
+    assert len(offered["points"]) == 2 * len(grid())
+    # Others have their marks under them.
+    for arm in ("solo", "jumprelu", "ortsae"):
+        row = int(places[arm]["top"] * len(pixels))
+        column = int(places[arm]["left"] * pixels.shape[1])
+        colour = figures.style.GREY if arm == "solo" else figures.KINDS[arm][0]
+        np.testing.assert_allclose(pixels[row, column], to_rgb(colour), atol=0.01)
+    assert places["jumprelu"]["words"] == "jumprelu: mean |φ| −1.0% (−2.0% to +0.0%), L2 +0.5%"
+    assert "the paper, λ₂ = 0.1, σ² = 0.3" in offered["points"][0]["words"]
 
 
 def test_every_drawing_function_is_tried() -> None:

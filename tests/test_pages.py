@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -183,6 +184,19 @@ def test_markdown_outputs_become_text_in_their_place() -> None:
     assert rest.source == "" and "remove-input" in rest.metadata["tags"]
     assert rest.outputs[0].data["text/plain"] == "three"
     assert len(notebook.cells[0].outputs) == 4, "the executed notebook was changed"
+
+
+def test_the_points_of_a_figure_stand_behind_it() -> None:
+    points = [{"left": 0.5, "top": 0.25, "arm": "solo", "words": "</script><b>"}]
+    drawn = new_output(
+        "execute_result", data={"image/png": ""}, metadata={"image/png": {"points": points}}
+    )
+    figure, text = pages.make_page(
+        new_notebook(cells=[_ran("draw()", outputs=[drawn])]), "tiny", []
+    ).cells
+    assert figure.outputs[0].data == {"image/png": ""}
+    assert text.source.startswith("```{raw} html") and text.source.count("<") == 2
+    assert json.loads(re.findall(r">(.*)<", text.source)[0]) == points
 
 
 @pytest.mark.parametrize(

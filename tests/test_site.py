@@ -79,3 +79,39 @@ def test_the_explorer_opens_from_its_page_and_shows_a_card(site: Path, chromium:
     assert "solo-seed0, feature" in chromium.inner_text("#card h2")
     chromium.get_by_role("link", name="Back to the book").click()
     chromium.wait_for_url("**/tiny/05_case_studies.html")
+
+
+def test_a_point_of_figure_1b_leads_to_its_row_and_its_features(site: Path, chromium: Page) -> None:
+    chromium.goto((site / "tiny" / "03_cooccurrence.html").as_uri())
+    points = chromium.locator("#fig-1b-tiny .points button")
+    arms = points.evaluate_all("points => points.map(point => point.dataset.arm)")
+    assert arms.count("") == 9 and "joint-lambda0.3-sigma1" in arms  # the paper's nine are no arms
+    chromium.locator("#fig-1b-tiny .points button[tabindex='0']").focus()
+    for _ in range(arms.index("joint-lambda0.3-sigma1")):
+        chromium.keyboard.press("ArrowRight")
+    chromium.keyboard.press("Enter")
+    panel = chromium.get_by_role("status").filter(has_text="joint-lambda0.3-sigma1: mean |φ|")
+    assert "L2" in panel.inner_text()
+    ringed = "[...document.querySelectorAll('.points [aria-pressed=true]')].map(b => b.dataset.arm)"
+    seeds = [f"joint-lambda0.3-sigma1-seed{seed}" for seed in (0, 1)]
+    assert sorted(chromium.evaluate(ringed)) == sorted(["joint-lambda0.3-sigma1", *2 * seeds])
+    rows = "[...document.querySelectorAll('tr.picked')].map(row => row.cells[0].textContent)"
+    assert chromium.evaluate(rows) == seeds
+    panel.get_by_role("link", name="Its row").click()
+    chromium.wait_for_function("location.hash === '#row-joint-lambda0.3-sigma1'")
+    assert serious(chromium) == []
+    panel.get_by_role("link", name="Its features").click()
+    chromium.wait_for_selector("#card h2")
+    assert "joint-lambda0.3-sigma1-seed0, feature" in chromium.inner_text("#card h2")
+
+
+def test_figure_1b_is_a_picture_without_its_script_and_in_print(site: Path, chromium: Page) -> None:
+    page = (site / "tiny" / "03_cooccurrence.html").as_uri()
+    points = chromium.locator("#fig-1b-tiny .points button")
+    chromium.goto(page)
+    points.first.wait_for()
+    chromium.emulate_media(media="print")
+    assert not points.first.is_visible() and chromium.locator("#fig-1b-tiny img").is_visible()
+    chromium.route("**/points.js*", lambda route: route.abort())
+    chromium.goto(page)
+    assert points.count() == 0 and chromium.locator("#fig-1b-tiny img").is_visible()

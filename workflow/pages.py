@@ -3,16 +3,19 @@
 One step between papermill and Sphinx, pure but for `add_downloads`: a page is refused unless every
 cell ran; the parameters are those of the run, the defaults are left out; labels carry the profile's
 name, so that two profiles can show the same figure; Markdown that a cell printed becomes text of
-the page, so that its headings, numbered tables and references count.
+the page, so that its headings, numbered tables and references count; the points that a figure
+offers (`figures.style.point`) stand behind it, for `book/_static/points.js`.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
@@ -198,7 +201,17 @@ def _split(cell: NotebookNode) -> list[NotebookNode]:
             tags = [*metadata.get("tags", []), "remove-input"]
             pieces.append(new_code_cell("", metadata=metadata | {"tags": tags}))
         pieces[-1].outputs.append(output)
+        points = output.get("metadata", {}).get("image/png", {}).get("points")
+        if points:
+            pieces.append(new_markdown_cell(_points(points)))
     return pieces
+
+
+def _points(points: list[dict[str, Any]]) -> str:
+    """The points of a figure, for the script that lets a reader choose them."""
+    data = json.dumps(points, ensure_ascii=False).replace("<", "\\u003c")
+    script = f'<script type="application/json" class="points">{data}</script>'
+    return f"```{{raw}} html\n{script}\n```"
 
 
 def _rename(cell: NotebookNode, renamed: dict[str, str]) -> None:

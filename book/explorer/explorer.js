@@ -4,7 +4,8 @@
 
 const PER_PAGE = 50;
 const FILTERS = ["q", "min_rate", "max_rate", "min_fuzz", "min_phi", "max_phi", "sort"];
-const COLUMNS = ["tokens", "rate", "max", "partner", "phi", "second", "fuzz", "explanation"];
+const COLUMNS = ["tokens", "rate", "max", "partner", "phi", "split", "fuzz", "explanation"];
+const SPLITS = "-split"; // the order without a choice: what comes apart, then what has a close partner
 const waiting = new Map();
 const loaded = new Map();
 const arms = new Map();
@@ -62,6 +63,10 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+function quiet(words) {
+  return element("p", { class: "quiet" }, words);
+}
+
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   const text = value !== 0 && Math.abs(value) < 1e-3
@@ -77,10 +82,10 @@ function visible(token) {
 function address(changes) {
   const next = { ...state, ...changes };
   const hash = new URLSearchParams();
-  for (const key of ["arm", "feature", ...FILTERS, "page"]) {
+  for (const key of ["arm", "feature", "pair", ...FILTERS, "page"]) {
     const value = next[key];
     const idle = value === undefined || value === "" || (key === "page" && Number(value) === 0)
-      || (key === "sort" && value === "feature");
+      || (key === "sort" && value === SPLITS);
     if (!idle) hash.set(key, value);
   }
   return `#${hash}`;
@@ -94,10 +99,16 @@ function go(changes, step = true) {
   show();
 }
 
+// An arm by its name, by that of a left-out one with the same weights, or by its name without the seed.
+function named(wanted) {
+  const fits = (name) => name === wanted || name.startsWith(`${wanted}-seed`);
+  return site.arms.find((arm) => arm.name === wanted)
+    ?? site.arms.find((arm) => [arm.name, ...arm.same].some(fits)) ?? site.arms[0];
+}
+
 function readAddress() {
   const hash = new URLSearchParams(location.hash.slice(1));
-  const known = new Set(site.arms.map((arm) => arm.name));
-  const next = { arm: known.has(hash.get("arm")) ? hash.get("arm") : site.arms[0].name };
+  const next = { arm: named(hash.get("arm")).name, pair: hash.get("pair") ? "1" : "" };
   for (const key of FILTERS) next[key] = hash.get(key) ?? "";
   next.page = Math.max(0, Math.trunc(Number(hash.get("page"))) || 0);
   const feature = hash.get("feature") ?? "";
@@ -120,23 +131,26 @@ function select(arm) {
   for (let i = 0; i < arm.text.length; i += 1) {
     if (words.every((word) => arm.text[i].includes(word)) && inside(i)) found.push(i);
   }
+  const sort = state.sort || SPLITS;
+  const by = (column, sign) => (a, b) => {
+    const [one, two] = [column[a] ?? sign * Infinity, column[b] ?? sign * Infinity]; // missing: last
+    return one === two ? 0 : sign * (one - two);
+  };
+  const column = arm[sort.replace("-", "")];
+  const first = column ? by(column, sort.startsWith("-") ? -1 : 1) : () => 0;
+  const then = sort === SPLITS ? by(arm.phi, -1) : () => 0;
+  found.sort((a, b) => first(a, b) || then(a, b) || a - b);
   if (words.length === 1 && /^\d+$/.test(words[0])) {
     // A number asks for that feature first, whatever else holds its digits.
     const wanted = Number(words[0]);
     found.sort((a, b) => (b === wanted) - (a === wanted));
   }
-  const descending = state.sort.startsWith("-");
-  const column = arm[state.sort.replace("-", "")];
-  if (column) {
-    const rank = (i) => column[i] ?? (descending ? -Infinity : Infinity);
-    found.sort((a, b) => (descending ? rank(b) - rank(a) : rank(a) - rank(b)) || a - b);
-  }
   return found;
 }
 
 function featureLink(arm, feature, text) {
-  return element("a", { href: address({ arm, feature, page: arm === state.arm ? state.page : 0 }) },
-    text ?? feature);
+  const page = arm === state.arm ? state.page : 0;
+  return element("a", { href: address({ arm, feature, page, pair: "" }) }, text ?? feature);
 }
 
 function drawList(arm) {
@@ -155,7 +169,7 @@ function drawList(arm) {
     const partner = arm.partner[i] === null
       ? element("td", {}, "–")
       : element("td", { class: "number" }, featureLink(arm.other, arm.partner[i]));
-    const row = element("tr", i === state.feature ? { "aria-current": "true" } : {},
+    const row = element("tr", i === current() ? { "aria-current": "true" } : {},
       element("th", { scope: "row", class: "number" }, featureLink(arm.name, i)),
       element("td", { class: "token" }, visible(arm.tokens[i][0] ?? "–")),
       numeric(number(arm.rate[i])), numeric(number(arm.max[i])), partner,
@@ -166,31 +180,61 @@ function drawList(arm) {
   at("rows").replaceChildren(...rows);
 }
 
-function histogram(counts, largest) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+// Bars over an axis between two ends, counting `what`. bar: the one of this feature; line: at a share
+// of the width.
+function histogram(counts, ends, what, { bar = -1, line = null } = {}) {
+  const make = (tag, attributes, text = "") => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.textContent = text;
+    return made;
+  };
   const highest = Math.max(...counts, 1);
-  const total = counts.reduce((sum, count) => sum + count, 0);
-  svg.setAttribute("viewBox", "0 0 300 70");
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label",
-    `Histogram of ${total} activations from 0 to ${number(largest)}: ${counts.join(", ")}`);
   const width = 300 / counts.length;
+  const total = counts.reduce((sum, count) => sum + count, 0);
+  const [low, high] = ends.map((end) => number(end));
+  const words = `${total.toLocaleString("en")} ${what} from ${low} to ${high}: ${counts.join(", ")}`;
+  const svg = make("svg", { viewBox: "0 0 300 82", role: "img", "aria-label": `Histogram of ${words}` });
   counts.forEach((count, i) => {
-    const bar = document.createElementNS(svg.namespaceURI, "rect");
     const height = (count / highest) * 55;
-    for (const [key, value] of Object.entries({
-      x: i * width + 0.5, y: 57 - height, width: width - 1, height })) bar.setAttribute(key, value);
-    svg.append(bar);
+    const look = { x: i * width + 0.5, y: 69 - height, width: width - 1, height };
+    svg.append(make("rect", i === bar ? { ...look, class: "here" } : look));
   });
-  [[0, "start", "0"], [300, "end", number(largest)]].forEach(([x, anchor, words]) => {
-    const label = document.createElementNS(svg.namespaceURI, "text");
-    label.setAttribute("x", x);
-    label.setAttribute("y", 68);
-    label.setAttribute("text-anchor", anchor);
-    label.textContent = words;
-    svg.append(label);
-  });
+  if (line !== null) svg.append(make("line", { x1: 300 * line, x2: 300 * line, y1: 12, y2: 69 }));
+  for (const [x, y, anchor, text] of [[0, 9, "start", `up to ${highest.toLocaleString("en")} a bar`],
+    [0, 80, "start", low], [150, 80, "middle", what], [300, 80, "end", high]]) {
+    svg.append(make("text", { x, y, "text-anchor": anchor }, text));
+  }
   return svg;
+}
+
+// Where the feature stands among those of its dictionary.
+function density(arm, i) {
+  const rate = arm.rate[i];
+  if (!rate) return [quiet("It does not fire in the scanned text.")];
+  const rarer = arm.rate.filter((other) => other > 0 && other < rate).length;
+  const [low, high] = arm.rates.map(Math.log);
+  const place = high > low ? (Math.log(rate) - low) / (high - low) : 0;
+  const bar = Math.min(Math.max(Math.floor(place * arm.density.length), 0), arm.density.length - 1);
+  return [
+    element("p", {}, `It fires on ${number(100 * rate)}% of the tokens, more often than `
+      + `${Math.round((100 * rarer) / arm.alive)}% of the features that fire at all.`),
+    histogram(arm.density, arm.rates, "features by firing rate (logarithmic)", { bar }),
+  ];
+}
+
+function activations(arm, i, { histogram: counts, threshold }) {
+  if (!counts.length) return quiet("It does not fire in the contexts.");
+  const line = threshold === null ? null : threshold / arm.max[i];
+  return histogram(counts, [0, arm.max[i]], "activations above the threshold (line)", { line });
+}
+
+function lens([promoted, suppressed]) {
+  const list = (label, pairs) => element("div", {}, element("h4", {}, label),
+    element("ol", {}, ...pairs.map(([token, value]) => element("li", {},
+      element("span", { class: "token" }, visible(token)), " ",
+      element("span", { class: "quiet" }, number(value, 2))))));
+  return element("div", { class: "lens" }, list("Promotes", promoted), list("Suppresses", suppressed));
 }
 
 // [text, [[start, end, strength 1-9], …], origin] with positions in characters, not in UTF-16 units.
@@ -213,49 +257,74 @@ function context([text, spans, origin], largest) {
   return element("div", {}, line, element("p", { class: "quiet origin" }, origin));
 }
 
-function linkList(arm, pairs) {
-  if (!pairs.length) return element("p", { class: "quiet" }, "None fires together with it.");
-  return element("ul", { class: "links" }, ...pairs.map(([feature, phi]) => element("li", {},
-    featureLink(arm.name, feature), ` φ = ${number(phi, 2)} `,
-    element("span", { class: "token" }, (arm.tokens[feature] ?? []).slice(0, 3).map(visible).join("  ")))));
+function tokenList(tokens) {
+  return element("span", { class: "token" }, tokens.slice(0, 3).map(visible).join("  "));
 }
 
-async function drawCard(arm, ticket) {
-  const card = at("card");
-  const i = state.feature;
-  if (i === undefined || i >= arm.text.length) { card.replaceChildren(); return; }
+function linkList(name, found) {
+  if (!found.length) return quiet("None fires together with it.");
+  return element("ul", { class: "links" }, ...found.map(([feature, phi, tokens]) =>
+    element("li", {}, featureLink(name, feature), ` φ = ${number(phi, 2)} `, tokenList(tokens))));
+}
+
+async function card(arm, i) {
   const block = Math.floor(i / arm.block);
-  const [data, other] = await Promise.all([
-    load(`${arm.name}/block-${block}`), arm.other ? loadArm(arm.other) : null]);
-  if (ticket !== drawing) return;
-  const feature = data.features[i - block * arm.block];
-  const facts = [["Firing rate", number(arm.rate[i])], ["Threshold", number(feature.threshold)],
-    ["Largest activation", number(arm.max[i])], ["Fuzzing score", number(arm.fuzz[i], 2)]];
+  const feature = (await load(`${arm.name}/block-${block}`)).features[i - block * arm.block];
+  const facts = [["Threshold", number(feature.threshold)], ["Largest activation", number(arm.max[i])],
+    ["Fuzzing score", number(arm.fuzz[i], 2)], ["Split (φ with the second partner)", number(arm.split[i], 2)]];
   const parts = [
     element("h2", {}, `${arm.name}, feature ${i}`),
     element("p", {}, arm.explanation[i] ?? "Not explained in this run."),
-    element("dl", {}, ...facts.flatMap(([name, value]) =>
-      [element("dt", {}, name), element("dd", {}, value)])),
     element("p", {}, "Peaks on: ", element("span", { class: "token" },
       arm.tokens[i].map(visible).join("   ") || "–")),
-    element("h3", {}, "Activations"),
-    feature.histogram.length ? histogram(feature.histogram, arm.max[i])
-      : element("p", { class: "quiet" }, "It does not fire in the contexts."),
+    element("dl", {}, ...facts.map(([name, value]) =>
+      element("div", {}, element("dt", {}, name), element("dd", {}, value)))),
+    element("div", { class: "looks" },
+      element("div", {}, element("h3", {}, "Logit lens"), lens(feature.lens),
+        quiet("What its decoder row alone adds to the logits, above the mean of the vocabulary: the row at "
+          + "unit size through the model’s final norm and unembedding. What later layers make of it is left "
+          + "out, so this tells little at an early layer.")),
+      element("div", {}, element("h3", {}, "Firing rate"), ...density(arm, i),
+        element("h3", {}, "Activations in its contexts"), activations(arm, i, feature))),
+    element("h3", {}, "Contexts, strongest first"),
+    ...(feature.contexts.length ? feature.contexts.map((c) => context(c, arm.max[i])) : [quiet("None.")]),
   ];
-  if (other) {
+  if (arm.other) {
     const partner = arm.partner[i];
-    parts.push(element("h3", {}, `Matched partner in ${other.name}`));
-    parts.push(partner === null ? element("p", { class: "quiet" }, "No partner.")
-      : element("p", {}, featureLink(other.name, partner),
-        ` cosine ${number(feature.cosine, 2)}, φ = ${number(arm.phi[i], 2)} `,
-        element("span", { class: "token" }, other.tokens[partner].slice(0, 3).map(visible).join("  "))));
-    parts.push(element("h3", {}, `Fires together with, in ${other.name}`), linkList(other, feature.cross));
+    parts.push(element("h3", {}, `Matched partner in ${arm.other}`));
+    parts.push(partner === null ? quiet("No partner.")
+      : element("p", {}, featureLink(arm.other, partner),
+        ` cosine ${number(feature.cosine, 2)}, φ = ${number(arm.phi[i], 2)} `, tokenList(feature.partner)));
+    parts.push(element("h3", {}, `Fires together with, in ${arm.other}`), linkList(arm.other, feature.cross));
   }
-  parts.push(element("h3", {}, `Fires together with, in ${arm.name}`), linkList(arm, feature.near));
-  parts.push(element("h3", {}, "Contexts, strongest first"));
-  parts.push(...(feature.contexts.length ? feature.contexts.map((c) => context(c, arm.max[i]))
-    : [element("p", { class: "quiet" }, "None.")]));
-  card.replaceChildren(...parts);
+  const near = feature.near.map(([other, phi]) => [other, phi, arm.tokens[other]]);
+  parts.push(element("h3", {}, `Fires together with, in ${arm.name}`), linkList(arm.name, near));
+  return parts;
+}
+
+// The feature that the address names, or else the first of the list.
+function current() {
+  return state.feature ?? shown[0];
+}
+
+async function drawCards(arm, ticket) {
+  const i = current();
+  const partner = i === undefined ? null : arm.partner[i];
+  const both = Boolean(state.pair) && partner !== null;
+  const drawn = i === undefined ? [] : [card(arm, i)];
+  if (both) drawn.push(loadArm(arm.other).then((other) => card(other, partner)));
+  const [own = [], other = []] = await Promise.all(drawn);
+  if (ticket !== drawing) return;
+  const open = element("a", { href: address({ feature: i, pair: both ? "" : "1" }) },
+    both ? "Back to the list" : `Side by side with its partner, ${arm.other} ${partner}`);
+  at("pair").replaceChildren(...(partner === null ? [] : [open]));
+  at("card").replaceChildren(...own);
+  at("other").replaceChildren(...other);
+  at("columns").classList.toggle("pair", both);
+  const peaks = i === undefined ? [] : arm.tokens[i];
+  at("said").textContent = i === undefined ? "No feature is shown."
+    : `${arm.name}, feature ${i}, peaks on ${peaks.map(visible).join(", ") || "nothing"}`
+      + (both ? `, beside ${arm.other}, feature ${partner}` : "");
 }
 
 async function show() {
@@ -263,13 +332,14 @@ async function show() {
   state = readAddress();
   at("arm").value = state.arm;
   for (const key of FILTERS) {
-    if (document.activeElement !== at(key)) at(key).value = state[key] || (key === "sort" ? "feature" : "");
+    if (document.activeElement !== at(key)) at(key).value = state[key] || (key === "sort" ? SPLITS : "");
   }
   try {
     const arm = await loadArm(state.arm);
     if (ticket !== drawing) return;
+    if (state.feature >= arm.text.length) state.feature = undefined;
     drawList(arm);
-    await drawCard(arm, ticket);
+    await drawCards(arm, ticket);
     document.documentElement.dataset.ready = location.hash;
   } catch (error) {
     at("count").textContent = error.message;
@@ -278,19 +348,20 @@ async function show() {
 
 function move(step) {
   if (!shown.length) return;
-  const here = shown.indexOf(state.feature);
+  const here = shown.indexOf(current());
   const next = here < 0 ? state.page * PER_PAGE : Math.min(Math.max(here + step, 0), shown.length - 1);
   go({ feature: shown[next], page: Math.floor(next / PER_PAGE) });
 }
 
 async function partner() {
   const arm = await loadArm(state.arm);
-  const target = arm.partner[state.feature];
-  if (arm.other && target !== null && target !== undefined) go({ arm: arm.other, feature: target, page: 0 });
+  const target = arm.partner[current()] ?? null;
+  if (target !== null) go({ arm: arm.other, feature: target, page: 0 });
 }
 
 const KEYS = {
   "/": () => at("q").focus(), j: () => move(1), k: () => move(-1), m: partner,
+  b: () => at("pair").querySelector("a")?.click(),
   n: () => at("next").click(), p: () => at("previous").click(),
 };
 
@@ -314,8 +385,9 @@ async function start() {
   at("profile").textContent = `of ${site.profile}`;
   at("about").textContent = site.about;
   at("back").href = site.back;
-  at("arm").append(...site.arms.map((arm) => element("option", { value: arm.name }, arm.title)));
-  at("arm").addEventListener("change", () => go({ arm: at("arm").value, feature: "", page: 0 }));
+  at("arm").append(...site.arms.map((arm) =>
+    element("option", { value: arm.name }, [arm.name, ...arm.same].join(" = "))));
+  at("arm").addEventListener("change", () => go({ arm: at("arm").value, feature: undefined, page: 0 }));
   for (const key of FILTERS) {
     at(key).addEventListener("input", () => go({ [key]: at(key).value, page: 0 }, false));
   }
@@ -329,6 +401,10 @@ async function start() {
   at("previous").addEventListener("click", () => go({ page: state.page - 1 }));
   at("next").addEventListener("click", () => go({ page: state.page + 1 }));
   window.addEventListener("hashchange", show);
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the address names a feature, not a place of the page
+    at("results").focus();
+  });
   show();
 }
 

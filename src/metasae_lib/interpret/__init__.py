@@ -26,6 +26,10 @@ from metasae_lib.interpret.controls import (
 )
 from metasae_lib.interpret.examples import Example  # a window of tokens with its activations
 from metasae_lib.interpret.judges.lexical import LexicalJudge  # the floor for every other judge
+from metasae_lib.interpret.lens import (
+    Lens,  # the tokens that each feature of one arm promotes and suppresses
+    logit_lens,  # of several arms
+)
 from metasae_lib.interpret.scores import (
     against_lists,  # sentences and token lists of the same features
     detection_score,  # does it fire here? 0 to 1

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from metasae_lib.interpret import Contexts, Example
+from metasae_lib.interpret import Contexts, Example, Lens, logit_lens, splitting
 from metasae_lib.measure import CrossCounts, cross_scan, hungarian, phi, scan_arms, top_matches
 from metasae_lib.study import MeasureError, Run, atomic_write, repository_folders
 from metasae_lib.train import Arm
@@ -34,31 +34,38 @@ MAX_FILE_BYTES = 3 * 2**20
 _PART = 4096  # features in a part of the index
 _BLOCK = 64  # features in a block of cards
 _PAGE = ("index.html", "explorer.css", "explorer.js")
-_COLUMNS = ("rate", "max", "fuzz", "explanation", "partner", "phi", "second")
+_COLUMNS = ("rate", "max", "fuzz", "explanation", "partner", "phi", "split")
 _TOKENS = 5  # shown for a feature in the index
+_NAMING = 3  # of them, beside a feature of the other arm
 _PEAKS = 10  # strongest segments whose peaks name a feature
 _BINS = 20
+_RATE_BINS = 30
 _NEAR, _CROSS = 8, 5  # neighbours shown within the arm, and in the other one
-_SHOWN = 6, 2  # contexts of a feature of the two main arms, and of the others
+# Of a feature of the two main arms, and of the others:
+_SHOWN = 6, 2  # contexts
+_LENS = 10, 5  # tokens at either end of the lens
 
 
 @dataclass(frozen=True)
 class ArmPage:
     """What the explorer shows of one arm with n features.
 
-    features: n rows in the order of the features with columns rate (per token), max (largest
-    activation), threshold, fuzz, explanation, partner (matched feature of the arm `other`), cosine
-    and phi (with that partner), second (φ with the second strongest feature of `other`); nan or
-    None where there is none. tokens: those on which each feature is strongest. histograms: counts
-    of its activations in equal bins from 0 to max. near and cross: (feature, φ) pairs, strongest
-    first, within the arm and in `other`. contexts: strongest first.
+    same: names of arms with the same weights, which are left out. features: n rows in the order of
+    the features with columns rate (per token), max (largest activation), threshold, fuzz,
+    explanation, partner (matched feature of the arm `other`), cosine and phi (with that partner),
+    split (score of `splitting.find`, for what comes apart in `other`); nan or None where there is
+    none. tokens and other_tokens: those on which each feature of the arm and of `other` is
+    strongest. histograms: counts of its activations in equal bins from 0 to max. near and cross:
+    (feature, φ) pairs, strongest first, within the arm and in `other`. contexts: strongest first.
     """
 
     name: str
-    title: str
+    same: Sequence[str]
     other: str | None
     features: pd.DataFrame
     tokens: Sequence[Sequence[str]]
+    other_tokens: Sequence[Sequence[str]]
+    lens: Lens
     histograms: Sequence[Sequence[int]] | NDArray[np.int64]
     near: Sequence[Sequence[tuple[int, float]]]
     cross: Sequence[Sequence[tuple[int, float]]]
@@ -93,18 +100,29 @@ def collect(
     the same weights as an earlier one are left out: a control at λ₂ = 0 is the solo arm again.
     explanations: columns arm, feature, explanation, fuzz.
     """
-    names: list[str] = []
-    for name in (*main, *contexts):
-        if not any(torch.equal(arms[name].sae.W_dec, arms[other].sae.W_dec) for other in names):
-            names.append(name)
-    others = {name: main[1] if name == main[0] else main[0] for name in names}
-    counts = scan_arms(run, {name: arms[name] for name in names})
+    same: dict[str, list[str]] = {}
+    for name in dict.fromkeys((*main, *contexts)):
+        twins = [n for n in same if torch.equal(arms[name].sae.W_dec, arms[n].sae.W_dec)]
+        if twins:
+            same[twins[0]].append(name)
+        else:
+            same[name] = []
+    others = {name: main[1] if name == main[0] else main[0] for name in same}
+    shown = {name: arms[name] for name in same}
+    counts, lenses = scan_arms(run, shown), logit_lens(run, shown)
     crosses = cross_scan(run, arms, list(others.items()))
-    for name in names:
-        own, text, cross = counts[name], contexts[name], crosses[name, others[name]]
+    peaks = {name: peak_tokens(contexts[name]) for name in main}
+    for name, other in others.items():
+        own, text, cross = counts[name], contexts[name], crosses[name, other]
+        tokens = peaks.get(name) or peak_tokens(text)
+        a, b = (
+            splitting.Side(each, [peak[0] if peak else "" for peak in found])
+            for each, found in ((own, tokens), (counts[other], peaks[other]))
+        )
+        splits = splitting.find(cross, a, b).drop_duplicates("feature").set_index("feature")
         activations = [text.activations(i) for i in range(own.n1.size)]
         sae, n = arms[name].sae, len(own.n1)
-        rows, partners, cosines = hungarian(sae.directions, arms[others[name]].sae.directions)
+        rows, partners, cosines = hungarian(sae.directions, arms[other].sae.directions)
         matched = [
             phi(cross.n11[[[i]], [[j]]], cross.n1_a[[i]], cross.n1_b[[j]], cross.n_tokens).item()
             for i, j in zip(rows, partners, strict=True)
@@ -117,27 +135,28 @@ def collect(
                 "partner": pd.Series(partners, rows, float),
                 "cosine": pd.Series(cosines, rows),
                 "phi": pd.Series(matched, rows),
-                "second": top_matches(cross, 2).query("rank == 1").set_index("feature").phi,
+                "split": splits.score,
             },
             index=range(n),
         )
         told = explanations[explanations.arm == name].drop_duplicates("feature")
         told = told.set_index("feature")[["explanation", "fuzz"]]
         within = top_matches(CrossCounts(own.n11, own.n1, own.n1, own.n_tokens), _NEAR + 1)
-        shown = _SHOWN[name not in main]
         yield ArmPage(
             name=name,
-            title=name,
-            other=others[name],
+            same=same[name],
+            other=other,
             features=features.join(told),
-            tokens=peak_tokens(text),
+            tokens=tokens,
+            other_tokens=peaks[other],
+            lens=lenses[name].first(_LENS[name not in main]),
             histograms=[
                 np.histogram(a, _BINS, (0, float(a.max())))[0].tolist() if len(a) else []
                 for a in activations
             ],
             near=_pairs(within[within.feature != within.match], _NEAR, n),
             cross=_pairs(top_matches(cross, _CROSS), _CROSS, n),
-            contexts=[text.top(i, shown) for i in range(n)],
+            contexts=[text.top(i, _SHOWN[name not in main]) for i in range(n)],
         )
 
 
@@ -170,14 +189,24 @@ def write(
     listed: list[dict[str, Any]] = []
     for arm in arms:
         n = len(arm.features)
-        lists = (arm.tokens, arm.histograms, arm.near, arm.cross, arm.contexts)
+        lists = (arm.tokens, arm.lens.names, arm.histograms, arm.near, arm.cross, arm.contexts)
         if any(len(part) != n for part in lists):
             raise MeasureError(
                 f"{arm.name} has {n} features, but its parts differ: give one for each"
             )
-        about_arm = {"name": arm.name, "title": arm.title, "other": arm.other}
-        alive = int((arm.features.rate > 0).sum())
-        listed.append(about_arm | {"parts": math.ceil(n / _PART), "block": _BLOCK, "alive": alive})
+        living = np.log10(arm.features.rate[arm.features.rate > 0])
+        density, ends = np.histogram(living, _RATE_BINS)
+        about_arm = {
+            "name": arm.name,
+            "same": list(arm.same),
+            "other": arm.other,
+            "parts": math.ceil(n / _PART),
+            "block": _BLOCK,
+            "alive": len(living),
+            "density": density.tolist(),  # features by the logarithm of their rate
+            "rates": [_short(10**end) for end in (ends[0], ends[-1])],
+        }
+        listed.append(about_arm)
         columns: dict[str, list[Any]] = {
             "tokens": [list(tokens[:_TOKENS]) for tokens in arm.tokens]
         }
@@ -200,13 +229,19 @@ def write(
 
 
 def _cards(arm: ArmPage) -> Iterator[dict[str, Any]]:
+    def named(feature: float) -> list[str]:
+        # With them a card needs nothing of the other arm's index.
+        return list(arm.other_tokens[int(feature)][:_NAMING]) if feature == feature else []
+
     for i, row in enumerate(arm.features.to_dict("records")):
         yield {
             "threshold": _short(row["threshold"]),
             "cosine": _short(row["cosine"]),
             "histogram": [int(count) for count in arm.histograms[i]],
             "near": [[int(match), _short(value)] for match, value in arm.near[i]],
-            "cross": [[int(match), _short(value)] for match, value in arm.cross[i]],
+            "cross": [[int(match), _short(value), named(match)] for match, value in arm.cross[i]],
+            "partner": named(row["partner"]),
+            "lens": [[[token, _short(value, 2)] for token, value in end] for end in arm.lens.of(i)],
             "contexts": [_marked(context, row["max"]) for context in arm.contexts[i]],
         }
 
@@ -224,11 +259,11 @@ def _marked(context: Example, largest: float) -> list[Any]:
     return [context.text, spans, context.origin]
 
 
-def _short(value: Any) -> Any:
-    """Words as they are, numbers with four significant digits, what is missing as None."""
+def _short(value: Any, digits: int = 4) -> Any:
+    """Words as they are, numbers with so many significant digits, what is missing as None."""
     if value is None or isinstance(value, str):
         return value
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def _write(folder: Path, name: str, value: object) -> None:

@@ -106,6 +106,25 @@ class Subject:
             logits: Tensor = self._bridge(self._ids(ids), return_type="logits")
         return logits[:, -1].float()
 
+    @torch.no_grad()
+    def direct_logits(self, directions: Tensor) -> Iterator[Tensor]:
+        """What directions (n, d) of the residual stream add to the logits by themselves.
+
+        Each direction, scaled to a root mean square of 1, goes through the final norm and the
+        unembedding as if it were the whole residual, less what these two make of zero (their
+        biases); the blocks in between, and a scale or cap of the logits, are left out. Yields
+        (b, vocabulary) float32, b directions at a time so that memory stays bounded.
+        """
+
+        def unembedded(x: Tensor) -> Tensor:
+            normed = self._bridge.ln_final(x.to(self.device, self.dtype))
+            logits: Tensor = self._bridge.unembed(normed)
+            return logits.float()
+
+        of_zero = unembedded(torch.zeros_like(directions[:1]))
+        for part in self._head.blocks(directions, of_zero.shape[-1]):
+            yield unembedded(part / part.square().mean(-1, keepdim=True).sqrt()).sub_(of_zero)
+
     @contextmanager
     def _skipping(self) -> Iterator[None]:
         """Let the blocks before L pass on what they get. The bridge's own start_at_layer runs them

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from metasae_lib.show.figures import style
+from metasae_lib.show.text import between, number, percent
 
 #: The paper's headline in percent; drawn for scale where something else moves mean |φ|.
 HEADLINE = -7.5
@@ -59,13 +60,19 @@ def density_difference(ax: Axes, frame: pd.DataFrame) -> None:
 def trade_off(ax: Axes, ours: pd.DataFrame, paper: pd.DataFrame) -> None:
     """Figure 1b: change of mean |φ| against change of L2; colour is σ², size is λ₂.
 
-    `ours`: a row a setting, kind, lambda2, sigma_sq, d_l2_pct, d_mean_abs_phi_pct, low, high
-    (interval of the latter), selected (bool). `paper`: lambda2, sigma_sq, d_l2_pct and
-    d_mean_abs_phi_pct. The line is the Pareto front of ours; grey is where other solo seeds fall.
+    `ours`: a row a setting, setting (its name), kind, lambda2, sigma_sq, d_l2_pct,
+    d_mean_abs_phi_pct, low, high (interval of the latter), selected (bool). `paper`: lambda2,
+    sigma_sq, d_l2_pct and d_mean_abs_phi_pct. The line is the Pareto front of ours; grey is where
+    other solo seeds fall.
     """
 
     def plot(part: pd.DataFrame, *fmt: str, **look: Any) -> None:
         ax.plot(part.d_l2_pct, part.d_mean_abs_phi_pct, *fmt, **look)
+
+    def offer(row: Mapping[Any, Any], arm: str, name: str, interval: str = "") -> None:
+        x, y = row["d_l2_pct"], row["d_mean_abs_phi_pct"]
+        words = f"{name}: mean |φ| {percent(y)}{interval}, L2 {percent(x)}"
+        style.point(ax, x, y, arm, words)
 
     plot(paper, "D", color=style.RED, mfc="none", markersize=5, label="paper, GPT-2 large")
     plot(ours[ours.kind == "solo"], "o", color=style.GREY, markersize=5, label="another solo seed")
@@ -89,6 +96,11 @@ def trade_off(ax: Axes, ours: pd.DataFrame, paper: pd.DataFrame) -> None:
         plot(front, color=style.BLACK, linewidth=1, zorder=1)
     best = joint[joint.selected]
     plot(best, "o", mfc="none", mec=style.BLACK, markersize=14, label="selected setting")
+    for row in paper.to_dict("records"):
+        offer(row, "", f"the paper, λ₂ = {row['lambda2']:g}, σ² = {row['sigma_sq']:g}")
+    for row in ours.to_dict("records"):
+        interval = f" ({between(row['low'], row['high'], percent)})"
+        offer(row, row["setting"], row["setting"], interval)
     style.zero_line(ax)
     style.zero_line(ax, "x")
     ax.set(xlabel="change of L2 (%)", ylabel="change of mean |φ| (%)")
@@ -166,11 +178,12 @@ def firing_rates(axes: NDArray[Any], rates: pd.DataFrame, by_rate: pd.DataFrame)
 def frontier(axes: NDArray[Any], frame: pd.DataFrame) -> None:
     """mean |φ|, and what it has above chance, over L2: solo curves, joint arms and competitors.
 
-    Columns: kind, seed, l2, mean_abs, null_mean_abs, selected. A grey line joins the solo arm of a
-    seed with its arms of smaller k; any other arm belongs to the line of its own seed.
+    Columns: arm, kind, seed, l2, mean_abs, null_mean_abs, selected. A grey line joins the solo arm
+    of a seed with its arms of smaller k; any other arm belongs to the line of its own seed.
     """
     frame = frame.assign(excess=frame.mean_abs - frame.null_mean_abs)
-    for ax, column in zip(axes, ("mean_abs", "excess"), strict=True):
+    columns = {"mean_abs": "", "excess": " above its null"}
+    for ax, (column, above) in zip(axes, columns.items(), strict=True):
         curve = frame[frame.kind.isin(["solo", "frontier"])].sort_values("l2")
         for _, part in curve.groupby("seed"):
             ax.plot(part.l2, 1e3 * part[column], color=style.GREY, linewidth=1, label="one seed")
@@ -179,6 +192,10 @@ def frontier(axes: NDArray[Any], frame: pd.DataFrame) -> None:
         best = frame[frame.selected]
         ax.plot(best.l2, 1e3 * best[column], "o", mfc="none", mec=style.BLACK, markersize=11,
                 label="selected setting")  # fmt: skip
+        for row in frame.to_dict("records"):
+            height = 1e3 * row[column]
+            words = f"{row['arm']}: L2 {number(row['l2'])}, mean |φ| {number(height)} thousandths"
+            style.point(ax, row["l2"], height, row["arm"], words + above)
         ax.set_xlabel("L2 (share of unit variance)")
     axes[0].set_ylabel("mean |φ| (thousandths)")
     axes[1].set_ylabel("mean |φ| above its null (thousandths)")

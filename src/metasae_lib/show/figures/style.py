@@ -51,12 +51,34 @@ _STYLE: Any = {
 
 
 class Drawing(Figure):
-    """A figure that a notebook shows without pyplot or a magic command."""
+    """A figure that a notebook shows without pyplot or a magic command.
 
-    def _repr_png_(self) -> bytes:
+    With the picture goes what a page may offer to the hand: the points of `point`, each with its
+    place as shares of the width and of the height, from the upper left.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.points: list[tuple[Axes, float, float, str, str]] = []
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, Any]]:
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png")
-        return buffer.getvalue()
+        self.savefig(buffer, format="png")  # lays the axes out
+        points = []
+        for ax, x, y, arm, words in self.points:
+            place = self.transFigure.inverted().transform(ax.transData.transform((x, y)))
+            left, top = round(float(place[0]), 4), round(1 - float(place[1]), 4)
+            points.append({"left": left, "top": top, "arm": arm, "words": words})
+        return buffer.getvalue(), {"points": points} if points else {}
+
+
+def point(ax: Axes, x: float, y: float, arm: str, words: str) -> None:
+    """Let a reader of the page point at (x, y) in data coordinates.
+
+    arm: of the point, by which it is found in other figures, tables and the explorer, or its name
+    without the seed for all of them; empty for none. words: what it shows.
+    """
+    cast(Drawing, ax.figure).points.append((ax, x, y, arm, words))
 
 
 P = ParamSpec("P")
