@@ -168,19 +168,9 @@ figures.effect(effects)
 # the effect "scales monotonically with λ₂" (§7.1). In that table λ₂ = 1 raises mean |φ| at every σ²
 # (point 4 of the scorecard).
 
-# %%
+# %% tags=["hide-input"]
 a, b = (phi[phi.arm == name].iloc[0] for name in (solo, joint))
 test = measure.welch(a.n_pairs, a.mean_abs, a.std_abs**2, b.n_pairs, b.mean_abs, b.std_abs**2)
-show.section(
-    "Welch's t over pairs, and why not",
-    f"As the paper does it, over {a.n_pairs:,} pairs a side: t = {show.number(test.t)}, "
-    f"p = {show.number(test.p)}, but an effect of d = {show.number(test.d)}. "
-    f"{a.alive:,} features make all these pairs, so they hang together and the standard error is "
-    "too small; a large t would say that there are many pairs, not that the difference would come "
-    "again. With the paper's own numbers the test does not add up (box 3 of the scorecard).",
-)
-
-# %% tags=["hide-input"]
 run.save_table("phi", phi, "φ over all pairs, every arm: mean |φ|, interval, null, floor, L0, ...")
 run.save_table("thresholds", thresholds, "Appendix A: thresholds and rates of two arms' features")
 run.save_table("figure_1a", figure_1a, "Figure 1a: density of φ, joint minus solo; solo scatter")
@@ -190,7 +180,43 @@ run.save_table("frontier", points, "mean |φ| over L2: solo arms at several k, a
 run.save_table("frontier_pairs", frontier, "Arms against the solo curve at their own L2")
 run.save_table("effects", effects, "Change of mean |φ|, joint against solo, by way to compare")
 run.save_table("welch", pd.DataFrame([vars(test)]), "Welch's t over pairs, as §5.1 has it")
-display(show.table_1(run), show.beside_competitors(phi, grid, frontier))
+display(
+    show.welch_section(test, a.n_pairs, a.alive), show.table_1(run),
+    show.beside_competitors(phi, grid, frontier),
+)  # fmt: skip
+
+# %% [markdown]
+# ## What the mean hides
+#
+# mean |φ| is over millions of pairs, and most of them have nothing to do with each other. So each
+# pair is held against *its own* chance: how often two independent features of just these rates fire
+# together is known exactly (hypergeometric), and pairs are called *above chance* so that at most 5%
+# of them are expected to be there by accident, whatever depends on what (Benjamini and Yekutieli).
+# That null takes tokens as independent, while topics last. Hence a rival: the same count with one
+# side of every pair moved to another place of the text, where the features have nothing to do with
+# each other but keep their bursts.
+#
+# Pairs above chance with φ ≥ 0.5 link their features; features that links join make a *cluster*. If
+# joint training makes features atomic, there are fewer of both, and fewer than in solo dictionaries
+# that reconstruct as badly. [](05_case_studies.ipynb) draws a cluster with its contexts.
+
+# %%
+names = points[(points.kind != "joint") | points.selected].arm
+together = {name: measure.structure(counts[name], summaries[name]) for name in names}
+structure = about.merge(measure.structure_table(together)).merge(fidelity[["arm", "l2"]])
+moved = measure.shifted_counts(run, {solo: arms[solo]})[solo]
+by_chance = len(measure.structure(moved, measure.summarise(moved)).pairs)
+measures = {"pairs_above": "pairs above chance", "above_pct": "their share of all pairs (%)",
+            "excess_pct": "their share of mean |φ| above its null (%)", "clusters": "clusters",
+            "largest": "features in the largest", "clustered": "features in clusters"}  # fmt: skip
+changes = measure.paired_measures(run, structure, list(measures))
+caption = "Pairs above chance and clusters, seed by seed, with 95% intervals for new seeds"
+display(show.structure_sentence(structure, by_chance, changes),
+        show.paired_rows(changes, measures, caption, "tab-structure"))  # fmt: skip
+
+# %% mystnb={"figure": {"name": "fig-clusters", "caption": "Features in clusters (two features or more, joined by pairs above chance), by the φ from which a pair is a link: solo arms, their arms of smaller k, and the joint arms of the selected setting, every seed. Where mean |φ| falls because pairs that hang together come apart, the joint lines lie below the solo lines at every φ."}, "image": {"alt": "Falling lines of the number of features in clusters on a logarithmic axis against the least phi of a link from 0.1 to 0.7, one line for each solo, frontier and joint arm."}}
+links = about.merge(measure.links_table(together, np.linspace(0.1, 0.7, 7)))
+figures.clustered(links)
 
 # %% [markdown]
 # ## Appendix B: firing rates
@@ -253,19 +279,10 @@ choices = measure.sensitivity(run, arms)
 elasticity = choices[choices.scale.notna()].sort_values(["arm", "scale"])
 figures.elasticity(elasticity)
 
-# %%
-under = measure.headline_by_choice(choices, solo, joint)
-under = under[~under.variant.str.startswith("scale-")]
-display(
-    show.table(
-        under.rename(columns={"change_pct": "change %"}),
-        "The headline under other choices (first seed)",
-        "tab-choices",
-    ),
-    Markdown(show.spread_sentence(under)),
-)
-
 # %% tags=["hide-input"]
+under = measure.headline_by_choice(choices[~choices.variant.str.startswith("scale-")], solo, joint)
+run.save_table("structure", structure, "Pairs above chance and clusters, every arm")
+run.save_table("links", links, "Features in clusters by the φ of a link, every arm")
 run.save_table("firing_rates", rates, "Appendix B: firing rate of every feature of every arm")
 run.save_table("phi_by_rate", by_rate, "mean |φ| and its null by the rarer feature's firing rate")
 run.save_table("phi_histogram", shape, "Appendix C: density of φ over all pairs, every arm")
@@ -273,6 +290,7 @@ run.save_table("norms", norm_table, "Appendix D: quantiles, mean and std of the 
 run.save_table("sensitivity", choices, "mean |φ| of every arm under other choices")
 run.save_table("elasticity", elasticity, "mean |φ| when all thresholds are scaled")
 run.save_table("headline_by_choice", under, "Joint against solo under every other choice")
+display(show.headline_choices(under))
 Markdown("## What a reader may conclude\n\n" + " ".join(show.conclusion(run)))
 
 # %%
@@ -285,6 +303,6 @@ display(
     show.provenance(run),
     show.downloads(
         run, "phi", "effects", "pairs", "grid", "frontier", "frontier_pairs", "welch", "figure_1a", "thresholds", "firing_rates",
-        "phi_by_rate", "phi_histogram", "norms", "sensitivity", "elasticity", "headline_by_choice",
+        "phi_by_rate", "phi_histogram", "norms", "sensitivity", "elasticity", "headline_by_choice", "structure", "links",
     ),
 )  # fmt: skip

@@ -29,8 +29,9 @@ runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
 import pandas as pd
 from IPython.display import HTML, Markdown, display
 
-from metasae_lib import interpret, show
+from metasae_lib import interpret, measure, show
 from metasae_lib.show import figures
+from metasae_lib.subject import TASKS
 from metasae_lib.train import load_arms
 
 run = show.open_run(profile, overrides, runs_dir)
@@ -165,7 +166,39 @@ for arm, mine in shown.groupby("arm", sort=False):
 both = interpret.against_lists(run, contexts[solo], judges[best], shown[shown.arm == solo].feature)
 display(show.sentences_and_lists(both))
 
+# %% [markdown]
+# ## A task without a judge: sparse probing
+#
+# If features are more atomic, a few of them should tell more of what people have labelled. The
+# texts and labels are those of the package `sae-probes` {cite:p}`kantamneni2025useful`: twelve sets
+# of short texts, one of each kind, fixed before any result; 600 texts of each, as many of either
+# class. A probe takes the activations at a text's last token, chooses the k features with the
+# largest difference of class means on one half of the texts (as that package does), fits a logistic
+# regression on them, and is judged on the other half. Three things stand beside it: *dense*, a probe
+# on the whole residual; *random*, the best k of as many random directions, which need no training
+# but are read without a threshold; and other seeds, whose scatter is the noise floor.
+#
+# Other tasks of that kind are left out with reason: SCR and TPP were found unreliable
+# ([arXiv 2605.18229](https://arxiv.org/abs/2605.18229)), and the absorption score is meant for
+# dictionaries of 16k features or more on models of a billion parameters or more
+# ([SAEBench, issue 81](https://github.com/adamkarvonen/SAEBench/issues/81)).
+
+# %%
+probes = measure.probe_arms(run, every_arm)
+means = probes.pivot_table(index="arm", columns="k", values="auc").add_prefix("auc_").reset_index()
+probed = run.load_table("arms").merge(means, on="arm")
+measures = {"auc_1": "AUC, k = 1", "auc_5": "AUC, k = 5"}
+changes = measure.paired_measures(run, probed, list(measures))
+caption = "Mean AUC over the tasks, seed by seed, with 95% intervals for new seeds"
+display(show.probe_sentence(probes, changes),
+        show.paired_rows(changes, measures, caption, "tab-probes"))  # fmt: skip
+
+# %% mystnb={"figure": {"name": "fig-probes", "caption": "Sparse probes on labels that people gave: AUC on texts that neither chose the features nor fitted the probe, with one feature (left) and five (right); 0.5 is guessing. Each mark is a dictionary, a set of random directions, or the whole residual (dense). If joint training makes features that fit human concepts better, its squares lie to the right of the solo circles, task after task."}, "image": {"alt": "Two panels of dots, one row per task: area under the curve of probes on solo, joint and frontier dictionaries, on random directions and on the whole residual, with a dashed line at chance."}}
+shown_kinds = probes[probes.kind.isin(["solo", "joint", "frontier", "random", "dense"])]
+figures.probes(shown_kinds.assign(task=shown_kinds.task.map(TASKS)))
+
 # %% tags=["hide-input"]
+run.save_table("probes", probes, "Sparse probes: AUC and accuracy on every task, every arm")
 run.save_table("autointerp_controls", summary, "Judge controls: mean scores by condition")
 run.save_table("autointerp_verdicts", verdicts, "Which judge can be believed on which score")
 run.save_table("autointerp_features", features, "Segments in which each feature fires")
@@ -189,6 +222,6 @@ display(
     show.provenance(run),
     show.downloads(
         run, "autointerp_controls", "autointerp_features", "autointerp_scores",
-        "autointerp_compared", "autointerp_verdicts", "autointerp_explainers", "figure_2",
+        "autointerp_compared", "autointerp_verdicts", "autointerp_explainers", "figure_2", "probes",
     ),
 )  # fmt: skip

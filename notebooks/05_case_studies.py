@@ -31,11 +31,10 @@ overrides = {}  # changes by dotted key, such as {"training.lambda2": [0.3, 0.5]
 runs_dir = "../runs"  # where results are kept, seen from this notebook's folder
 
 # %% tags=["hide-input"]
-import torch
 from IPython.display import HTML, Markdown, display
 
 from metasae_lib import interpret, measure, show
-from metasae_lib.interpret import senses, splitting, steering
+from metasae_lib.interpret import splitting, steering
 from metasae_lib.show import cases, explorer, figures
 from metasae_lib.subject import load_tokens, subject_of
 from metasae_lib.train import load_arms
@@ -73,12 +72,9 @@ Markdown(show.scale_of_run(run))
 # Solo and joint training of one seed start from the same weights, which two solo seeds do not; so
 # the pairs to compare are those of *different* seeds. Pairs of one seed are shown too.
 
-# %%
-split_counts = cases.split_counts(pairs, cross, sides)
-found = splitting.pool(split_counts)
-Markdown(f"**{found.sentence()}**")
-
 # %% mystnb={"figure": {"name": "fig-splits", "caption": "Features of the solo dictionary that come apart in the other one (splits), and features of the other one that come apart in the solo dictionary (merges). Joint training un-blends only as far as the blue bars of solo and joint are longer than the orange ones, and longer than between two solo dictionaries."}, "image": {"alt": "Horizontal bars, two for each pair of dictionaries: number of splits and number of merges, for pairs of solo and joint, of the same start, and of two solo dictionaries."}}
+split_counts = cases.split_counts(pairs, cross, sides)
+found = splitting.pool(split_counts)  # in words at the end of the page
 figures.split_counts(split_counts)
 
 # %%
@@ -110,6 +106,21 @@ cases.listed_candidates(candidates)
 
 # %%
 display(*cases.candidate_contexts(run, two, text[solo], candidates))
+
+# %% [markdown]
+# ## A cluster
+#
+# Splits look across dictionaries; within one, features that fire together make clusters
+# ([](03_cooccurrence.ipynb) counts them). This is the largest of at most eight features in the solo
+# arm: what a training meant to pull features apart would have to take to pieces.
+
+# %% mystnb={"figure": {"name": "fig-cluster", "caption": "A cluster of the solo dictionary: φ of its features with each other, each named by the token on which it is strongest. Light squares are pairs that nearly always fire together; features are joined by pairs above chance with φ of 0.5 or more, directly or through others."}, "image": {"alt": "Square of coloured cells with a number in each, one row and one column for each feature of a cluster: phi of the pair."}}
+found_together = measure.structure(counts[solo], measure.summarise(counts[solo]))
+cluster, cluster_phi = cases.drawn_cluster(found_together, counts[solo], text[solo])
+figures.cluster(cluster_phi) if len(cluster) else None
+
+# %%
+show.table(cluster, "The features of the cluster, and where each is strongest", "tab-cluster")
 
 # %% [markdown]
 # ## What the paper's own tables imply
@@ -180,24 +191,16 @@ figures.sense_information(info) if len(info) else None
 
 # %%
 feature, partner = cases.strongest_pair(candidates, cross[solo, joint])
-example = text[solo].top(feature, 1)[0]
-row, column = text[solo].layout.place(example.segment)
-prompt = torch.tensor(tokens.rows("contexts")[row, : column + example.peak + 1].tolist())
-ending = senses.quoted("".join(example.pieces[: example.peak + 1]))
-Markdown(f"The row ends with: {ending} … ({example.origin})")
-
-# %%
+prompt, end = cases.steering_row(tokens, text[solo], feature)
 first = int(run.profile.text.skip_first)
 replacements = {
     f"{name} {factor}": steering.scaled(arms[arm].sae, i, scale, first)
     for name, arm, i in (("solo", solo, feature), ("joint", joint, partner))
     for factor, scale in (("removed", 0.0), ("doubled", 2.0))
 }
-subject = subject_of(run)
-steered = steering.next_tokens(
-    subject, prompt, replacements, lambda i: tokens.tokenizer.decode([i])
-)
-cases.steered_tokens(steered, feature, partner)
+decode = tokens.tokenizer.decode
+steered = steering.next_tokens(subject_of(run), prompt, replacements, lambda i: decode([i]))
+display(end, cases.steered_tokens(steered, feature, partner))
 
 # %% [markdown]
 # ## The feature explorer
@@ -239,6 +242,7 @@ ours = cases.case_values(printed, studies)
 run.save_table("case_study_values", ours, "φ of our joint partners, in the order of the paper's")
 words = [study.sentence for study in studies]
 sentences = [found.sentence(), *words, cases.sense_sentence(info)]
+run.save_table("cluster", cluster_phi.reset_index(names="feature"), "φ within the drawn cluster")
 run.save_json("case_study_sentences", [s.replace("**", "") for s in sentences])
 show.bullets("What a reader may conclude", sentences)
 
@@ -247,7 +251,7 @@ display(
     show.paper_against_ours(run, "*.case.*", label="tab-paper-05"),
     show.provenance(run),
     show.downloads(
-        run, "matches", "split_counts", "split_choices", "splitting", "implied_overlap",
+        run, "matches", "split_counts", "split_choices", "splitting", "implied_overlap", "cluster",
         "sense_information", "steering", "case_study_values",
     ),
 )  # fmt: skip

@@ -179,6 +179,24 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
             null_mean_abs=np.array([5e-4, 1e-3]),
         ),
     ),
+    "clustered": lambda: figures.clustered(
+        along(link=np.array([0.1, 0.5, 0.7]), clustered=np.array([90, 9, 0]))
+    ),
+    "cluster": lambda: figures.cluster(
+        pd.DataFrame([[1, 0.6], [0.6, 1]], ["3 “he”", "12 “her”"], [3, 12])
+    ),
+    "probes": lambda: figures.probes(
+        pd.DataFrame(
+            [
+                (kind, task, k, 0.7)
+                for kind in ("solo", "random")
+                for task in ("spam?", "grammatical?")
+                for k in (1, 5)
+            ]
+            + [("dense", "spam?", 576, 0.9)],
+            columns=["kind", "task", "k", "auc"],
+        )
+    ),
     "phi_distribution": lambda: figures.phi_distribution(
         along(phi=PHI, density=np.array([0, 1, 90, 80, 2, 1]))
     ),

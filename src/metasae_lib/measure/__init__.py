@@ -27,6 +27,7 @@ from metasae_lib.measure.pairs import (
     effects,  # the headline under each way to compare
     frontier_table,  # joint arms and competitors against the solo curve at their L2
     pair_table,  # every arm against the solo arm of its seed
+    paired_measures,  # any measure of joint and frontier arms against solo
     resampled_mean_abs,  # mean |φ| of every arm in the same resamples of its features
     setting_table,  # pairs of each setting, for new seeds and features
 )
@@ -38,12 +39,19 @@ from metasae_lib.measure.phi import (
     phi,  # the coefficient of every pair (Eq. 1)
     summarise,  # mean |φ| over all pairs, beside its null
 )
+from metasae_lib.measure.probes import probe_arms  # labels told from a few features
 from metasae_lib.measure.scan import scan_arms  # counts of every arm of a run
 from metasae_lib.measure.sensitivity import (
     headline_by_choice,  # joint against solo under each of them
     sensitivity,  # mean |φ| under every other choice
 )
 from metasae_lib.measure.statistics import welch  # Welch's test as the paper has it
+from metasae_lib.measure.structure import (
+    links_table,  # features in clusters by the φ of a link
+    shifted_counts,  # counts of pairs that look at different text
+    structure,  # pairs above chance, and their clusters
+    structure_table,  # how many, every arm
+)
 from metasae_lib.measure.thresholds import (
     calibrate,  # thresholds of one dictionary under a rule
     calibrate_arms,  # thresholds of every arm of a run

@@ -8,7 +8,7 @@ joint arm is held against that curve at its own L2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,40 @@ def frontier_table(
         reference = at @ np.array([replicates[name] for name in curve.arm])
         rows.append(_change(arm, base, replicates[arm.arm], reference) | {"d_l2_pct": np.nan})
     return _pairs(run, rows)
+
+
+def paired_measures(run: Run, arms: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
+    """Any measures of the selected joint arms and of the solo arms of smaller k, as pairs.
+
+    arms: a row an arm: kind, seed, k, lambda2, sigma_sq, l2 and the measures. Columns of the
+    result: measure, setting, against (`solo`: the arm of the same seed; `equal L2`: the solo curve
+    of the seed at the joint arm's own L2, see `frontier_table`), n_seeds, base (mean of what it is
+    held against), change (measure minus base), low and high for new seeds and features, and
+    scatter. The setting `solo` has base and scatter alone: what another seed does.
+    """
+    curves = dict(
+        iter(arms[arms.kind.isin(["solo", "frontier"])].sort_values("l2").groupby("seed"))
+    )
+    solo, joint = arms[arms.kind == "solo"], arms[is_selected(run, arms)]
+    groups = {("joint", "solo"): joint, ("joint", "equal L2"): joint}
+    for k, same in arms[arms.kind == "frontier"].groupby("k", sort=False):
+        groups[f"solo, k = {k:g}", "solo"] = same
+    rows: list[tuple[Any, ...]] = []
+    for measure in measures:
+        own = solo.set_index("seed")[measure]
+        rows.append((measure, "solo", "", len(own), own.mean(), 0.0, np.nan, np.nan, own.std()))
+        for (setting, against), same in groups.items():
+            base = own.reindex(same.seed).to_numpy()
+            if against == "equal L2":
+                at = zip(same.l2, (curves[seed] for seed in same.seed), strict=True)
+                base = np.array([between(c.l2.to_numpy(), l2) @ c[measure] for l2, c in at])
+            change = same[measure].to_numpy() - base
+            if np.isfinite(change).any():
+                mean, e = base[np.isfinite(change)].mean(), over_seeds({"": change})[""]
+                seeds = int(np.isfinite(change).sum())
+                rows.append((measure, setting, against, seeds, mean, *vars(e).values()))
+    columns = ["measure", "setting", "against", "n_seeds", "base", "change", "low", "high"]
+    return pd.DataFrame(rows, columns=[*columns, "scatter"])
 
 
 def _joined(phi: pd.DataFrame, fidelity: pd.DataFrame) -> pd.DataFrame:

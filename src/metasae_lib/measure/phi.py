@@ -122,7 +122,7 @@ class PhiSummary:
 
 
 @njit(cache=True)
-def _log_factorial(x: int) -> float:
+def log_factorial(x: int) -> float:
     if x < _SMALL:
         return _LOG_FACTORIALS[x]
     y = float(x)
@@ -131,23 +131,23 @@ def _log_factorial(x: int) -> float:
 
 
 @njit(cache=True)
-def _log_choices(a: int, n: int) -> float:
+def log_choices(a: int, n: int) -> float:
     """log a! (n - a)!"""
-    return _log_factorial(a) + _log_factorial(n - a)
+    return log_factorial(a) + log_factorial(n - a)
 
 
 @njit(cache=True)
-def _null_abs(a: int, b: int, n: int, log_ways: float) -> float:
+def null_abs(a: int, b: int, n: int, log_ways: float) -> float:
     """E |n N11 - a b| of independent features; see `null_mean_abs`."""
     m = a * b // n + 1
     rest = n - a - b + m
-    log_p = log_ways - _log_factorial(m) - _log_factorial(a - m)
-    log_p = log_p - _log_factorial(b - m) - _log_factorial(rest)
+    log_p = log_ways - log_factorial(m) - log_factorial(a - m)
+    log_p = log_p - log_factorial(b - m) - log_factorial(rest)
     return 2.0 * m * rest * math.exp(log_p)
 
 
 @njit(cache=True)
-def _phi(together: int, a: int, b: int, n: int) -> tuple[float, float]:
+def pair_phi(together: int, a: int, b: int, n: int) -> tuple[float, float]:
     """φ of one pair, and its denominator."""
     scale = math.sqrt(float(a) * float(n - a)) * math.sqrt(float(b) * float(n - b))
     return (float(n) * together - float(a) * float(b)) / scale, scale
@@ -169,15 +169,15 @@ def _summarise(
     largest = np.zeros((_PARTS, 3))
     largest[:, 0] = -np.inf
     by_group = np.zeros((_PARTS, 3, N_GROUPS, N_GROUPS))
-    log_ways = np.array([_log_choices(a, n) for a in n1])
-    log_n = _log_factorial(n)
+    log_ways = np.array([log_choices(a, n) for a in n1])
+    log_n = log_factorial(n)
     for part in prange(_PARTS):
         for u in range(part, m, _PARTS):
             i, a = index[u], n1[u]
             total, total_abs, total_sq, total_null = 0.0, 0.0, 0.0, 0.0
             for v in range(u + 1, m):
-                value, scale = _phi(n11[i, index[v]], a, n1[v], n)
-                null = _null_abs(a, n1[v], n, log_ways[u] + log_ways[v] - log_n) / scale
+                value, scale = pair_phi(n11[i, index[v]], a, n1[v], n)
+                null = null_abs(a, n1[v], n, log_ways[u] + log_ways[v] - log_n) / scale
                 size = abs(value)
                 total += value
                 total_abs += size
@@ -204,7 +204,7 @@ def _collect(
         for u in range(part, len(index), _PARTS):
             i, a = index[u], n1[u]
             for v in range(u + 1, len(index)):
-                value, _ = _phi(n11[i, index[v]], a, n1[v], n)
+                value, _ = pair_phi(n11[i, index[v]], a, n1[v], n)
                 if wanted[_fine_bin(value)]:
                     found[p] = value
                     p += 1
@@ -333,9 +333,9 @@ def null_mean_abs(n1_a: int, n1_b: int, n_tokens: int) -> float:
     a, b, n = int(n1_a), int(n1_b), int(n_tokens)
     if not (0 < a < n and 0 < b < n):
         return math.nan
-    log_ways = _log_choices(a, n) + _log_choices(b, n) - math.lgamma(n + 1)
+    log_ways = log_choices(a, n) + log_choices(b, n) - math.lgamma(n + 1)
     scale = math.sqrt(a * (n - a)) * math.sqrt(b * (n - b))
-    return float(_null_abs(a, b, n, log_ways)) / scale
+    return float(null_abs(a, b, n, log_ways)) / scale
 
 
 def enough_tokens(summary: PhiSummary, change: float = 0.05) -> str:

@@ -124,10 +124,7 @@ class ArmScan:
     def finish(self) -> None:
         """Write the artefact."""
         for name, counter in {"n11": self.counter, **self.others}.items():
-            counts = counter.counts()
-            for suffix, array in (("", counts.n11), ("-n1", counts.n1)):
-                with atomic_write(self.artefact.folder / f"{name}{suffix}.npy") as path:
-                    np.save(path, array)
+            save_counts(self.artefact, name, counter.counts())
         self.partial.unlink(missing_ok=True)
         fired = {name: total / self.counter.n_tokens for name, total in self.fired.items()}
         self.artefact.finish(
@@ -170,6 +167,13 @@ def scan_inputs(run: Run, residuals: Residuals) -> dict[str, Any]:
         "calibration": calibration_inputs(run, Residuals(run, "calibration")),
         "rule": run.profile.evaluation.threshold_rule,
     }
+
+
+def save_counts(artefact: Artefact, name: str, counts: Counts) -> None:
+    """Write counts into an artefact, for `load_counts`; its info must have their `n_tokens`."""
+    for suffix, array in (("", counts.n11), ("-n1", counts.n1)):
+        with atomic_write(artefact.folder / f"{name}{suffix}.npy") as path:
+            np.save(path, array)
 
 
 def load_counts(artefact: Artefact, name: str) -> Counts:

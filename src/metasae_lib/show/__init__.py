@@ -24,11 +24,14 @@ from metasae_lib.show.sentences import (
     fidelity_sentences,  # what the penalty costs
     flattening_sentence,  # whether the loss still moves
     ground_truth_sentences,  # what 06 ends with
+    headline_choices,  # the headline under other choices, and how far they move it
     in_short,  # what the book's first page says
     judged_sentence,  # what the judge says of joint against solo
     makeup_sentence,  # whether a few dimensions make most of the residual
+    probe_sentence,  # what probes say of joint against solo
     scale_of_run,  # a run's size against the paper's
-    spread_sentence,  # how far choices move the headline
+    structure_sentence,  # what joint training does to pairs above chance
+    welch_section,  # the paper's test, and why not
 )
 from metasae_lib.show.synthsaebench import (
     synthsaebench_pairs,  # what each method changes there
@@ -51,6 +54,7 @@ from metasae_lib.show.tables import (
     last_steps,  # each arm at the end of its training
     noise_floors,  # mean |φ| that chance alone gives
     open_run,  # the run that a notebook's parameters name
+    paired_rows,  # measures of joint and frontier arms against solo
     paper_grid,  # the paper's Table 1 as points
     phi_rows,  # what a reader needs of it first
     phi_table,  # everything beside a mean |φ|
@@ -62,6 +66,5 @@ from metasae_lib.show.text import (
     bullets,  # a section that is a list
     number,  # a number as a reader wants it
     percent,  # a change with its sign
-    section,  # a short section of a page
     table,  # a numbered table
 )

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from IPython.display import Markdown
 from numpy.typing import NDArray
 from scipy import sparse
+from torch import Tensor
 
 from metasae_lib.interpret import Contexts, in_words, senses, splitting
-from metasae_lib.measure import Counts, CrossCounts, top_matches
+from metasae_lib.measure import Counts, CrossCounts, phi, top_matches
+from metasae_lib.measure.structure import Structure
 from metasae_lib.show.published import load_published
 from metasae_lib.show.tables import compared_arms
 from metasae_lib.show.text import table
@@ -311,6 +314,37 @@ def sense_sentence(info: pd.DataFrame) -> str:
         f"over words at {spread:.3f}: "
         + ("a difference." if clear else "not a difference that these words can show.")
     )
+
+
+def drawn_cluster(
+    found: Structure, counts: Counts, contexts: Contexts, most: int = 8
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The largest cluster of at most `most` features: what they are, and their φ with each other.
+
+    Columns of the first: feature, peak (token of its strongest segment), rate, context (that
+    segment, quoted). The second is square, indexed by feature and peak. Both are empty without one.
+    """
+    small = [cluster for cluster in found.clusters() if len(cluster) <= most]
+    features = small[0] if small else np.array([], int)
+    rows = []
+    for i in features[np.argsort(-counts.n1[features])].tolist():
+        one = contexts.top(i, 1)
+        peak, text = (one[0].pieces[one[0].peak], one[0].text) if one else ("", "")
+        rows.append((i, senses.quoted(peak), counts.rates[i], senses.quoted(text)))
+    about = pd.DataFrame(rows, columns=["feature", "peak", "rate", "context"])
+    order, n1 = about.feature.to_numpy(int), counts.n1
+    values = phi(counts.n11[np.ix_(order, order)], n1[order], n1[order], counts.n_tokens)
+    names = [f"{row.feature} “{row.peak.strip('`')}”" for row in about.itertuples()]
+    return about, pd.DataFrame(values, names, order)
+
+
+def steering_row(tokens: Tokens, contexts: Contexts, feature: int) -> tuple[Tensor, Markdown]:
+    """A row of held-out text up to where a feature is strongest: token ids, and its end."""
+    example = contexts.top(feature, 1)[0]
+    row, column = contexts.layout.place(example.segment)
+    ids = tokens.rows("contexts")[row, : column + example.peak + 1].tolist()
+    end = senses.quoted("".join(example.pieces[: example.peak + 1]))
+    return torch.tensor(ids), Markdown(f"The row ends with: {end} … ({example.origin})")
 
 
 def strongest_pair(candidates: pd.DataFrame, cross: CrossCounts) -> tuple[int, int]:

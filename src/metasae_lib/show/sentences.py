@@ -12,11 +12,11 @@ import pandas as pd
 from IPython.display import Markdown
 
 from metasae_lib.measure.makeup import DOMINATED, FEW
-from metasae_lib.measure.statistics import over_seeds
+from metasae_lib.measure.statistics import TTest, over_seeds
 from metasae_lib.show.published import grid_id, load_published
 from metasae_lib.show.scorecard import collapsed, scorecard_sentence
 from metasae_lib.show.tables import flattening, paired_changes
-from metasae_lib.show.text import between, enumerated, literal, number, percent
+from metasae_lib.show.text import between, enumerated, literal, number, percent, section, table
 from metasae_lib.study import Run
 
 # Notebooks show no progress bars, and tqdm would warn in each of them that it cannot draw its own.
@@ -38,6 +38,13 @@ def scale_of_run(run: Run) -> str:
     has = ", ".join(f"{number(100 * share, 2)}% of its {what}" for what, share in shares.items())
     scale = "This is a **small run**" if small else "This run has the paper's scale"
     return f"{scale}: beside the paper's GPT-2 large it has {has}."
+
+
+def headline_choices(choices: pd.DataFrame) -> Markdown:
+    """`measure.headline_by_choice` for reading, and the range of the headline in words."""
+    shown = choices.rename(columns={"change_pct": "change %"})
+    listed = table(shown, "The headline under other choices (first seed)", "tab-choices")
+    return Markdown(f"{listed.data}\n{spread_sentence(choices)}")
 
 
 def spread_sentence(choices: pd.DataFrame) -> str:
@@ -157,6 +164,62 @@ def reading(low: float, high: float, published: float) -> str:
         "does not exclude the paper's {} either" if low <= published else "excludes the paper's {}"
     )
     return f"so this run cannot tell a reduction from none, and {other.format(percent(published))}"
+
+
+def welch_section(test: TTest, n_pairs: int, alive: int) -> Markdown:
+    """Welch's t over pairs as §5.1 has it, and why it says nothing. n_pairs, alive: of a side."""
+    return section(
+        "Welch's t over pairs, and why not",
+        f"As the paper does it, over {n_pairs:,} pairs a side: t = {number(test.t)}, "
+        f"p = {number(test.p)}, but an effect of d = {number(test.d)}. "
+        f"{alive:,} features make all these pairs, so they hang together and the standard error is "
+        "too small; a large t would say that there are many pairs, not that the difference would "
+        "come again. With the paper's own numbers the test does not add up (box 3 of the "
+        "scorecard).",
+    )
+
+
+def structure_sentence(structure: pd.DataFrame, moved: float, changes: pd.DataFrame) -> Markdown:
+    """How many pairs are above chance, and what joint training does to them and to clusters.
+
+    structure: `measure.structure_table`, a solo arm first. moved: pairs above chance in that arm
+    with one side at another place of the text. changes: `measure.paired_measures` of its columns.
+    """
+    first = structure.iloc[0]
+    return Markdown(
+        f"In {first.arm}, {first.pairs_above:,.0f} pairs ({first.above_pct:.1f}%) fire together "
+        f"more than chance has it, and make {first.excess_pct:.0f}% of what mean |φ| has above its "
+        f"null; with one side of each pair moved to another place of the text, {moved:,.0f} do. "
+        f"Under joint training the number of such pairs {_moves(changes, 'pairs_above')}; the "
+        f"number of features in clusters {_moves(changes, 'clustered')}."
+    )
+
+
+def probe_sentence(scores: pd.DataFrame, changes: pd.DataFrame) -> Markdown:
+    """What probes on five features say of joint against solo, beside their rivals.
+
+    scores: `measure.probe_arms`; changes: `measure.paired_measures` of the means over tasks.
+    """
+    k = scores[scores.kind == "solo"].k.max()
+    mean = scores[scores.k.isin([k]) | (scores.kind == "dense")].groupby("kind").auc.mean()
+    return Markdown(
+        f"Mean AUC over {scores.task.nunique()} tasks with {k} features: {mean['solo']:.3f} solo, "
+        f"{mean['joint']:.3f} joint. The best {k} of as many random directions reach "
+        f"{mean['random']:.3f}, a probe on the whole residual {mean['dense']:.3f}, guessing 0.5. "
+        f"Under joint training it {_moves(changes, f'auc_{k}')}."
+    )
+
+
+def _moves(changes: pd.DataFrame, measure: str) -> str:
+    """What the joint arms do to a measure, against solo and at equal L2, in a clause."""
+    mine = changes[(changes.measure == measure) & (changes.setting == "joint")]
+    said = []
+    for row in mine.itertuples():
+        way = "rises" if row.low > 0 else "falls" if row.high < 0 else "does not clearly move"
+        against = "against solo" if row.against == "solo" else "against solo at equal L2"
+        ends = "" if math.isnan(row.low) else f", {between(row.low, row.high)}"
+        said.append(f"{way} {against} ({number(row.change)}{ends})")
+    return " and ".join(said)
 
 
 def judged_sentence(compared: pd.DataFrame, judge: str) -> Markdown:

@@ -17,7 +17,7 @@ from IPython.display import Markdown
 from metasae_lib.measure import Counts, PhiSummary, noise_floor, null_mean_abs, setting_table
 from metasae_lib.measure.statistics import paired_difference
 from metasae_lib.show.published import grid_id, load_published
-from metasae_lib.show.text import between, literal, percent, plain, section, table
+from metasae_lib.show.text import between, literal, number, percent, plain, section, table
 from metasae_lib.study import COMPETITORS, ArmSpec, MeasureError, Profile, Run, repository_folders
 from metasae_lib.study.kept import KeptRun, kept_runs
 from metasae_lib.train import Arm
@@ -169,6 +169,26 @@ def frontier_points(run: Run, phi: pd.DataFrame, fidelity: pd.DataFrame) -> pd.D
     frame["selected"] = (frame.kind == "joint") & _selected(run, frame)
     columns = ["arm", "kind", "seed", "k", "lambda2", "sigma_sq", "selected", "l2", "mean_abs"]
     return frame[[*columns, "null_mean_abs"]]
+
+
+def paired_rows(
+    changes: pd.DataFrame, measures: Mapping[str, str], caption: str, label: str
+) -> Markdown:
+    """`measure.paired_measures` for reading: a row a measure, its name from `measures`.
+
+    Solo with the deviation between its seeds, then a column for each comparison, with its interval.
+    """
+    rows = []
+    for measure, name in measures.items():
+        row = {"": name}
+        for one in changes[changes.measure == measure].itertuples():
+            if one.setting == "solo":
+                row["solo (between seeds)"] = f"{number(one.base)} (± {number(one.scatter)})"
+                continue
+            heading = f"{one.setting} − {'solo' if one.against == 'solo' else 'solo at its L2'}"
+            row[heading] = f"{number(one.change)} ({between(one.low, one.high)})"
+        rows.append(row)
+    return table(pd.DataFrame(rows), caption, label, "wide")
 
 
 def paper_grid() -> pd.DataFrame:

@@ -134,6 +134,7 @@ MODELS: dict[str, GGUFModel | EncoderModel] = {
     **{name: EncoderModel(**model) for name, model in _KNOWN["encoders"].items()},
 }
 WHEELS = {package: Wheel(**pin) for package, pin in _KNOWN["wheels"].items()}
+LABELLED = "sae-probes"  # the package of labelled texts
 # What architectures call the width of the residual stream, and the number of their blocks.
 _WIDTH = ("hidden_size", "n_embd", "d_model")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

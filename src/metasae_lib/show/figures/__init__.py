@@ -11,6 +11,7 @@ from metasae_lib.show.figures.cooccurrence import (
     HEADLINE,
     activation_norms,
     against_chance,
+    clustered,
     density_difference,
     effect,
     elasticity,
@@ -22,8 +23,10 @@ from metasae_lib.show.figures.cooccurrence import (
     trade_off,
 )
 from metasae_lib.show.figures.interpretation import (
+    cluster,
     fuzzing_difference,
     judge_controls,
+    probes,
     scorecard_overview,
     scores_together,
     sense_information,

@@ -202,6 +202,16 @@ def frontier(axes: NDArray[Any], frame: pd.DataFrame) -> None:
     style.legend_below(axes[0], 5)
 
 
+@style.styled(7.0, 3.8)
+def clustered(ax: Axes, frame: pd.DataFrame) -> None:
+    """How many features are in clusters, by the φ that links two. Columns: arm, kind, link,
+    clustered."""
+    for _, part, look in style.by_arm(frame, markersize=4):
+        ax.plot(part.link, part.clustered, **look)
+    ax.set(yscale="log", xlabel="least φ of a link", ylabel="features in clusters")
+    style.add_legend(ax)
+
+
 @style.styled(7.0, 3.6)
 def phi_distribution(ax: Axes, frame: pd.DataFrame) -> None:
     """Appendix C: density of φ over all pairs, a line per arm. Columns: arm, kind, phi, density."""

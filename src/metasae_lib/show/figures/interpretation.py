@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from metasae_lib.show.figures import style
@@ -61,6 +62,37 @@ def sense_information(ax: Axes, frame: pd.DataFrame) -> None:
     ax.invert_yaxis()
     ax.set_xlabel("sense information of the best feature, 0 chance, 1 all of it")
     style.add_legend(ax, loc="upper center", bbox_to_anchor=(0.45, 1.12), ncols=4)
+
+
+@style.styled(7.0, 4.4)
+def cluster(ax: Axes, frame: pd.DataFrame) -> None:
+    """φ of the features of a cluster with each other: (m, m), its index in words."""
+    values = frame.to_numpy()
+    image = ax.imshow(values, cmap="cividis", vmin=0, vmax=1)
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if value < 0.5 else style.BLACK
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+    ax.set_xticks(range(len(frame)), frame.columns, rotation=90)
+    ax.set_yticks(range(len(frame)), frame.index)
+    ax.grid(False)
+    ax.set_xlabel("feature")
+    cast(Figure, ax.figure).colorbar(image, ax=ax, label="φ")
+
+
+@style.styled(8.4, 5.0, ncols=2, sharey=True)
+def probes(axes: NDArray[Any], frame: pd.DataFrame) -> None:
+    """AUC of sparse probes on every task, a panel a number of features.
+
+    Columns: kind, task (in words), k, auc; `dense` stands in both panels.
+    """
+    words, dense = list(dict.fromkeys(frame.task)), frame[frame.kind == "dense"]
+    for ax, (k, part) in zip(axes, frame[frame.kind != "dense"].groupby("k"), strict=True):
+        for _, same, look in style.by_kind(pd.concat([part, dense]), alpha=0.8, markersize=5):
+            ax.plot(same.auc, [-words.index(task) for task in same.task], **look)
+        ax.axvline(0.5, color=style.RED, linestyle="--", linewidth=1.2, label="chance")
+        ax.set_yticks(-np.arange(len(words)), words)
+        ax.set_xlabel(f"AUC on the other half of the texts, k = {k}")
+    style.legend_below(axes[0], 6)
 
 
 @style.styled(8.4, 5.6, ncols=3, sharey=True)
