@@ -100,7 +100,7 @@ def render(root: Path, staging: Path, output: Path) -> None:
     settings = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))
     # A card needs the book's address, and is drawn for nobody without it.
     address = Citation(root).site
-    cards = {"enable": bool(address)}
+    cards = {"enable": bool(address), "image_mini": "_static/favicon.png"}
     settings["sphinx"]["config"] |= {"ogp_site_url": address, "ogp_social_cards": cards}
     (staging / "_config.yml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     shutil.rmtree(output / "_build" / "html", ignore_errors=True)
