@@ -17,13 +17,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from metasae_lib.measure.passes import by_arm, pre_activations, product_dtype
+from metasae_lib.measure.passes import Entered, by_arm, pre_activations, product_dtype
 from metasae_lib.measure.patterns import Array
 from metasae_lib.measure.thresholds import calibrate_arms, calibration_inputs
 from metasae_lib.study import Artefact, Run, atomic_write, progress
 from metasae_lib.subject import Residuals
 from metasae_lib.subject.labelled import TEXTS, labelled_inputs, labelled_residuals, labelled_texts
-from metasae_lib.train import Arm, normalise
+from metasae_lib.train import Arm
 
 KS = (1, 5)  # features of a probe
 _COLUMNS = ["task", "k", "auc", "accuracy"]
@@ -46,16 +46,17 @@ def probe_arms(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:
     inputs = by_arm(arms, texts | rule) | {name: {"rival": name, "n": n} | texts for name in rivals}
 
     def make(missing: dict[str, Artefact]) -> None:
-        z = normalise(labelled_residuals(run))[0]
+        given = Entered(labelled_residuals(run))
         labelled = labelled_texts()
         with progress(len(missing), "probes") as bar:
             for name, artefact in missing.items():
                 rows: list[tuple[Any, ...]] = []
+                arm = arms.get(name)
+                z = given.of(arm.sae) if arm else given.z
                 for part, (task, (_, y)) in zip(z.split(TEXTS), labelled.items(), strict=True):
                     if name == "dense":
                         rows.append((task, z.shape[1], *dense_probe(part.numpy(), y)))
                         continue
-                    arm = arms.get(name)
                     x = _activations(run, arm, part) if arm else _random(part, n, name)
                     rows += [(task, k, *sparse_probe(x, y, k)) for k in KS]
                 with atomic_write(artefact.folder / "scores.csv") as path:

@@ -334,7 +334,7 @@ def drawn_cluster(
     about = pd.DataFrame(rows, columns=["feature", "peak", "rate", "context"])
     order, n1 = about.feature.to_numpy(int), counts.n1
     values = phi(counts.n11[np.ix_(order, order)], n1[order], n1[order], counts.n_tokens)
-    names = [f"{row.feature} “{row.peak.strip('`')}”" for row in about.itertuples()]
+    names = [f"{i} “{peak.strip('`')}”" for i, peak in zip(about.feature, about.peak, strict=True)]
     return about, pd.DataFrame(values, names, order)
 
 

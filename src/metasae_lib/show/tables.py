@@ -181,7 +181,7 @@ def paired_rows(
     rows = []
     for measure, name in measures.items():
         row = {"": name}
-        for one in changes[changes.measure == measure].itertuples():
+        for _, one in changes[changes.measure == measure].iterrows():
             if one.setting == "solo":
                 row["solo (between seeds)"] = f"{number(one.base)} (± {number(one.scatter)})"
                 continue
