@@ -20,7 +20,7 @@ from metasae_lib.measure import Counts, CrossCounts, phi, top_matches
 from metasae_lib.measure.structure import Structure
 from metasae_lib.show.published import load_published
 from metasae_lib.show.tables import compared_arms
-from metasae_lib.show.text import table
+from metasae_lib.show.text import literal, table
 from metasae_lib.study import Role, Run
 from metasae_lib.study.known import attribution
 from metasae_lib.subject import Tokens
@@ -142,11 +142,19 @@ def candidate_contexts(
         solo, joint = _acts(fires, "solo", [feature]), _acts(fires, "joint", partners)
         theirs = np.array(list(joint.values()))
         strongest = np.where(theirs.any(axis=0), theirs.argmax(axis=0), len(theirs))
-        shown = senses.side_by_side(places, strongest, [*joint, "no partner"], solo | joint)
+        shown = _with_origin(
+            senses.side_by_side(places, strongest, [*joint, "no partner"], solo | joint)
+        )
         caption = f"Solo feature {feature} in context, and its joint partners"
         shown = shown.rename(columns={"sense": "strongest"})
         tables.append(table(shown, caption, f"tab-candidate-{number}"))
     return tables
+
+
+def _with_origin(contexts: pd.DataFrame) -> pd.DataFrame:
+    """`senses.side_by_side` with the origin of each context in its own cell, which saves width."""
+    told = contexts.context + " " + contexts.text.map(literal)
+    return contexts.assign(context=told).drop(columns="text")
 
 
 def _acts(
@@ -249,7 +257,7 @@ def word_studies(
         acts = dict[str, NDArray[Any]]()
         for sae, part in study.groupby("sae", sort=False):
             acts |= _acts(fires, str(sae), part.feature)
-        contexts = senses.side_by_side(places, labels, names, acts)
+        contexts = _with_origin(senses.side_by_side(places, labels, names, acts))
         studies.append(WordStudy(word, number, senses.split_sentence(word, study), study, contexts))
     return studies
 
