@@ -474,7 +474,8 @@ def test_rivals_are_of_the_same_seed_and_of_the_nearest_l2() -> None:
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["kind", "seed", "lambda2", "sigma_sq", "k", "l2"])
     table["arm"] = [f"{r.kind}-{i}" for i, r in enumerate(table.itertuples())]
-    run = SimpleNamespace(profile=SimpleNamespace(selected=(0.3, 1.0)))
+    training = SimpleNamespace(given={})
+    run = SimpleNamespace(profile=SimpleNamespace(selected=(0.3, 1.0), training=training))
     found = comparison.rivals(run, table)  # type: ignore[arg-type]
     assert found.to_numpy().tolist() == [
         ["solo", 0, "solo-0", "joint-2"], ["solo", 1, "solo-1", "joint-3"],

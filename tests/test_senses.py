@@ -30,6 +30,7 @@ from metasae_lib.interpret.senses import (
 )
 from metasae_lib.measure.counting import CooccurrenceCounter
 from metasae_lib.study.errors import MeasureError
+from metasae_lib.train.dictionary import BatchTopK
 
 
 def shared_bits(x: np.ndarray, y: np.ndarray) -> float:
@@ -180,9 +181,8 @@ def test_firing_is_read_at_the_right_tokens(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(senses, "product_dtype", lambda run: torch.float32)
     text = SimpleNamespace(context_length=3, kept_per_row=2)
     run = SimpleNamespace(profile=SimpleNamespace(text=text))
-    sae = SimpleNamespace(
-        W_enc=torch.eye(6), b_dec=torch.zeros(6), threshold=torch.full((6,), 0.5), n_features=6
-    )
+    sae = BatchTopK(6, 6, 2)
+    sae.W_enc.data, sae.threshold = torch.eye(6), torch.full((6,), 0.5)
     found = [Occurrence(r, p, "", "", "") for r, p in ((3, 2), (0, 1), (2, 1))]
     acts = firing_at(run, {"a": SimpleNamespace(sae=sae)}, "scan", found)["a"]
     x = values[[7, 0, 4]]

@@ -39,7 +39,7 @@ MADE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         MatryoshkaBatchTopKTrainingSAEConfig,
         {"k": 8, "matryoshka_widths": [64, WIDTH]},
     ),
-    "jumprelu": (*JUMP, {"decoder_init_norm": None, "apply_b_dec_to_input": False}),
+    "jumprelu-raw": (*JUMP, {"decoder_init_norm": None, "apply_b_dec_to_input": False}),
     "jumprelu-layer_norm": (*JUMP, {"normalize_activations": "layer_norm"}),
     "standard-rescaled": (
         StandardTrainingSAE,
