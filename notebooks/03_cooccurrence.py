@@ -210,8 +210,8 @@ caption = "Pairs above chance and clusters, seed by seed, with 95% intervals for
 display(show.structure_sentence(structure, by_chance, changes),
         show.paired_rows(changes, measures, caption, "tab-structure"))  # fmt: skip
 
-# %% mystnb={"figure": {"name": "fig-clusters", "caption": "Features in clusters (two features or more, joined by pairs above chance), by the φ from which a pair is a link: solo arms, their arms of smaller k, and the joint arms of the selected setting, every seed. Where mean |φ| falls because pairs that hang together come apart, the joint lines lie below the solo lines at every φ."}, "image": {"alt": "Falling lines of the number of features in clusters on a logarithmic axis against the least phi of a link from 0.1 to 0.7, one line for each solo, frontier and joint arm."}}
-links = about.merge(measure.links_table(together, np.linspace(0.1, 0.7, 7)))
+# %% mystnb={"figure": {"name": "fig-clusters", "caption": "Features in clusters (two features or more, joined by pairs above chance) against the solo arm of the same seed, by the φ from which a pair is a link: joint arms of the selected setting and solo arms of smaller k, every seed. Were joint training to pull apart what fires together, its lines would lie below zero, and below those of the smaller k."}, "image": {"alt": "Lines of the percent change of the number of features in clusters against the least phi of a link from 0.1 to 0.7, one line for each frontier and joint arm, with solo at zero."}}
+links = measure.links_table(structure[["arm", "kind", "seed"]], together, np.linspace(0.1, 0.7, 7))
 figures.clustered(links)
 
 # %% [markdown]

@@ -185,9 +185,9 @@ display(show.sentences_and_lists(both))
 
 # %%
 probes = measure.probe_arms(run, every_arm)
-means = probes.pivot_table(index="arm", columns="k", values="auc").add_prefix("auc_").reset_index()
+means = 100 * probes.pivot_table(index="arm", columns="k", values="auc").add_prefix("auc_")
 probed = run.load_table("arms").merge(means, on="arm")
-measures = {"auc_1": "AUC, k = 1", "auc_5": "AUC, k = 5"}
+measures = {"auc_1": "AUC, k = 1 (%)", "auc_5": "AUC, k = 5 (%)"}
 changes = measure.paired_measures(run, probed, list(measures))
 caption = "Mean AUC over the tasks, seed by seed, with 95% intervals for new seeds"
 display(show.probe_sentence(probes, changes),

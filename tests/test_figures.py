@@ -177,7 +177,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
         ),
     ),
     "clustered": lambda: figures.clustered(
-        along(link=np.array([0.1, 0.5, 0.7]), clustered=np.array([90, 9, 0]))
+        along(link=np.array([0.1, 0.5, 0.7]), change_pct=np.array([9, 5.0, -1]))
     ),
     "cluster": lambda: figures.cluster(
         pd.DataFrame([[1, 0.6], [0.6, 1]], ["3 “he”", "12 “her”"], [3, 12])

@@ -17,6 +17,7 @@ from metasae_lib.measure import (
     effects,
     frontier_table,
     pair_table,
+    paired_measures,
     phi,
     resampled_mean_abs,
     same_features,
@@ -169,3 +170,23 @@ def test_same_features_by_hand(run: Run) -> None:
     random = found.loc[("random directions", "nearest"), "cosine"]
     assert random == pytest.approx(by_hand, abs=1e-6)
     assert pw_mcc(starts[0], starts[0].flip(0)) == pytest.approx(1)
+
+
+def test_any_measure_is_compared_as_pairs(run: Run) -> None:
+    """The numbers of mean |φ|, which `pair_table` and `frontier_table` give in percent."""
+    phi_of, fidelity, draws = table(ROWS)
+    arms = fidelity.assign(mean_abs=1e4 * fidelity.mean_abs)
+    found = paired_measures(run, arms, ["mean_abs"]).set_index(["setting", "against"])
+    solo = found.loc["solo", ""]
+    assert (solo.base, solo.scatter, solo.n_seeds) == (pytest.approx(21), pytest.approx(1), 3)
+    joint = found.loc["joint", "solo"]
+    assert joint.change == pytest.approx(np.mean([-1, -1.1, -0.84]))
+    theirs = scipy.stats.ttest_1samp([-1, -1.1, -0.84], 0).confidence_interval()
+    assert (joint.low, joint.high) == pytest.approx((theirs.low, theirs.high))
+    equal = found.loc["joint", "equal L2"]
+    pairs = frontier_table(run, phi_of, fidelity, draws)
+    pairs = pairs[pairs.selected]
+    base = np.array([19, 20.9, 20.16]) / (1 + pairs.d_mean_abs_phi_pct.to_numpy() / 100)
+    assert equal.base == pytest.approx(base.mean())
+    assert equal.change == pytest.approx((np.array([19, 20.9, 20.16]) - base).mean())
+    assert found.loc["solo, k = 4", "solo"].change == pytest.approx(-1.5)

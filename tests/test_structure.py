@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -88,8 +89,10 @@ def test_planted_clusters_are_found_and_nothing_else() -> None:
     row = structure_table({"x": ours}).iloc[0]
     assert (row.clusters, row.largest, row.clustered) == (3, 4, 9)
     assert row.above_pct == pytest.approx(100 * row.pairs_above / (30 * 29 / 2))
-    links = links_table({"x": ours}, np.array([0.5, 1.01]))
-    assert links.clustered.tolist() == [9, 0] and links.largest.tolist() == [4, 0]
+    arms = pd.DataFrame({"arm": ["x", "y"], "kind": ["solo", "joint"], "seed": 0})
+    links = links_table(arms, {"x": ours, "y": found(fired[:, 4:])}, [0.5, 0.7])
+    assert links.clustered.tolist() == [9, 9, 5, 5]
+    assert links.change_pct.tolist() == pytest.approx([0, 0, -400 / 9, -400 / 9])
 
 
 def test_a_chain_of_links_is_one_cluster() -> None:

@@ -13,7 +13,7 @@ chance there is a matter of pages, not of features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,15 +154,23 @@ def structure_table(found: Mapping[str, Structure]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def links_table(found: Mapping[str, Structure], links: Array) -> pd.DataFrame:
-    """How the clusters depend on the φ that makes a link. Columns: arm, link, clustered, largest
-    (features in clusters, and in the largest one)."""
-    rows = []
-    for name, one in found.items():
-        for link in links:
-            sizes = [len(cluster) for cluster in one.clusters(link)]
-            rows.append((name, link, sum(sizes), max(sizes, default=0)))
-    return pd.DataFrame(rows, columns=["arm", "link", "clustered", "largest"])
+def links_table(
+    arms: pd.DataFrame, found: Mapping[str, Structure], links: Sequence[float]
+) -> pd.DataFrame:
+    """How many features are in clusters, by the φ that makes a link.
+
+    arms: columns arm, kind, seed. Columns: these, link, clustered, change_pct (against the solo arm
+    of the same seed).
+    """
+    rows = [
+        (name, link, sum(map(len, one.clusters(link))))
+        for name, one in found.items()
+        for link in links
+    ]
+    table = arms.merge(pd.DataFrame(rows, columns=["arm", "link", "clustered"]))
+    solo = table[table.kind == "solo"].rename(columns={"clustered": "solo"})
+    table = table.merge(solo[["seed", "link", "solo"]], how="left")
+    return table.assign(change_pct=100 * (table.clustered / table.pop("solo") - 1))
 
 
 def shifted_counts(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:

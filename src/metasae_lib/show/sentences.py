@@ -203,10 +203,10 @@ def probe_sentence(scores: pd.DataFrame, changes: pd.DataFrame) -> Markdown:
     k = scores[scores.kind == "solo"].k.max()
     mean = scores[scores.k.isin([k]) | (scores.kind == "dense")].groupby("kind").auc.mean()
     return Markdown(
-        f"Mean AUC over {scores.task.nunique()} tasks with {k} features: {mean['solo']:.3f} solo, "
-        f"{mean['joint']:.3f} joint. The best {k} of as many random directions reach "
-        f"{mean['random']:.3f}, a probe on the whole residual {mean['dense']:.3f}, guessing 0.5. "
-        f"Under joint training it {_moves(changes, f'auc_{k}')}."
+        f"Mean AUC over {scores.task.nunique()} tasks with {k} features: {mean['solo']:.1%} solo, "
+        f"{mean['joint']:.1%} joint. The best {k} of as many random directions reach "
+        f"{mean['random']:.1%}, a probe on the whole residual {mean['dense']:.1%}, guessing 50%. "
+        f"Under joint training it {_moves(changes, f'auc_{k}')}, in percentage points."
     )
 
 
@@ -214,11 +214,12 @@ def _moves(changes: pd.DataFrame, measure: str) -> str:
     """What the joint arms do to a measure, against solo and at equal L2, in a clause."""
     mine = changes[(changes.measure == measure) & (changes.setting == "joint")]
     said = []
-    for row in mine.itertuples():
-        way = "rises" if row.low > 0 else "falls" if row.high < 0 else "does not clearly move"
-        against = "against solo" if row.against == "solo" else "against solo at equal L2"
-        ends = "" if math.isnan(row.low) else f", {between(row.low, row.high)}"
-        said.append(f"{way} {against} ({number(row.change)}{ends})")
+    for row in mine.to_dict("records"):
+        low, high = row["low"], row["high"]
+        way = "rises" if low > 0 else "falls" if high < 0 else "does not clearly move"
+        against = "against solo" if row["against"] == "solo" else "against solo at equal L2"
+        ends = "" if math.isnan(low) else f"; {between(low, high)}"
+        said.append(f"{way} {against} ({number(row['change'])}{ends})")
     return " and ".join(said)
 
 

@@ -187,12 +187,13 @@ def frontier(axes: NDArray[Any], frame: pd.DataFrame) -> None:
 
 @style.styled(7.0, 3.8)
 def clustered(ax: Axes, frame: pd.DataFrame) -> None:
-    """How many features are in clusters, by the φ that links two. Columns: arm, kind, link,
-    clustered."""
+    """How many features are in clusters against solo, by the φ that links two. Columns: arm, kind,
+    link, change_pct."""
     for _, part, look in style.by_arm(frame, markersize=4):
-        ax.plot(part.link, part.clustered, **look)
-    ax.set(yscale="log", xlabel="least φ of a link", ylabel="features in clusters")
-    style.add_legend(ax)
+        ax.plot(part.link, part.change_pct, **look)
+    style.zero_line(ax)
+    ax.set(xlabel="least φ of a link", ylabel="features in clusters, against solo (%)")
+    style.legend_below(ax, 3)
 
 
 @style.styled(7.0, 3.6)

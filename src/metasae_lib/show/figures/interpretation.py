@@ -79,7 +79,7 @@ def cluster(ax: Axes, frame: pd.DataFrame) -> None:
     cast(Figure, ax.figure).colorbar(image, ax=ax, label="φ")
 
 
-@style.styled(8.4, 5.0, ncols=2, sharey=True)
+@style.styled(8.4, 5.8, ncols=2, sharey=True)
 def probes(axes: NDArray[Any], frame: pd.DataFrame) -> None:
     """AUC of sparse probes on every task, a panel a number of features.
 
@@ -87,8 +87,9 @@ def probes(axes: NDArray[Any], frame: pd.DataFrame) -> None:
     """
     words, dense = list(dict.fromkeys(frame.task)), frame[frame.kind == "dense"]
     for ax, (k, part) in zip(axes, frame[frame.kind != "dense"].groupby("k"), strict=True):
-        for _, same, look in style.by_kind(pd.concat([part, dense]), alpha=0.8, markersize=5):
-            ax.plot(same.auc, [-words.index(task) for task in same.task], **look)
+        kinds = style.by_kind(pd.concat([part, dense]), alpha=0.8, markersize=4)
+        for lane, (_, same, look) in enumerate(kinds):  # one below the other in each row
+            ax.plot(same.auc, [0.3 - 0.15 * lane - words.index(t) for t in same.task], **look)
         ax.axvline(0.5, color=style.RED, linestyle="--", linewidth=1.2, label="chance")
         ax.set_yticks(-np.arange(len(words)), words)
         ax.set_xlabel(f"AUC on the other half of the texts, k = {k}")
