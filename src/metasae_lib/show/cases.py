@@ -342,7 +342,8 @@ def drawn_cluster(
     about = pd.DataFrame(rows, columns=["feature", "peak", "rate", "context"])
     order, n1 = about.feature.to_numpy(int), counts.n1
     values = phi(counts.n11[np.ix_(order, order)], n1[order], n1[order], counts.n_tokens)
-    names = [f"{i} “{peak.strip('`')}”" for i, peak in zip(about.feature, about.peak, strict=True)]
+    peaks = about.peak.str.strip("`")
+    names = [f"{i} “{peak}”" for i, peak in zip(order, peaks, strict=True)]
     return about, pd.DataFrame(values, names, order)
 
 

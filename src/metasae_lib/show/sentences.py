@@ -214,11 +214,12 @@ def _moves(changes: pd.DataFrame, measure: str) -> str:
     """What the joint arms do to a measure, against solo and at equal L2, in a clause."""
     mine = changes[(changes.measure == measure) & (changes.setting == "joint")]
     said = []
-    for _, row in mine.iterrows():
-        way = "rises" if row.low > 0 else "falls" if row.high < 0 else "does not clearly move"
-        against = "against solo" if row.against == "solo" else "against solo at equal L2"
-        ends = "" if math.isnan(row.low) else f"; {between(row.low, row.high)}"
-        said.append(f"{way} {against} ({number(row.change)}{ends})")
+    for row in mine.to_dict("records"):
+        low, high = row["low"], row["high"]
+        way = "rises" if low > 0 else "falls" if high < 0 else "does not clearly move"
+        against = "against solo" if row["against"] == "solo" else "against solo at equal L2"
+        ends = "" if math.isnan(low) else f"; {between(low, high)}"
+        said.append(f"{way} {against} ({number(row['change'])}{ends})")
     return " and ".join(said)
 
 

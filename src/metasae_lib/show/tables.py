@@ -181,12 +181,14 @@ def paired_rows(
     rows = []
     for measure, name in measures.items():
         row = {"": name}
-        for _, one in changes[changes.measure == measure].iterrows():
-            if one.setting == "solo":
-                row["solo (between seeds)"] = f"{number(one.base)} (± {number(one.scatter)})"
+        for one in changes[changes.measure == measure].to_dict("records"):
+            if one["setting"] == "solo":
+                base, scatter = number(one["base"]), number(one["scatter"])
+                row["solo (between seeds)"] = f"{base} (± {scatter})"
                 continue
-            heading = f"{one.setting} − {'solo' if one.against == 'solo' else 'solo at its L2'}"
-            row[heading] = f"{number(one.change)} ({between(one.low, one.high)})"
+            rival = "solo" if one["against"] == "solo" else "solo at its L2"
+            ends = between(one["low"], one["high"])
+            row[f"{one['setting']} − {rival}"] = f"{number(one['change'])} ({ends})"
         rows.append(row)
     return table(pd.DataFrame(rows), caption, label, "wide")
 
