@@ -184,7 +184,9 @@ display(show.sentences_and_lists(both))
 # ([SAEBench, issue 81](https://github.com/adamkarvonen/SAEBench/issues/81)).
 
 # %%
-probes = measure.probe_arms(run, every_arm)
+others = (name for name, arm in every_arm.items() if arm.spec.kind != "joint")
+asked_of = dict.fromkeys([*others, *rivals.joint_arm])  # of the joint arms the selected setting
+probes = measure.probe_arms(run, {name: every_arm[name] for name in asked_of})
 means = 100 * probes.pivot_table(index="arm", columns="k", values="auc").add_prefix("auc_")
 probed = run.load_table("arms").merge(means, on="arm")
 measures = {"auc_1": "AUC, k = 1 (%)", "auc_5": "AUC, k = 5 (%)"}

@@ -18,6 +18,7 @@ from metasae_lib.measure import null_mean_abs as expected_abs
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts
 from metasae_lib.measure.structure import Structure
 from metasae_lib.measure.structure import structure as structure_of
+from metasae_lib.show import cases
 from metasae_lib.train import normalise
 
 
@@ -143,3 +144,20 @@ def test_shifted_counts_pair_each_half_with_the_other(
     np.testing.assert_array_equal(ours.n11, expected)
     np.testing.assert_array_equal(ours.n1, sum(f[:4].sum(axis=0) for f in fired))
     assert ours.n_tokens == 8
+
+
+def test_the_drawn_cluster_is_small_and_named() -> None:
+    """Of clusters of four, three and two the one of three, the most frequent feature first."""
+    rng = np.random.default_rng(4)
+    fired = rng.random((2000, 12)) < 0.05
+    for members in (range(4), (4, 5, 6), (7, 8)):
+        fired[:, members] = (rng.random(2000) < 0.1)[:, None]
+    fired[:, 4] &= rng.random(2000) < 0.8
+    example = SimpleNamespace(pieces=["a", " `b"], peak=1, text="a `b")
+    contexts: Any = SimpleNamespace(top=lambda feature, count: [example] if feature != 5 else [])
+    about, values = cases.drawn_cluster(found(fired), counted(fired), contexts, most=3)
+    assert about.feature.tolist() == [5, 6, 4] and about.peak.tolist() == ["``", "`ˋb`", "`ˋb`"]
+    assert values.index.tolist() == ["5 “”", "6 “ˋb”", "4 “ˋb”"]
+    np.testing.assert_allclose(values, np.corrcoef(fired[:, [5, 6, 4]].T), rtol=1e-9)
+    none = cases.drawn_cluster(found(fired[:, 9:]), counted(fired[:, 9:]), contexts)
+    assert none[0].empty and none[1].shape == (0, 0)
