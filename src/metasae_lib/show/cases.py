@@ -330,15 +330,16 @@ def drawn_cluster(
     """The largest cluster of at most `most` features: what they are, and their φ with each other.
 
     Columns of the first: feature, peak (token of its strongest segment), rate, context (that
-    segment, quoted). The second is square, indexed by feature and peak. Both are empty without one.
+    segment, quoted, and its text's name and licence). The second is square, indexed by feature and peak. Both are empty without one.
     """
     small = [cluster for cluster in found.clusters() if len(cluster) <= most]
     features = small[0] if small else np.array([], int)
     rows = []
     for i in features[np.argsort(-counts.n1[features])].tolist():
         one = contexts.top(i, 1)
-        peak, text = (one[0].pieces[one[0].peak], one[0].text) if one else ("", "")
-        rows.append((i, senses.quoted(peak), counts.rates[i], senses.quoted(text)))
+        peak = senses.quoted(one[0].pieces[one[0].peak]) if one else ""
+        text = f"{senses.quoted(one[0].text)} ({one[0].origin})" if one else ""
+        rows.append((i, peak, counts.rates[i], text))
     about = pd.DataFrame(rows, columns=["feature", "peak", "rate", "context"])
     order, n1 = about.feature.to_numpy(int), counts.n1
     values = phi(counts.n11[np.ix_(order, order)], n1[order], n1[order], counts.n_tokens)
