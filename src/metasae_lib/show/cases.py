@@ -330,7 +330,8 @@ def drawn_cluster(
     """The largest cluster of at most `most` features: what they are, and their φ with each other.
 
     Columns of the first: feature, peak (token of its strongest segment), rate, context (that
-    segment, quoted, and its text's name and licence). The second is square, indexed by feature and peak. Both are empty without one.
+    segment, quoted, and its text's name and licence). The second is square, indexed by feature and
+    peak. Both are empty without one.
     """
     small = [cluster for cluster in found.clusters() if len(cluster) <= most]
     features = small[0] if small else np.array([], int)
