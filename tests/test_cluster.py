@@ -186,7 +186,7 @@ def copy(tmp_path: Path) -> Path:
     folder = tmp_path / "repository"
     shutil.copytree(REPOSITORY / "workflow", folder / "workflow")
     (folder / "workflow" / "book.py").write_text(SITE)
-    for name in ("src", "book", "_config.yml"):
+    for name in ("src", "book", "_config.yml", "CITATION.cff"):
         (folder / name).symlink_to(REPOSITORY / name)
     profile = Profile.load("tiny").model_dump()
     profile["text"]["roles"] = {
