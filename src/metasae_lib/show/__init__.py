@@ -66,5 +66,6 @@ from metasae_lib.show.text import (
     bullets,  # a section that is a list
     number,  # a number as a reader wants it
     percent,  # a change with its sign
+    section,  # a short section of a page
     table,  # a numbered table
 )
