@@ -172,7 +172,6 @@ figures.effect(effects)
 a, b = (phi[phi.arm == name].iloc[0] for name in (solo, joint))
 test = measure.welch(a.n_pairs, a.mean_abs, a.std_abs**2, b.n_pairs, b.mean_abs, b.std_abs**2)
 run.save_table("phi", phi, "φ over all pairs, every arm: mean |φ|, interval, null, floor, L0, ...")
-run.save_table("thresholds", thresholds, "Appendix A: thresholds and rates of two arms' features")
 run.save_table("figure_1a", figure_1a, "Figure 1a: density of φ, joint minus solo; solo scatter")
 run.save_table("pairs", pairs, "Every arm against the solo arm of its seed, over features")
 run.save_table("grid", grid, "Figure 1b and Table 1: settings against solo, pair by pair")
@@ -180,10 +179,8 @@ run.save_table("frontier", points, "mean |φ| over L2: solo arms at several k, a
 run.save_table("frontier_pairs", frontier, "Arms against the solo curve at their own L2")
 run.save_table("effects", effects, "Change of mean |φ|, joint against solo, by way to compare")
 run.save_table("welch", pd.DataFrame([vars(test)]), "Welch's t over pairs, as §5.1 has it")
-display(
-    show.welch_section(test, a.n_pairs, a.alive), show.table_1(run),
-    show.beside_competitors(phi, grid, frontier),
-)  # fmt: skip
+welch = show.welch_section(test, a.n_pairs, a.alive)
+display(welch, show.table_1(run), show.beside_competitors(phi, grid, frontier))
 
 # %% [markdown]
 # ## What the mean hides
@@ -277,10 +274,11 @@ figures.activation_norms(norm_table)
 # %% mystnb={"figure": {"name": "fig-elasticity", "caption": "Change of mean |φ| when every threshold θ is scaled by the same factor, every arm; the red line is the size of the paper's headline. A method's effect should be larger than what a few percent of threshold can do, or thresholds must be beyond doubt."}, "image": {"alt": "Lines of percent change of mean absolute phi against the factor on all thresholds from 0.9 to 1.1, one per arm, with a red line at minus 7.5 percent."}}
 choices = measure.sensitivity(run, arms)
 elasticity = choices[choices.scale.notna()].sort_values(["arm", "scale"])
+under = measure.headline_by_choice(choices[~choices.variant.str.startswith("scale-")], solo, joint)
 figures.elasticity(elasticity)
 
 # %% tags=["hide-input"]
-under = measure.headline_by_choice(choices[~choices.variant.str.startswith("scale-")], solo, joint)
+run.save_table("thresholds", thresholds, "Appendix A: thresholds and rates of two arms' features")
 run.save_table("structure", structure, "Pairs above chance and clusters, every arm")
 run.save_table("links", links, "Features in clusters by the φ of a link, every arm")
 run.save_table("firing_rates", rates, "Appendix B: firing rate of every feature of every arm")

@@ -242,7 +242,7 @@ ours = cases.case_values(printed, studies)
 run.save_table("case_study_values", ours, "φ of our joint partners, in the order of the paper's")
 words = [study.sentence for study in studies]
 sentences = [found.sentence(), *words, cases.sense_sentence(info)]
-run.save_table("cluster", cluster_phi.reset_index(names="feature"), "φ within the drawn cluster")
+run.save_table("cluster", cluster_phi, "φ within the drawn cluster")
 run.save_json("case_study_sentences", [s.replace("**", "") for s in sentences])
 show.bullets("What a reader may conclude", sentences)
 

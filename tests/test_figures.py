@@ -183,7 +183,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
         along(link=np.array([0.1, 0.5, 0.7]), change_pct=np.array([9, 5.0, -1]))
     ),
     "cluster": lambda: figures.cluster(
-        pd.DataFrame([[1, 0.6], [0.6, 1]], ["3 “he”", "12 “her”"], [3, 12])
+        pd.DataFrame({"feature": ["3 “he”", "12 “her”"], 3: [1, 0.6], 12: [0.6, 1]})
     ),
     "probes": lambda: figures.probes(
         pd.DataFrame(
@@ -195,6 +195,16 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
             ]
             + [("dense", "spam?", 576, 0.9)],
             columns=["kind", "task", "k", "auc"],
+        )
+    ),
+    "recovery_at_l2": lambda: figures.recovery_at_l2(
+        pd.DataFrame(
+            [
+                ("solo", 0, 0.3, 0.6, 0.5),
+                ("frontier", 0, 0.4, 0.5, 0.5),
+                ("joint", 0, 0.3, 0.6, 0.4),
+            ],
+            columns=["kind", "seed", "l2", "f1", "mcc"],
         )
     ),
     "phi_distribution": lambda: figures.phi_distribution(

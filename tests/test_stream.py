@@ -190,5 +190,7 @@ def test_gathered_ids_by_hand(tmp_path: Path) -> None:
         second.add("train", "a", [4, 5, 6])
     second.write_rows("train", 2, 3, bos=0)
     assert np.load(tmp_path / "train.npy").tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
-    assert [second.names[k] for k in np.load(tmp_path / "train-sources.npy")] == ["b", "a"]
+    # Where each document begins among the ids, without BOS, and whose it is.
+    assert np.load(tmp_path / "train-documents.npy").tolist() == [[0, 1], [3, 0]]
+    assert second.names == ["a", "b"]
     assert stream._passing(TimeoutError()) and not stream._passing(ValueError())

@@ -16,10 +16,11 @@ from metasae_lib import Run
 from metasae_lib.measure import links_table, phi, shifted_counts, structure_table, summarise
 from metasae_lib.measure import null_mean_abs as expected_abs
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts
+from metasae_lib.measure.passes import Entered
 from metasae_lib.measure.structure import Structure
 from metasae_lib.measure.structure import structure as structure_of
 from metasae_lib.show import cases
-from metasae_lib.train import normalise
+from metasae_lib.train import BatchTopK
 
 
 def counted(fired: np.ndarray) -> Counts:
@@ -131,12 +132,12 @@ def test_shifted_counts_pair_each_half_with_the_other(
     monkeypatch.setattr(module, "Residuals", lambda run, role: stand)
     monkeypatch.setattr(module, "calibrate_arms", lambda run, arms: {})
     monkeypatch.setattr(module, "scan_inputs", lambda run, residuals: {})
-    parts = [normalise(part)[0] for part in values.split(5)]  # of an odd part the last is left out
-    monkeypatch.setattr(module, "scan_chunks", lambda residuals, what: [(0, iter(parts))])
+    read = [Entered(part) for part in values.split(5)]  # of an odd part the last is left out
+    parts = [part.z for part in read]
+    monkeypatch.setattr(module, "scan_chunks", lambda residuals, what: [(0, iter(read))])
     monkeypatch.setattr(module, "product_dtype", lambda run: torch.float32)
-    sae: Any = SimpleNamespace(
-        W_enc=torch.eye(6), b_dec=torch.zeros(6), threshold=torch.full((6,), 0.3), n_features=6
-    )
+    sae = BatchTopK(6, 6, 2)
+    sae.W_enc.data, sae.threshold = torch.eye(6), torch.full((6,), 0.3)
     arms: Any = {"a": SimpleNamespace(sae=sae, folder=SimpleNamespace(name="arm-x"))}
     ours = shifted_counts(run, arms)["a"]
     fired = [(part > 0.3).numpy().astype(int) for part in parts]
@@ -153,11 +154,12 @@ def test_the_drawn_cluster_is_small_and_named() -> None:
     for members in (range(4), (4, 5, 6), (7, 8)):
         fired[:, members] = (rng.random(2000) < 0.1)[:, None]
     fired[:, 4] &= rng.random(2000) < 0.8
-    example = SimpleNamespace(pieces=["a", " `b"], peak=1, text="a `b")
+    example = SimpleNamespace(pieces=["a", " `b"], peak=1, text="a `b", origin="a book")
     contexts: Any = SimpleNamespace(top=lambda feature, count: [example] if feature != 5 else [])
     about, values = cases.drawn_cluster(found(fired), counted(fired), contexts, most=3)
-    assert about.feature.tolist() == [5, 6, 4] and about.peak.tolist() == ["``", "`ˋb`", "`ˋb`"]
-    assert values.index.tolist() == ["5 “”", "6 “ˋb”", "4 “ˋb”"]
-    np.testing.assert_allclose(values, np.corrcoef(fired[:, [5, 6, 4]].T), rtol=1e-9)
+    assert about.feature.tolist() == [5, 6, 4] and about.peak.tolist() == ["", "`ˋb`", "`ˋb`"]
+    assert about.context.tolist() == ["", "`a ˋb` (a book)", "`a ˋb` (a book)"]
+    assert values.feature.tolist() == ["5 “”", "6 “ˋb”", "4 “ˋb”"]
+    np.testing.assert_allclose(values[[5, 6, 4]], np.corrcoef(fired[:, [5, 6, 4]].T), rtol=1e-9)
     none = cases.drawn_cluster(found(fired[:, 9:]), counted(fired[:, 9:]), contexts)
-    assert none[0].empty and none[1].shape == (0, 0)
+    assert none[0].empty and none[1].empty

@@ -330,8 +330,8 @@ def drawn_cluster(
     """The largest cluster of at most `most` features: what they are, and their φ with each other.
 
     Columns of the first: feature, peak (token of its strongest segment), rate, context (that
-    segment, quoted, and its text's name and licence). The second is square, indexed by feature and
-    peak. Both are empty without one.
+    segment, quoted, and its text's name and licence). The second has a row and a column
+    a feature, and the column feature. Both are empty without one.
     """
     small = [cluster for cluster in found.clusters() if len(cluster) <= most]
     features = small[0] if small else np.array([], int)
@@ -346,7 +346,7 @@ def drawn_cluster(
     values = phi(counts.n11[np.ix_(order, order)], n1[order], n1[order], counts.n_tokens)
     peaks = about.peak.str.strip("`")
     names = [f"{i} “{peak}”" for i, peak in zip(order, peaks, strict=True)]
-    return about, pd.DataFrame(values, names, order)
+    return about, pd.DataFrame(values, names, order).reset_index(names="feature")
 
 
 def steering_row(tokens: Tokens, contexts: Contexts, feature: int) -> tuple[Tensor, Markdown]:

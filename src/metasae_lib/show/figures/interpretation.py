@@ -66,7 +66,8 @@ def sense_information(ax: Axes, frame: pd.DataFrame) -> None:
 
 @style.styled(7.0, 4.4)
 def cluster(ax: Axes, frame: pd.DataFrame) -> None:
-    """φ of the features of a cluster with each other: (m, m), its index in words."""
+    """φ of the features of a cluster with each other: m columns, and `feature` in words."""
+    frame = frame.set_index("feature")
     values = frame.to_numpy()
     image = ax.imshow(values, cmap="cividis", vmin=0, vmax=1)
     for (row, column), value in np.ndenumerate(values):
