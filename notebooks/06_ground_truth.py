@@ -188,7 +188,7 @@ changes = synthsaebench.differences(bench)
 run.save_table("synthsaebench", bench, about)
 run.save_table("synthsaebench_differences", changes, "Each method against solo, by seed")
 said = show.synthsaebench_sentences(bench, changes)
-run.save_json("synthsaebench_sentences", said)
+_ = run.save_json("synthsaebench_sentences", said)
 
 # %%
 show.table(
