@@ -63,16 +63,16 @@ def main() -> None:
         check_given(given)
         theirs = {arm: load_given(given.profile, arm) for arm in made}
         rows = [
-            {"dictionary": arm, "trained by": who} | compared(sae, x, folder / where / arm)
+            {"dictionary": arm, "by": who} | compared(sae, x, folder / where / arm)
             for who, where, saes in (("us", "exported", ours), ("SAELens", "made", theirs))
             for arm, sae in saes.items()
         ]
     table = pd.DataFrame(rows)
     print(table.to_string())
-    worst = table[["activations that differ", "reconstruction differs by"]].to_numpy().max()
+    worst = table[["acts differ", "output differs"]].to_numpy().max()
     if not worst < 1e-4:
         sys.exit("SAELens and ours disagree")
-    shown = table[table.dictionary.isin(SHOWN) | (table["trained by"] == "SAELens")]
+    shown = table[table.dictionary.isin(SHOWN) | (table["by"] == "SAELens")]
     shown.to_csv(ROOT / "book" / "saelens.csv", index=False, float_format="%.3g")
 
 
@@ -99,10 +99,10 @@ def compared(sae: Dictionary, x: Tensor, folder: Path) -> dict[str, Any]:
     sums.add(u, sae.decode(acts), int((acts > 0).sum()), tokens.unit(sae))
     explained = json.loads((folder / "explained.json").read_text())
     return {
-        "activations that differ": int(differ.sum()) / int((acts > 0).sum()),
-        "reconstruction differs by": float((theirs["x_hat"] - x_hat).norm() / x_hat.norm()),
+        "acts differ": int(differ.sum()) / int((acts > 0).sum()),
+        "output differs": float((theirs["x_hat"] - x_hat).norm() / x_hat.norm()),
         "L0": sums.l0,
-        **{f"explained variance, {when}": value for when, value in explained.items()},
+        **{f"EV {when}": value for when, value in explained.items()},
         "1 - FVU here": 1 - sums.fvu,
     }
 

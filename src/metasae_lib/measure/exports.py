@@ -21,14 +21,15 @@ def export_arms(run: Run, arms: Mapping[str, Arm], folder: str | os.PathLike[str
     `measure_arms`, which is called.
     """
     folders = []
-    for name, row in measure_arms(run, arms).set_index("arm").iterrows():
+    for row in measure_arms(run, arms).to_dict("records"):
         measured = {
             "threshold_rule": run.profile.evaluation.threshold_rule,
-            "l0": float(row.l0_threshold),
-            "dead": int(row.dead),
-            "l2": float(row.l2),
-            "fvu": float(row.fvu),
+            "l0": row["l0_threshold"],
+            "dead": row["dead"],
+            "l2": row["l2"],
+            "fvu": row["fvu"],
         }
-        folders.append(Path(folder) / str(name))
-        arms[str(name)].sae.save(folders[-1], described(run.profile, str(name)) | measured)
+        name = row["arm"]
+        folders.append(Path(folder) / name)
+        arms[name].sae.save(folders[-1], described(run.profile, name) | measured)
     return folders

@@ -52,7 +52,7 @@ _SYNTHETIC: dict[str, Any] = {
 
 # What runs and the book have beside the folders of profiles.
 _TAKEN = {"artefacts", "explorer", "generated", "mathjax", "together"}
-_TAKEN_ENDINGS = {".bib", ".html", ".inv", ".js", ".md", ".yml"}
+_TAKEN_ENDINGS = {".bib", ".csv", ".html", ".inv", ".js", ".md", ".yml"}
 
 
 class Profile(sections.Section):
