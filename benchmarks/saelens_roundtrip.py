@@ -27,7 +27,7 @@ from torch import Tensor
 from metasae_lib import Profile, Run
 from metasae_lib.measure import export_arms
 from metasae_lib.measure.fidelity import Moments, Reconstruction, replacement
-from metasae_lib.measure.passes import Tokens
+from metasae_lib.measure.passes import Entered
 from metasae_lib.subject import Residuals
 from metasae_lib.train import Dictionary, train_arms
 from metasae_lib.train.given import check_given, load_given
@@ -85,7 +85,7 @@ def lines_that_load(page: str) -> str:
 def compared(sae: Dictionary, x: Tensor, folder: Path) -> dict[str, Any]:
     """Our activations and reconstructions of residuals x (t, d), against what SAELens left."""
     theirs = load_file(folder / "outputs.safetensors")
-    tokens, mode = Tokens(x), "batch" if sae.threshold is None else "threshold"
+    tokens, mode = Entered(x), "batch" if sae.threshold is None else "threshold"
     u = tokens.of(sae)
     acts = sae.encode(u) if mode == "batch" else sae.encode_threshold(u)
     x_hat = replacement(sae, mode)(x[None])[0]
