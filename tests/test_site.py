@@ -96,7 +96,8 @@ def test_a_point_of_figure_1b_leads_to_its_row_and_its_features(site: Path, chro
     seeds = [f"joint-lambda0.3-sigma1-seed{seed}" for seed in (0, 1)]
     assert sorted(chromium.evaluate(ringed)) == sorted(["joint-lambda0.3-sigma1", *2 * seeds])
     rows = "[...document.querySelectorAll('tr.picked')].map(row => row.cells[0].textContent)"
-    assert chromium.evaluate(rows) == seeds
+    # Its arms in the table of φ, and itself beside the penalty's competitors.
+    assert chromium.evaluate(rows) == [*seeds, "joint-lambda0.3-sigma1"]
     panel.get_by_role("link", name="Its row").click()
     chromium.wait_for_function("location.hash === '#row-joint-lambda0.3-sigma1'")
     assert serious(chromium) == []
