@@ -34,7 +34,7 @@ STEPS, BATCH, WIDTH = 200, 512, 256
 JUMP = JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
 MADE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {"k": 8}),
-    "matryoshka": (
+    "matryoshka-raw": (
         MatryoshkaBatchTopKTrainingSAE,
         MatryoshkaBatchTopKTrainingSAEConfig,
         {"k": 8, "matryoshka_widths": [64, WIDTH]},
