@@ -11,7 +11,13 @@ import pandas as pd
 from torch import Tensor
 
 from metasae_lib.measure.counting import CooccurrenceCounter, CrossCounts
-from metasae_lib.measure.passes import in_memory, pre_activations, product_dtype, scan_chunks
+from metasae_lib.measure.passes import (
+    counts_bytes,
+    in_memory,
+    pre_activations,
+    product_dtype,
+    scan_chunks,
+)
 from metasae_lib.measure.patterns import above
 from metasae_lib.measure.phi import phi
 from metasae_lib.measure.scan import VERSION, scan_inputs
@@ -58,9 +64,8 @@ def cross_scan(
     residuals = Residuals(run, "scan")
 
     def make(missing: dict[tuple[str, str], Artefact]) -> None:
-        size = 4 * max(arm.sae.n_features for arm in used.values()) ** 2  # int32
         what = "the counts of one pair of arms"
-        for group in in_memory(list(missing), size, what, residuals.device):
+        for group in in_memory(list(missing), counts_bytes(used), what, residuals.device):
             for pair, cross in _cross(run, residuals, arms, group).items():
                 with atomic_write(missing[pair].folder / "n11.npy") as path:
                     np.save(path, cross.n11)

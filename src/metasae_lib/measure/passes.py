@@ -13,9 +13,9 @@ from metasae_lib.subject import Residuals
 from metasae_lib.subject.model import free_memory
 from metasae_lib.train import Arm, Dictionary
 from metasae_lib.train.dictionary import Space, enter
+from metasae_lib.train.training import MEMORY_SHARE
 
 GROUP = 8192  # tokens whose pre-activations are made at once
-MEMORY_SHARE = 0.7  # of the free memory that counts may take
 T = TypeVar("T")
 
 
@@ -51,6 +51,11 @@ class Entered:
 def by_arm(arms: Mapping[str, Arm], inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What an artefact of each arm depends on, for `Run.made`: the arm's own, and `inputs`."""
     return {name: {"arm": arm.folder.name, **inputs} for name, arm in arms.items()}
+
+
+def counts_bytes(arms: Mapping[str, Arm]) -> int:
+    """Bytes of the int32 counts of the pairs of one arm, the widest of some."""
+    return 4 * max(arm.sae.n_features for arm in arms.values()) ** 2
 
 
 def in_memory(names: Sequence[T], size: int, what: str, device: torch.device) -> Iterator[list[T]]:

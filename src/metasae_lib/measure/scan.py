@@ -13,6 +13,7 @@ from torch import Tensor
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts
 from metasae_lib.measure.passes import (
     by_arm,
+    counts_bytes,
     in_memory,
     pre_activations,
     product_dtype,
@@ -42,9 +43,8 @@ def scan_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
     residuals = Residuals(run, "scan")
 
     def make(missing: dict[str, Artefact]) -> None:
-        size = 4 * max(arm.sae.n_features for arm in arms.values()) ** 2  # int32
         what = "the counts of one arm"
-        for group in in_memory(list(missing), size, what, residuals.device):
+        for group in in_memory(list(missing), counts_bytes(arms), what, residuals.device):
             scans = [ArmScan(run, arms[n], calibrations[n], missing[n]) for n in group]
             _scan(run, residuals, scans)
 

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts
 from metasae_lib.measure.cross import firing
 from metasae_lib.measure.fidelity import first_position
-from metasae_lib.measure.passes import Entered, pre_activations, product_dtype
+from metasae_lib.measure.passes import (
+    Entered,
+    counts_bytes,
+    in_memory,
+    pre_activations,
+    product_dtype,
+)
 from metasae_lib.measure.phi import summarise
 from metasae_lib.measure.scan import SCALES, counts_artefact, load_counts, scan_arms, scan_inputs
 from metasae_lib.study import Artefact, Run, atomic_write, progress
@@ -57,7 +63,9 @@ def sensitivity(
         model = subject or subject_of(run)
         rows = _first_position(run, arms, counts, model)
         if run.profile.text.bos == "every_row":
-            rows += _without_bos(run, arms, model, bos_rows)
+            what = "the counts of one arm with and without BOS"
+            for group in in_memory(list(arms), 2 * counts_bytes(arms), what, residuals.device):
+                rows += _without_bos(run, {n: arms[n] for n in group}, model, bos_rows)
         for name in arms:
             rows += _other_thresholds(name, counts_artefact(run, arms[name], inputs))
             rows += _other_pairs(name, counts[name])

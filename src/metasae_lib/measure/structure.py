@@ -23,14 +23,21 @@ from scipy.sparse import csgraph, csr_array
 
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts
 from metasae_lib.measure.cross import firing
-from metasae_lib.measure.passes import by_arm, pre_activations, product_dtype, scan_chunks
+from metasae_lib.measure.passes import (
+    by_arm,
+    counts_bytes,
+    in_memory,
+    pre_activations,
+    product_dtype,
+    scan_chunks,
+)
 from metasae_lib.measure.patterns import Array
 from metasae_lib.measure.phi import PhiSummary, log_choices, log_factorial, null_abs, pair_phi
 from metasae_lib.measure.scan import load_counts, save_counts, scan_inputs
 from metasae_lib.measure.thresholds import calibrate_arms
 from metasae_lib.study import Artefact, Run
 from metasae_lib.subject import Residuals
-from metasae_lib.train import Arm
+from metasae_lib.train import Arm, Dictionary
 
 FALSE_DISCOVERIES = 0.05  # expected share of chance pairs among those above chance, at most
 LINK = 0.5  # φ from which a pair above chance links two features; the rule of splits has it too
@@ -184,24 +191,28 @@ def shifted_counts(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
     calibrate_arms(run, arms)
     residuals, dtype = Residuals(run, "scan"), product_dtype(run)
 
-    def make(missing: dict[str, Artefact]) -> None:
-        saes = {name: arms[name].sae for name in missing}
+    def count(saes: Mapping[str, Dictionary]) -> dict[str, CooccurrenceCounter]:
         counters = {
             name: CooccurrenceCounter(sae.n_features, sae.n_features, residuals.device)
             for name, sae in saes.items()
         }
-        for _, parts in scan_chunks(residuals, f"shifted counts of {len(missing)} arms"):
-            for z in parts:
-                half = len(z) // 2
+        for _, parts in scan_chunks(residuals, f"shifted counts of {len(saes)} arms"):
+            for tokens in parts:
+                half = len(tokens) // 2
                 for name, counter in counters.items():
-                    pre = pre_activations(saes[name], z.of(saes[name]), dtype)
+                    pre = pre_activations(saes[name], tokens.of(saes[name]), dtype)
                     a, b = (firing(x, saes[name].threshold) for x in pre[: 2 * half].split(half))
                     counter.update(a, b)
                     counter.update(b, a)
-        for name, counter in counters.items():
-            cross = counter.cross_counts()
-            save_counts(missing[name], "n11", Counts(cross.n11, cross.n1_a, cross.n_tokens))
-            missing[name].finish({"n_tokens": cross.n_tokens}, shared_by=len(missing))
+        return counters
+
+    def make(missing: dict[str, Artefact]) -> None:
+        what = "the shifted counts of one arm"
+        for group in in_memory(list(missing), counts_bytes(arms), what, residuals.device):
+            for name, counter in count({name: arms[name].sae for name in group}).items():
+                cross = counter.cross_counts()
+                save_counts(missing[name], "n11", Counts(cross.n11, cross.n1_a, cross.n_tokens))
+                missing[name].finish({"n_tokens": cross.n_tokens}, shared_by=len(missing))
 
     inputs = by_arm(arms, scan_inputs(run, residuals))
     made = run.made("shifted-counts", inputs, _VERSION, make)

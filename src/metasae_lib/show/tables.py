@@ -15,6 +15,7 @@ import torch
 from IPython.display import Markdown
 
 from metasae_lib.measure import Counts, PhiSummary, noise_floor, null_mean_abs, setting_table
+from metasae_lib.measure.pairs import is_selected
 from metasae_lib.measure.statistics import paired_difference
 from metasae_lib.show.published import grid_id, load_published
 from metasae_lib.show.text import between, literal, number, percent, plain, section, table
@@ -166,7 +167,7 @@ def frontier_points(run: Run, phi: pd.DataFrame, fidelity: pd.DataFrame) -> pd.D
     """
     frame = phi[phi.kind.isin(["solo", "frontier", "joint", *COMPETITORS])]
     frame = frame.merge(fidelity[["arm", "l2"]], on="arm")
-    frame["selected"] = (frame.kind == "joint") & _selected(run, frame)
+    frame["selected"] = is_selected(run, frame)
     columns = ["arm", "kind", "seed", "k", "lambda2", "sigma_sq", "selected", "l2", "mean_abs"]
     return frame[[*columns, "null_mean_abs"]]
 

@@ -39,7 +39,7 @@ from metasae_lib.train.trainer import (
 )
 
 VERSION = 2  # of the stage: raise it when the same inputs give other weights
-MEMORY_SHARE = 0.7  # of the free memory that training may plan with
+MEMORY_SHARE = 0.7  # of the free memory that training, or counts of pairs, may plan with
 
 
 @dataclass(frozen=True)
