@@ -37,7 +37,7 @@ def measured_costs(profile: Profile, shape: ModelShape) -> Costs:
     Takes seconds, up to minutes for the shapes of large models on a CPU.
     """
     device = compute_device(profile)
-    block, head = _model(profile, shape, device)
+    block, head = (each(profile, shape, device) for each in (_block, _head))
     solo, joint = _steps(profile, shape, device)
     memory = machines()["cpu"].memory
     if device.type == "cuda":
@@ -56,23 +56,13 @@ def _seconds(unit: Callable[[], object]) -> float:
     return (time.perf_counter() - started) / _REPEATS
 
 
-def _model(profile: Profile, shape: ModelShape, device: torch.device) -> tuple[float, float]:
-    """Seconds of a token in one block, and in the head."""
-    if profile.model.source.startswith("hub:"):
-        return _stand_in(profile, shape, device)
-    subject, layer = load_subject(profile), profile.model.layer
+def _block(profile: Profile, shape: ModelShape, device: torch.device) -> float:
+    """Seconds of a token in one block: of the model itself, or of random ones for a hub model."""
     size = profile.model.batch_rows, profile.text.context_length
-    ids = np.random.default_rng(0).integers(shape.vocabulary, size=size)
-    reached = subject.residuals(ids)
-    block = _seconds(lambda: subject.residuals(ids)) / layer
-    behind = _seconds(lambda: subject.loss(ids, lambda x: x, reached))
-    head = max(0.0, behind - (shape.n_layers - layer) * block)
-    return block / ids.size, head / ids.size
-
-
-@torch.no_grad()
-def _stand_in(profile: Profile, shape: ModelShape, device: torch.device) -> tuple[float, float]:
-    """The same of random blocks with as many weights, for a model that may not be here yet."""
+    if not profile.model.source.startswith("hub:"):
+        subject = load_subject(profile)
+        ids = np.random.default_rng(0).integers(shape.vocabulary, size=size)
+        return _seconds(lambda: subject.residuals(ids)) / profile.model.layer / ids.size
     from transformers import LlamaConfig, LlamaModel
 
     d, n_blocks = shape.d_model, 2
@@ -87,16 +77,23 @@ def _stand_in(profile: Profile, shape: ModelShape, device: torch.device) -> tupl
     dtype: torch.dtype = getattr(torch, profile.model.dtype)
     model: Any = LlamaModel(config)
     model.to(device, dtype)
-    hidden = torch.randn(
-        profile.model.batch_rows, profile.text.context_length, d, dtype=dtype, device=device
-    )
-    tokens = len(hidden) * hidden.shape[1]
-    block = _seconds(lambda: model(inputs_embeds=hidden)) / n_blocks / tokens
-    weights = torch.randn(shape.vocabulary, d, dtype=dtype, device=device)
-    made = Head(lambda x: x @ weights.T, config)
-    part = made.blocks(hidden.flatten(0, 1), shape.vocabulary)[0]
+    hidden = torch.randn(*size, d, dtype=dtype, device=device)
+    with torch.no_grad():
+        return _seconds(lambda: model(inputs_embeds=hidden)) / n_blocks / math.prod(size)
+
+
+def _head(profile: Profile, shape: ModelShape, device: torch.device) -> float:
+    """Seconds of a token's cross-entropy from its last hidden state, with random weights."""
+    from transformers import LlamaConfig
+
+    dtype: torch.dtype = getattr(torch, profile.model.dtype)
+    tokens = profile.model.batch_rows * profile.text.context_length
+    hidden = torch.randn(tokens, shape.d_model, dtype=dtype, device=device)
+    weights = torch.randn(shape.vocabulary, shape.d_model, dtype=dtype, device=device)
+    made = Head(lambda x: x @ weights.T, LlamaConfig())
+    part = made.blocks(hidden, shape.vocabulary)[0]
     target = torch.zeros(len(part), dtype=torch.int64, device=device)
-    return block, _seconds(lambda: F.cross_entropy(made(part), target)) / len(part)
+    return _seconds(lambda: F.cross_entropy(made(part), target)) / len(part)
 
 
 def _steps(profile: Profile, shape: ModelShape, device: torch.device) -> tuple[float, float]:
