@@ -149,11 +149,25 @@ def test_update_rows(with_extra: bool, with_pull: bool, ends: list[int]) -> None
         error, _, dots = form.residual(codes, p["z"], p["W_dec"], p["b_dec"], at, True)
         rows = Rows(p["W_enc_T"], p["W_dec"], *(x.clone() for x in start))
         batch = Batch(codes, dots, p["z"], error, at, p["b_dec"], -0.37)
-        g_b = form.update_rows(rows, batch, extra, pull, Adam(1e-2, 0.9, 0.99, 3))
+        low = torch.zeros(n, d, dtype=torch.bfloat16)
+        g_b = form.update_rows(rows, low, batch, extra, pull, Adam(1e-2, 0.9, 0.99, 3))
+        assert torch.equal(low, rows.W_enc_T.to(low.dtype))
         results.append((*rows, g_b))
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(results[0][1].norm(dim=1), torch.ones(n))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_missed(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    e_hat = torch.randn(70, 33, generator=generator).to(dtype)
+    error = torch.randn(70, 33, generator=generator)
+    exact = e_hat.double() - error.double()
+    for form in (compiled, plain):
+        low, loss = form.missed(e_hat, error)
+        assert low.dtype == dtype and torch.equal(low, exact.float().to(dtype))
+        torch.testing.assert_close(loss.double(), exact.square().mean(), rtol=1e-6, atol=0)
 
 
 def test_adam_is_that_of_torch() -> None:

@@ -113,10 +113,13 @@ class Learner:
             return Losses(l2, l2, math.nan, 0)
         self.silent.add_(1).masked_fill_(self.kernels.fired(codes), 0)
         dead, n_dead = self._dead()
-        extra, aux, miss = self._aux(pre, centred, error[-1], dead)
+        extra, aux, e_hat = self._aux(pre, centred, error[-1], dead)
         if self.settings.as_released:
             # The residual that AuxK rebuilds depends on z_hat as well: d(e - e_hat)²/dz_hat.
-            target = z if miss is None else z - self.settings.aux_weight * miss
+            target = (
+                z if e_hat is None
+                else z - self.settings.aux_weight * (e_hat.to(z.dtype) - error[-1])
+            )  # fmt: skip
             error, _, dots = self._residual(codes, target)
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
         beta1, beta2 = self.settings.betas
@@ -127,8 +130,7 @@ class Learner:
         g_b = scale * error[0].sum(0)
         batch = Batch(codes, dots, z, error, self.ends, self.b_dec, scale)
         unit = not self.settings.as_released
-        g_b += self.kernels.update_rows(self.rows, batch, extra, pull, adam, unit)
-        self._low.copy_(self.W_enc_T)
+        g_b += self.kernels.update_rows(self.rows, self._low, batch, extra, pull, adam, unit)
         adam_step(self.b_dec, *self.moments_b, g_b, adam)
         return Losses(l2, aux, l0, n_dead)
 
@@ -194,7 +196,7 @@ class Learner:
     def _aux(
         self, pre: Tensor, centred: Tensor, error: Tensor, dead: Tensor
     ) -> tuple[Extra, Tensor, Tensor | None]:
-        """AuxK: gradient of w · mean (e - e_hat)² on the dead features' rows, the mean, e_hat - e.
+        """AuxK: gradient of w · mean (e - e_hat)² on the dead features' rows, the mean, e_hat.
 
         Dense products over the dead columns: k_aux is not small against them.
         """
@@ -207,9 +209,8 @@ class Learner:
         position[dead] = torch.arange(m, dtype=torch.int32, device=dead.device)
         acts = self.kernels.row_topk(pre, dead, self.settings.k_aux)
         rows = self.W_dec[dead].to(acts.dtype)
-        miss = (acts @ rows).to(error.dtype) - error
-        loss = miss.square().mean()
-        low = miss.to(acts.dtype)
+        e_hat = acts @ rows
+        low, loss = self.kernels.missed(e_hat, error)
         g_pre = (low @ rows.T).mul_(acts.sign())  # acts are not negative
         scale = 2 * self.settings.aux_weight / (b * d)
         extra = Extra(
@@ -218,7 +219,7 @@ class Learner:
             (g_pre.T @ centred).to(error.dtype).mul_(scale),
             g_pre.sum(0, dtype=error.dtype).mul_(scale),
         )
-        return extra, loss, miss
+        return extra, loss, e_hat
 
 
 class JumpReLULearner(Learner):

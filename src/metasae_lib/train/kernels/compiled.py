@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numba import get_num_threads, set_num_threads
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from metasae_lib.train.kernels import loops, plain
@@ -76,10 +75,10 @@ def batch_topk(pre: Tensor, k: int, bracket: int = 0) -> tuple[Codes, int]:
         start = _starts(patterns, bounds.fill_(low))
     cols, found = _gathered(patterns, bounds, start)
     cut, above = loops.kth_largest(found, k, low, top)
-    keep = found > cut
-    keep[np.flatnonzero(found == cut)[: k - above]] = True
-    kept_before = np.concatenate([[0], np.cumsum(keep)])
-    codes = _codes(kept_before[start], cols[keep], found[keep], pre)
+    row_ptr = np.empty_like(start)
+    loops.keep(found, cols, start, cut, k - above, row_ptr)
+    m = row_ptr[-1]
+    codes = _codes(row_ptr, cols[:m], found[:m], pre)
     # One octave of values is 2^7 patterns of a bfloat16 and 2^23 of a float32: about 4% below.
     margin = 6 if pre.dtype == torch.bfloat16 else 6 << 16
     return codes, max(cut - margin, 1)
@@ -119,10 +118,10 @@ def _gathered(patterns: Tensor, bounds: Tensor, start: np.ndarray) -> tuple[np.n
 def _codes(row_ptr: np.ndarray, cols: np.ndarray, found: np.ndarray, pre: Tensor) -> Codes:
     """Both lists of the entries kept, from the token-major one."""
     acts = torch.from_numpy(found).view(pre.dtype).float().numpy()
-    places = np.arange(len(cols), dtype=np.int32)
-    by_feature = csr_array((places, cols, row_ptr), shape=(len(pre), pre.shape[1])).tocsc()
-    col_ptr = by_feature.indptr.astype(np.int64)
-    return Codes(row_ptr, cols, acts, col_ptr, by_feature.data, by_feature.indices)
+    col_ptr = np.empty(pre.shape[1] + 2, np.int64)
+    entries, rows = np.empty_like(cols), np.empty_like(cols)
+    loops.by_feature(row_ptr, cols, col_ptr, entries, rows)
+    return Codes(row_ptr, cols, acts, col_ptr[:-1], entries, rows)
 
 
 def fired(codes: Codes) -> Tensor:
@@ -139,6 +138,18 @@ def row_topk(pre: Tensor, features: Tensor, k: int) -> Tensor:
     out = pre.new_empty(len(pre), len(features))
     _run(loops.row_topk, out.numel() * 8, _bits(pre), features, k, _bits(out))
     return out
+
+
+def missed(e_hat: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """``e_hat - error`` in the products' type, and the mean of its square before it is rounded.
+
+    e_hat: (b, d) in that type. error: (b, d) float32.
+    """
+    if e_hat.dtype != torch.bfloat16:
+        return plain.missed(e_hat, error)
+    low, square = torch.empty_like(e_hat), torch.empty(len(error))
+    _run(loops.missed, error.numel(), _bits(e_hat), error, _bits(low), square)
+    return low, square.sum() / error.numel()
 
 
 def residual(
@@ -163,7 +174,13 @@ def residual(
 
 
 def update_rows(
-    weights: Rows, batch: Batch, extra: Extra, pull: Pull | None, adam: Adam, unit: bool = True
+    weights: Rows,
+    low: Tensor,
+    batch: Batch,
+    extra: Extra,
+    pull: Pull | None,
+    adam: Adam,
+    unit: bool = True,
 ) -> Tensor:
     """Gradient, Adam step and unit rows of every feature, in place, one row at a time.
 
@@ -176,6 +193,7 @@ def update_rows(
     The component of the decoder's gradient along its row is removed before the step and the row
     is made a unit vector after it (if `unit`). No (n, d) gradient exists at any time.
 
+    low: (n, d) takes the new W_enc_T in the products' type; it may be W_enc_T itself.
     Returns the gradient that reaches b_dec through the encoder,
     ``-sum_j (sum_t dL/dpre[t,j]) W_enc[:, j]``, (d,).
     """
@@ -184,7 +202,9 @@ def update_rows(
     none = Pull(weights.W_dec[:0], weights.W_dec[:0, 0])
     rates = (*adam.rates(), adam.beta1, adam.beta2, adam.eps)
     operations = (n + len(batch.codes.cols)) * d
-    _run(loops.update_rows, operations, weights, batch, extra, pull or none, rates, unit, partial)
+    bits = _bits(low if low.dtype == torch.bfloat16 else low.new_empty(0, 0, dtype=torch.bfloat16))
+    arguments = weights, batch, extra, pull or none, rates, unit, bits, partial
+    _run(loops.update_rows, operations, *arguments)
     return torch.from_numpy(partial.sum(0))
 
 

@@ -44,17 +44,39 @@ def normalise_rows(x: Array, eps: float, z: Array, scale: Array) -> None:
             z[r, i] *= inverse
 
 
+@njit(**LOOP)
+def _round_row(row: Array, out: Array) -> None:
+    """Rounds float32 to the bits of the nearest bfloat16 (int16), ties to even."""
+    bits = row.view(np.int32)
+    for i in range(row.shape[0]):
+        out[i] = (bits[i] + 0x7FFF + ((bits[i] >> 16) & 1)) >> 16
+
+
 @njit(**PARALLEL)
 def centre(z: Array, b_dec: Array, out: Array) -> None:
-    """Rounds float32 to the bits of the nearest bfloat16 (int16), ties to even."""
     b, d = z.shape
     for r in prange(b):
         row = np.empty(d, np.float32)
         for i in range(d):
             row[i] = z[r, i] - b_dec[i]
+        _round_row(row, out[r])
+
+
+@njit(**PARALLEL)
+def missed(e_hat: Array, error: Array, low: Array, square: Array) -> None:
+    """low = e_hat - error, both rounded to bfloat16 as bits; its squared norm before rounding."""
+    b, d = error.shape
+    for r in prange(b):
+        row = np.empty(d, np.float32)
         bits = row.view(np.int32)
         for i in range(d):
-            out[r, i] = (bits[i] + 0x7FFF + ((bits[i] >> 16) & 1)) >> 16
+            bits[i] = np.int32(e_hat[r, i]) << 16
+        s = np.float32(0)
+        for i in range(d):
+            row[i] -= error[r, i]
+            s += row[i] * row[i]
+        square[r] = s
+        _round_row(row, low[r])
 
 
 @njit(**PARALLEL)
@@ -82,19 +104,54 @@ def gather(patterns: Array, low: Array, start: Array, cols: Array, found: Array)
 @njit(**LOOP)
 def kth_largest(found: Array, k: int, low: int, high: int) -> tuple[int, int]:
     """(k-th largest pattern, how many are larger), by bisection of low <= pattern <= high."""
+    middle = np.empty(1, found.dtype)  # compared in their own type and counted in 32 bits: faster
     while low < high:
-        middle = low + (high - low + 1) // 2
-        total = 0
+        half = low + (high - low + 1) // 2
+        middle[0] = half
+        bound, total = middle[0], np.int32(0)
         for i in range(found.shape[0]):
-            total += found[i] >= middle
+            total = np.int32(total + (found[i] >= bound))
         if total >= k:
-            low = middle
+            low = half
         else:
-            high = middle - 1
+            high = half - 1
     above = 0
     for i in range(found.shape[0]):
         above += found[i] > low
     return low, above
+
+
+@njit(**LOOP)
+def keep(found: Array, cols: Array, start: Array, cut: int, ties: int, row_ptr: Array) -> None:
+    """Move what is above the cut-off, and the first few at it, to the front of both lists.
+
+    row_ptr: where each row then begins.
+    """
+    q = 0
+    for r in range(start.shape[0] - 1):
+        row_ptr[r] = q
+        for p in range(start[r], start[r + 1]):
+            tied = found[p] == cut and ties > 0
+            ties -= tied
+            if found[p] > cut or tied:
+                found[q], cols[q] = found[p], cols[p]
+                q += 1
+    row_ptr[start.shape[0] - 1] = q
+
+
+@njit(**LOOP)
+def by_feature(row_ptr: Array, cols: Array, col_ptr: Array, entries: Array, rows: Array) -> None:
+    """The feature-major lists of a token-major one. col_ptr: (n+2,), its last place for nothing."""
+    col_ptr[:] = 0
+    for p in range(cols.shape[0]):
+        col_ptr[cols[p] + 2] += 1
+    for j in range(1, col_ptr.shape[0]):
+        col_ptr[j] += col_ptr[j - 1]
+    for r in range(row_ptr.shape[0] - 1):
+        for p in range(row_ptr[r], row_ptr[r + 1]):
+            q = col_ptr[cols[p] + 1]
+            entries[q], rows[q] = p, r
+            col_ptr[cols[p] + 1] = q + 1
 
 
 @njit(**PARALLEL)
@@ -109,13 +166,18 @@ def row_topk(patterns: Array, features: Array, k: int, out: Array) -> None:
             row[i] = max(x, 0)
             positive += x > 0
         if positive > k:
-            cut, above = kth_largest(row, k, 1, high)
-            ties = k - above
+            cut, _ = kth_largest(row, k, 1, high)
+            kept = 0
             for i in range(m):
-                if row[i] == cut and ties > 0:
-                    ties -= 1
-                elif row[i] <= cut:
+                reaches = row[i] >= cut
+                row[i] = row[i] if reaches else 0
+                kept += reaches
+            i = m
+            while kept > k:  # ties
+                i -= 1
+                if row[i] == cut:
                     row[i] = 0
+                    kept -= 1
 
 
 @njit(**PARALLEL)
@@ -185,8 +247,9 @@ def _adam_row(w: Array, m: Array, v: Array, g: Array, adam: Any) -> None:
 
 @njit(**PARALLEL)
 def update_rows(
-    weights: Any, batch: Any, extra: Any, pull: Any, adam: Any, unit: bool, partial: Array
-) -> None:
+    weights: Any, batch: Any, extra: Any, pull: Any, adam: Any, unit: bool, low: Array,
+    partial: Array,
+) -> None:  # fmt: skip
     W_enc_T, W_dec, m_enc, v_enc, m_dec, v_dec = weights
     codes, dots, z, error, ends, b_dec, scale = batch
     acts, col_ptr, entries, rows = codes.acts, codes.col_ptr, codes.entries, codes.rows
@@ -243,6 +306,8 @@ def update_rows(
             for i in range(d):
                 part[i] -= g_pre * w_enc[i]
             _adam_row(w_enc, m_enc[j], v_enc[j], g_enc, adam)
+            if low.shape[0] > 0:
+                _round_row(w_enc, low[j])
             along = np.float32(0)
             for i in range(d):
                 along += g_dec[i] * w_dec[i]

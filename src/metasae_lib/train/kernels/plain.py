@@ -77,6 +77,11 @@ def row_topk(pre: Tensor, features: Tensor, k: int) -> Tensor:
     return torch.where(top_mask(values, k), values, 0)
 
 
+def missed(e_hat: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    miss = e_hat.to(error.dtype) - error
+    return miss.to(e_hat.dtype), miss.square().mean()
+
+
 def residual(
     codes: DenseCodes, z: Tensor, W_dec: Tensor, b_dec: Tensor, ends: np.ndarray, with_dots: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +102,13 @@ def residual(
 
 
 def update_rows(
-    weights: Rows, batch: Batch, extra: Extra, pull: Pull | None, adam: Adam, unit: bool = True
+    weights: Rows,
+    low: Tensor,
+    batch: Batch,
+    extra: Extra,
+    pull: Pull | None,
+    adam: Adam,
+    unit: bool = True,
 ) -> Tensor:
     """Holds the (n, d) gradients."""
     W_enc_T, W_dec, m_enc, v_enc, m_dec, v_dec = weights
@@ -121,6 +132,7 @@ def update_rows(
     g_b = -(g_pre @ W_enc_T)
     g_dec = g_dec - (g_dec * W_dec).sum(1, keepdim=True) * W_dec
     adam_step(W_enc_T, m_enc, v_enc, g_enc, adam)
+    low.copy_(W_enc_T)
     adam_step(W_dec, m_dec, v_dec, g_dec, adam)
     if unit:
         W_dec.div_(W_dec.norm(dim=1, keepdim=True))
