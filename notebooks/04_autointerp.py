@@ -190,10 +190,10 @@ probes = measure.probe_arms(run, {name: every_arm[name] for name in asked_of})
 means = 100 * probes.pivot_table(index="arm", columns="k", values="auc").add_prefix("auc_")
 probed = run.load_table("arms").merge(means, on="arm")
 measures = {"auc_1": "AUC, k = 1 (%)", "auc_5": "AUC, k = 5 (%)"}
-changes = measure.paired_measures(run, probed, list(measures))
+probe_pairs = measure.paired_measures(run, probed, list(measures))
 caption = "Mean AUC over the tasks, seed by seed, with 95% intervals for new seeds"
-display(show.probe_sentence(probes, changes),
-        show.paired_rows(changes, measures, caption, "tab-probes"))  # fmt: skip
+display(show.probe_sentence(probes, probe_pairs),
+        show.paired_rows(probe_pairs, measures, caption, "tab-probes"))  # fmt: skip
 
 # %% mystnb={"figure": {"name": "fig-probes", "caption": "Sparse probes on labels that people gave: AUC on texts that neither chose the features nor fitted the probe, with one feature (left) and five (right); 0.5 is guessing. Each mark is a dictionary, a set of random directions, or the whole residual (dense). If joint training makes features that fit human concepts better, its squares lie to the right of the solo circles, task after task."}, "image": {"alt": "Two panels of dots, one row per task: area under the curve of probes on solo, joint and frontier dictionaries, on random directions and on the whole residual, with a dashed line at chance."}}
 shown_kinds = probes[probes.kind.isin(["solo", "joint", "frontier", "random", "dense"])]
@@ -201,6 +201,7 @@ figures.probes(shown_kinds.assign(task=shown_kinds.task.map(TASKS)))
 
 # %% tags=["hide-input"]
 run.save_table("probes", probes, "Sparse probes: AUC and accuracy on every task, every arm")
+run.save_table("probe_pairs", probe_pairs, "Mean AUC of probes: joint and frontier against solo")
 run.save_table("autointerp_controls", summary, "Judge controls: mean scores by condition")
 run.save_table("autointerp_verdicts", verdicts, "Which judge can be believed on which score")
 run.save_table("autointerp_features", features, "Segments in which each feature fires")
@@ -225,5 +226,6 @@ display(
     show.downloads(
         run, "autointerp_controls", "autointerp_features", "autointerp_scores",
         "autointerp_compared", "autointerp_verdicts", "autointerp_explainers", "figure_2", "probes",
+        "probe_pairs",
     ),
 )  # fmt: skip

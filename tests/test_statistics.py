@@ -10,6 +10,7 @@ from metasae_lib.measure.statistics import (
     Effect,
     bootstrap_mean_abs,
     crossed_interval,
+    expected_reach,
     feature_difference,
     feature_draws,
     needed,
@@ -137,6 +138,8 @@ def test_more_seeds_narrow_an_interval_as_the_t_interval_says() -> None:
     assert (effect.low, effect.high) == pytest.approx(theirs)
     low, high = seeds_interval(effect, 700)
     assert high - low < (effect.high - effect.low) / 9
+    assert expected_reach(effect.low, effect.high, 7, 700) == pytest.approx((high - low) / 2)
+    assert math.isnan(expected_reach(0, 1, 1, 6))
 
 
 @pytest.mark.parametrize(("seed_scatter", "text_scatter"), [(0.0, 1.0), (0.4, 1.0), (0.4, 0.1)])

@@ -20,6 +20,7 @@ import nbformat
 import yaml
 from nbformat.v4 import new_markdown_cell
 
+import announced
 import landing
 import toc
 import together
@@ -85,6 +86,10 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     (generated / "workflow.svg").write_text(toc.workflow_svg(notebooks), encoding="utf-8")
     # A fresh run stands for the kept one of its profile; of others, what is kept is shown.
     shown = runs | {name: kept[name] for name in others if name in kept}
+    claims = yaml.safe_load((root / "book" / "claims.yml").read_text(encoding="utf-8"))
+    judging = {name: _profile(root, name) for name in claims["runs"]}
+    said = announced.page(claims, judging, kept | runs, where)
+    (generated / "announced.md").write_text(said + "\n", encoding="utf-8")
     # What is claimed of language models, a world of known atoms cannot answer.
     shown = {name: run for name, run in shown.items() if not run.profile.synthetic}
     landing.write(published, shown, generated, where)

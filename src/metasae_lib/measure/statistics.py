@@ -127,6 +127,17 @@ def seeds_interval(effect: Effect, n_seeds: int, level: float = 0.95) -> tuple[f
     return effect.difference - reach, effect.difference + reach
 
 
+def expected_reach(low: float, high: float, n_seeds: int, wanted: int) -> float:
+    """Half the length that the interval of `n_seeds` differences would have with `wanted` of them.
+
+    nan where either number of seeds gives none.
+    """
+    if min(n_seeds, wanted) < 2:
+        return math.nan
+    one, other = (_reach(1.0, n - 1, n, 0.95) for n in (n_seeds, wanted))
+    return (high - low) / 2 * other / one
+
+
 def _reach(scatter: float, df: int, n: int, level: float) -> float:
     return float(scipy.stats.t.ppf((1 + level) / 2, df)) * scatter / math.sqrt(n)
 

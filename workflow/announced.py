@@ -1,0 +1,97 @@
+"""The claims that the reference runs judge, announced before they are made: book/claims.yml.
+
+Each is one change with its interval, out of a table of its run. Beside it stands how far that
+interval is expected to reach, from the scatter of a smaller run that was there before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from citation import Citation
+from landing import kept_mark
+from metasae_lib import Profile, Run
+from metasae_lib.measure import paired_measures
+from metasae_lib.measure.statistics import expected_reach
+from metasae_lib.show.text import number, table
+from metasae_lib.study.kept import KeptRun
+
+FOR, AGAINST, OPEN, NOT_MADE = "for it", "against it", "open", "not made yet"
+
+
+def page(
+    announced: Mapping[str, Any],
+    profiles: Mapping[str, Profile],
+    runs: Mapping[str, Run],
+    where: Citation,
+) -> str:
+    """The announcement and, for runs that were made since, its verdicts.
+
+    announced: `book/claims.yml`. profiles: of the runs that it names. runs: by name, fresh or kept.
+    """
+    date, commit = (announced["announced"].get(key) for key in ("date", "commit"))
+    parts = [
+        f"Announced on {date}, in {where.file('book/claims.yml', commit)}."
+        if commit
+        else "Not announced yet: until a commit is named here, this list may change."
+    ]
+    for name, section in announced["runs"].items():
+        run, seen_in = runs.get(name), runs.get(section["seen_in"])
+        seeds = len(profiles[name].training.seeds)
+        # A run stands for itself only once it is as large as announced.
+        if run is not None and run.profile_hash != profiles[name].hash:
+            run = None
+        rows = [_row(claim, run, seen_in, seeds) for claim in section["claims"]]
+        made = f" Made: {kept_mark(run)}." if isinstance(run, KeptRun) else ""
+        seen = f" What it will see is told from `{section['seen_in']}`." if seen_in else ""
+        caption = f"Claims that {name} judges"
+        shown = table(pd.DataFrame(rows), caption, f"tab-announced-{name}")
+        parts += [f"## {name}", f"{seeds} seeds.{seen}{made}", shown.data]
+    return "\n\n".join(parts)
+
+
+def _row(
+    claim: Mapping[str, Any], run: Run | None, seen_in: Run | None, seeds: int
+) -> dict[str, str]:
+    before = None if seen_in is None else found(seen_in, claim)
+    now = None if run is None else found(run, claim)
+    reach = "—"
+    if before is not None:
+        _, low, high, n_seeds = before
+        reach = f"± {number(expected_reach(low, high, n_seeds, seeds), 2)}"
+    value, answer = "—", NOT_MADE
+    if now is not None:
+        change, low, high, _ = now
+        value = f"{number(change)} ({number(low)} to {number(high)})"
+        answer = judged(claim["says"], low, high)
+    return {
+        "what changes": claim["what"], "against": claim["against"],
+        "the claim": claim["says"], "interval will reach": reach, "found": value,
+        "speaks": answer,
+    }  # fmt: skip
+
+
+def found(run: Run, claim: Mapping[str, Any]) -> tuple[float, float, float, int] | None:
+    """A claim's change with the ends of its interval and its seeds; None where a run lacks it."""
+    if not run.has_table(claim["table"]):
+        return None
+    frame = run.load_table(claim["table"])
+    if "paired" in claim:
+        frame = paired_measures(run, frame, [claim["paired"]])
+    for column, value in claim["row"].items():
+        frame = frame[frame[column] == value]
+    if frame.empty:
+        return None
+    (row,) = frame.to_dict("records")
+    change, low, high = (float(row[column]) for column in claim["value"])
+    return change, low, high, int(row["n_seeds"])
+
+
+def judged(says: str, low: float, high: float) -> str:
+    """Which way an interval speaks on a claim that says `lower` or `higher` than zero."""
+    if not (low > 0 or high < 0):
+        return OPEN
+    return FOR if (high < 0) == (says == "lower") else AGAINST
