@@ -35,6 +35,7 @@ from pages import ANSI, LINES_SHOWN, code_cells, unfinished
 
 ATTEMPTS = 3  # kernels that start at once collide now and then
 HEARTBEAT_SECONDS = 30
+IOPUB_SECONDS = 120  # for what a finished cell has shown to arrive: four would end a busy machine's
 # The environment's own kernel, whatever the notebook's header names.
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
@@ -181,6 +182,7 @@ def _run_papermill(
             cwd=folder,
             reporter=reporter,
             extra_arguments=["--log-level=CRITICAL"],
+            iopub_timeout=IOPUB_SECONDS,
         )
     except PapermillExecutionError as error:
         return ANSI.sub("", "\n".join(error.traceback)) + "\n"

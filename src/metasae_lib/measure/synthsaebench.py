@@ -14,6 +14,7 @@ with the dictionary in its training form, BatchTopK over a batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,7 @@ from metasae_lib.subject import Samples, samples, world_of
 from metasae_lib.train import Arm, JumpReLU, train_arms
 
 _VERSION = 1
+_KEPT = "synthsaebench-reference", "synthsaebench"  # the first that is there is shown
 _COLUMNS = [
     "arm", "kind", "seed", "lambda2", "sigma_sq", "k", "samples", "f1", "mcc", "uniqueness",
     "variance_explained", "l2", "l0", "dead", "held_out",
@@ -93,7 +95,7 @@ def scores(run: Run) -> tuple[pd.DataFrame, str]:
     if run.profile.synthetic:
         return score_arms(run, train_arms(run)), about
     for results in repository_folders("results"):
-        if (folder := results / "synthsaebench").is_dir():
+        for folder in filter(Path.is_dir, (results / name for name in _KEPT)):
             kept = KeptRun(folder)
             made = kept.provenance()
             frame = kept.load_table("synthsaebench")
