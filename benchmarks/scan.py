@@ -59,7 +59,7 @@ def main() -> None:
         pre = pre_activations(sae, normalise(part.float())[0], dtype)
         encoded = time.perf_counter()
         on_cpu = x.device.type == "cpu"
-        counter.update(above(pre.numpy(), theta.numpy())[0] if on_cpu else pre > theta)
+        counter.update(above(pre, theta)[0] if on_cpu else pre > theta)
         if warm:
             counter.counts()
             counter, warm = CooccurrenceCounter(N, device=x.device), False

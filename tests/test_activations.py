@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,40 @@ def test_chunks_are_the_residuals_of_the_rows(make_run: Any, model: Path, cache:
     torch.testing.assert_close(torch.cat(chunks), hidden[:, 1:].flatten(0, 1), atol=1e-5, rtol=1e-5)
     with pytest.raises(IndexError):
         residuals.chunk(3)
+
+
+def test_held_out_text_passes_through_the_model_once_also_without_a_cache(
+    make_run: Any, monkeypatch: Any
+) -> None:
+    computed: list[tuple[str, int]] = []
+    original = Residuals._compute
+
+    def counting(self: Residuals, index: int, *part: slice) -> Tensor:
+        computed.append((self.role, index))
+        return original(self, index, *part)
+
+    monkeypatch.setattr(Residuals, "_compute", counting)
+    streamed, cached = (make_run(f"cache-{on}", activations__cache=on) for on in (False, True))
+    for role in ("calibration", "scan", "contexts", "train"):
+        residuals = Residuals(streamed, role)
+        passes = [list(residuals), list(residuals), list(Residuals(streamed, role))]
+        times = 3 if role == "train" else 1
+        assert sorted(computed) == sorted([(role, i) for i in range(residuals.n_chunks)] * times)
+        computed.clear()
+        expected = list(Residuals(cached, role))
+        assert all(torch.equal(a, b) for one in passes for a, b in zip(one, expected, strict=True))
+        computed.clear()
+
+
+def test_a_disk_without_room_is_told_before_the_model_runs(
+    make_run: Any, no_model: Any, monkeypatch: Any
+) -> None:
+    no_model()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    residuals = Residuals(make_run(activations__cache=False), "scan")
+    monkeypatch.setattr(Residuals, "d", 32)
+    with pytest.raises(ArtefactError, match=r"role scan take .* make text\.roles\.scan smaller"):
+        residuals.chunk(0)
 
 
 def test_position_0_is_kept_on_request(make_run: Any) -> None:

@@ -211,11 +211,16 @@ def count_below_plain(
     np.maximum(largest, np.where(inside, values, 0).max(axis=0), out=largest)
 
 
-def test_kernels_equal_their_plain_forms() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_equal_their_plain_forms(dtype: torch.dtype) -> None:
     generator = np.random.default_rng(0)
-    values = generator.standard_normal((200, 150)).astype(np.float32)
+    given = torch.from_numpy(generator.standard_normal((200, 150))).to(dtype)
+    given[3, 5], given[4, 6], given[5] = 1.0, 0.0, -1.0  # a tie, and a row with none
+    values = given.float().numpy()
     theta = np.where(np.arange(150) % 7, 1.0, np.inf).astype(np.float32)
-    (pattern, kept), (plain, plain_kept) = above(values, theta), above_plain(values, theta)
+    theta[10:14] = [0.0, 1e-3, values[7, 12].clip(0), 0.5001]
+    found = above(given, torch.from_numpy(theta))
+    (pattern, kept), (plain, plain_kept) = found, above_plain(values, theta)
     assert all(np.array_equal(x, y) for x, y in zip(pattern, plain, strict=True))
     assert np.array_equal(kept, plain_kept) and pattern.indices.dtype == np.uint16
     assert pattern.n_tokens == 200
@@ -235,11 +240,15 @@ def test_kernels_equal_their_plain_forms() -> None:
     for low in (0.0, 0.7, 5.0):
         counts, expected = np.zeros((2, 150), np.int64)
         largest, expected_largest = np.zeros((2, 150), np.float32)
-        for part in (values[:120], values[120:]):
-            count_below(part, np.float32(low), counts, largest)
+        for part in (given[:120], given[120:]):
+            assert count_below(part, low, counts, largest)
+            part = part.float().numpy()
             count_below_plain(part, np.float32(low), expected, expected_largest)
         assert np.array_equal(counts, expected) and np.array_equal(largest, expected_largest)
         assert counts.sum() == ((values > 0) & (values <= np.float32(low))).sum()
+    for infinite in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+        given[17, 149] = infinite
+        assert not count_below(given, 0.7, counts, largest)
 
 
 def test_phi_of_hand_worked_and_library_values() -> None:

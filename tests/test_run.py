@@ -7,10 +7,13 @@ import errno
 import hashlib
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -302,11 +305,37 @@ def test_commit_outside_of_git_is_unknown(tmp_path: Path, monkeypatch: pytest.Mo
     commit.cache_clear()
 
 
-def test_progress_is_written_where_a_workflow_reads_it(
+def test_progress_of_a_workflow_is_the_bar_that_is_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("METASAE_PROGRESS", str(tmp_path / "bar"))
+    file = tmp_path / "bar"
+    monkeypatch.setenv("METASAE_PROGRESS", str(file))
     with progress(4, "counting") as bar:
         bar.update(2)
         bar.refresh()
-        assert "counting:  50%" in (tmp_path / "bar").read_text()
+        assert file.read_text().startswith("counting:  50%")
+        for _ in progress(range(3), "reading"):
+            assert file.read_text().startswith("reading:   0%")
+        assert file.read_text().startswith("counting:  50%")
+    assert file.read_text() == ""
+    with suppress(KeyboardInterrupt), progress(4, "counting"):
+        raise KeyboardInterrupt
+    assert file.read_text() == ""
+
+
+def test_a_finished_bar_leaves_the_terminal() -> None:
+    code = (
+        "import sys; from metasae_lib.study import progress\n"
+        "with progress(100, 'residuals') as bar: bar.update(54); bar.refresh()\n"
+        "print('|', file=sys.stderr)"
+    )
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    environment = {k: v for k, v in os.environ.items() if k != "METASAE_PROGRESS"}
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, env=environment)
+    shown = os.read(ours, 2**16).decode()
+    states = shown.split("\r")
+    assert any("residuals:  54%" in state for state in states)
+    wiped = next(i for i, state in enumerate(states) if "54%" in state) + 1
+    assert not states[wiped].strip() and len(states[wiped]) >= len(states[wiped - 1].rstrip())
+    assert states[wiped + 1] == "|"

@@ -183,8 +183,8 @@ def test_pre_activations_round_the_product_alone() -> None:
     z = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(pre_activations(sae, z, torch.float32), sae.pre_activations(z))
     low = pre_activations(sae, z, torch.bfloat16)
-    assert low.dtype == torch.float32
-    torch.testing.assert_close(low, sae.pre_activations(z), atol=0.02, rtol=0.02)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), sae.pre_activations(z), atol=0.02, rtol=0.02)
 
 
 def test_jumprelu_keeps_the_thresholds_it_was_trained_with() -> None:

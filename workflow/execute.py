@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
-import re
 import resource
 import shutil
 import sys
@@ -74,14 +73,12 @@ class Reporter:
             self.say(f"{self.cell}, {minutes:.1f} min{self._progress()}")
 
     def _progress(self) -> str:
-        """The last state that the library's progress bars wrote, if they wrote one."""
+        """The state of the library's progress bar that is open, if one is."""
         try:
-            text = self.progress_file.read_text(errors="replace").replace("\0", "")
+            state = self.progress_file.read_text(encoding="utf-8").strip()
         except OSError:
             return ""
-        # Bars within bars move the cursor; a finished one is wiped out with blanks.
-        states = [state for state in re.split(r"[\r\n]|\x1b\[A", text) if state.strip()]
-        return f" · {states[-1].strip()}" if states else ""
+        return f" · {state}" if state else ""
 
 
 class ReportingEngine(NBClientEngine):

@@ -348,11 +348,11 @@ class _Collector:
 def _firing(pre: Tensor, threshold: Tensor) -> tuple[Array, Array, Array]:
     """Tokens, features and values of what exceeds the thresholds, token by token."""
     if pre.device.type == "cpu":
-        pattern, values = above(pre.numpy(), threshold.numpy())
+        pattern, values = above(pre, threshold)
         tokens = np.repeat(np.arange(len(pre)), np.diff(pattern.indptr))
         return tokens, pattern.indices.astype(np.int64), values
     where = (pre > threshold).nonzero()
-    values = pre[where[:, 0], where[:, 1]].cpu().numpy()
+    values = pre[where[:, 0], where[:, 1]].float().cpu().numpy()
     return where[:, 0].cpu().numpy(), where[:, 1].cpu().numpy(), values
 
 

@@ -15,7 +15,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from metasae_lib.measure.patterns import Array, Pattern, above, add_pairs, index_type
+from metasae_lib.measure.patterns import Array, Pattern, add_pairs, index_type, reaching
 from metasae_lib.study import MeasureError
 
 INT32_MAX = 2**31 - 1  # no count exceeds the number of tokens, so int32 holds all up to here
@@ -234,7 +234,7 @@ def _pattern(fired: Any, n: int) -> Pattern:
         if fired.dtype.kind not in "biu":
             raise MeasureError(f"firing is of type {fired.dtype}: give bool, such as acts > 0")
         dense = np.ascontiguousarray(fired) != 0
-        return above(dense.view(np.uint8), np.zeros(n, np.uint8))[0]
+        return reaching(dense.view(np.uint8), np.ones(n, np.uint8))[0]
     sparse = scipy.sparse.csr_array(fired).astype(bool)
     sparse.sum_duplicates()
     sparse.eliminate_zeros()

@@ -103,7 +103,7 @@ def firing(pre: Tensor, threshold: Tensor | None) -> Any:
     """What exceeds the thresholds: a pattern on the CPU, a bool matrix on a GPU."""
     assert threshold is not None
     if pre.device.type == "cpu":
-        return above(pre.numpy(), threshold.numpy())[0]
+        return above(pre, threshold)[0]
     return pre > threshold
 
 

@@ -123,6 +123,7 @@ def _reconstruct(
     if mode == "threshold" and sae.threshold is None:
         raise MeasureError("this dictionary has no thresholds: calibrate it first")
     if pre.device.type != "cpu":
+        pre = pre.float()
         if mode == "batch":
             acts = batch_topk_plain(pre, sae.k * len(pre))[0].acts
         else:
@@ -146,7 +147,7 @@ def selected(sae: Dictionary, pre: Tensor, mode: Mode, bracket: int = 0) -> tupl
     if mode == "batch":
         codes, bracket = batch_topk(pre, sae.k * len(pre), bracket)
         return Active(codes.row_ptr, codes.cols, codes.acts), bracket
-    pattern, values = above(pre.numpy(), sae.threshold.numpy())  # type: ignore[union-attr]
+    pattern, values = above(pre, sae.threshold)  # type: ignore[arg-type]
     return Active(pattern.indptr, pattern.indices, values), bracket
 
 
@@ -159,7 +160,7 @@ def decoded(sae: Dictionary, active: Active) -> Tensor:
         mode="sum",
         per_sample_weights=torch.from_numpy(active.acts),
     )
-    return z_hat + sae.b_dec
+    return z_hat.add_(sae.b_dec)
 
 
 def measure_arms(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:

@@ -75,15 +75,15 @@ def in_memory(names: Sequence[T], size: int, what: str, device: torch.device) ->
 
 
 def pre_activations(sae: Dictionary, z: Tensor, dtype: torch.dtype) -> Tensor:
-    """(z - b_dec) W_enc with the matrix product in `dtype`, as in training; float32.
+    """(z - b_dec) W_enc with the matrix product in `dtype`, as in training.
 
-    z: (b, d) normalised. Returns (b, n). Calibration, scan and fidelity all take this one, so
-    that a threshold is compared with numbers that were rounded as those it was made from. A
+    z: (b, d) normalised. Returns (b, n) in `dtype`. Calibration, scan and fidelity all take this
+    one, so that a threshold is compared with numbers that were rounded as those it was made from. A
     dictionary that was trained elsewhere is read in float32.
     """
     if sae.b_enc is not None:
         return sae.pre_activations(z)
-    return ((z - sae.b_dec).to(dtype) @ sae.W_enc.to(dtype)).float()
+    return (z - sae.b_dec).to(dtype) @ sae.W_enc.to(dtype)
 
 
 def product_dtype(run: Run) -> torch.dtype:

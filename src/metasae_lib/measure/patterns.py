@@ -2,7 +2,8 @@
 
 A firing `Pattern` is a CSR pair: `indptr` (t+1,) int64 and `indices` (nnz,) of `index_type(n)`,
 the features that fire on each token in ascending order. The tests hold every kernel against its
-plain NumPy form.
+plain NumPy form. Values are compared as integers, which are ordered as floats from zero on are: in
+the type in which they were made, and by loops whose results do not depend on how they are compiled.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse
+import torch
 from numba import njit, prange
 from numpy.typing import NDArray
+from torch import Tensor
+
+from metasae_lib.train.kernels.compiled import bits_of, least_above
 
 Array = NDArray[Any]
 
@@ -44,31 +49,41 @@ def index_type(n_features: int) -> type[np.uint16] | type[np.uint32]:
 
 
 @njit(parallel=True, cache=True)
-def _above(values: Array, threshold: Array, features: Array) -> tuple[Array, Array, Array]:
-    counts = np.zeros(len(values) + 1, np.int64)
-    for t in prange(len(values)):
+def _reaching(patterns: Array, low: Array, features: Array) -> tuple[Array, Array, Array]:
+    counts = np.zeros(len(patterns) + 1, np.int64)
+    for t in prange(len(patterns)):
         n = 0
-        for j in range(len(features)):
-            n += values[t, j] > threshold[j]
+        for j in range(len(low)):
+            n += patterns[t, j] >= low[j]
         counts[t + 1] = n
     indptr = np.cumsum(counts)
     indices = np.empty(indptr[-1], features.dtype)
-    kept = np.empty(indptr[-1], values.dtype)
-    for t in prange(len(values)):
+    kept = np.empty(indptr[-1], patterns.dtype)
+    for t in prange(len(patterns)):
         p = indptr[t]
-        for j in range(len(features)):
-            if values[t, j] > threshold[j]:
+        for j in range(len(low)):
+            if patterns[t, j] >= low[j]:
                 indices[p] = features[j]
-                kept[p] = values[t, j]
+                kept[p] = patterns[t, j]
                 p += 1
     return indptr, indices, kept
 
 
-def above(values: Array, threshold: Array) -> tuple[Pattern, Array]:
-    """(t, n) values and (n,) thresholds -> what exceeds them: its pattern and the values."""
-    n = values.shape[1]
-    indptr, indices, kept = _above(values, threshold, np.arange(n, dtype=index_type(n)))
+def reaching(patterns: Array, low: Array) -> tuple[Pattern, Array]:
+    """(t, n) integers and (n,) bounds of their type -> what reaches its bound: its pattern and the
+    integers."""
+    n = patterns.shape[1]
+    indptr, indices, kept = _reaching(patterns, low, np.arange(n, dtype=index_type(n)))
     return Pattern(indptr, indices), kept
+
+
+def above(values: Tensor, threshold: Tensor) -> tuple[Pattern, Array]:
+    """What exceeds its threshold: its pattern, and the values in float32.
+
+    values: (t, n) bfloat16 or float32, contiguous, on the CPU. threshold: (n,) float32, at least 0.
+    """
+    pattern, kept = reaching(bits_of(values).numpy(), least_above(threshold, values.dtype).numpy())
+    return pattern, torch.from_numpy(kept).view(values.dtype).float().numpy()
 
 
 @njit(parallel=True, cache=True)
@@ -98,18 +113,44 @@ def add_pairs(n11: Array, a: Pattern, b: Pattern | None = None) -> None:
 
 
 @njit(parallel=True, cache=True)
-def count_below(values: Array, low: float, counts: Array, largest: Array) -> None:
+def _count_below(patterns: Array, bounds: Any, counts: Array, largest: Array) -> int:
+    zero, low, exponent = bounds
+    n, width = len(counts), 256  # features a thread takes at a time
+    n_blocks = (n + width - 1) // width
+    tops = np.zeros(n_blocks, np.int64)
+    for block in prange(n_blocks):
+        first = block * width
+        size = min(n, first + width) - first
+        inside, most = np.zeros(size, np.int32), np.zeros(size, patterns.dtype)
+        top = np.zeros(size, patterns.dtype)
+        for t in range(len(patterns)):
+            part = patterns[t, first : first + size]
+            for j in range(size):
+                value = part[j]
+                below = value if value <= low else zero
+                inside[j] += below > zero
+                most[j] = max(most[j], below)
+                top[j] = max(top[j], value & exponent)
+        counts[first : first + size] += inside
+        largest[first : first + size] = most
+        tops[block] = top.max()
+    return int(tops.max())
+
+
+def count_below(values: Tensor, low: float, counts: Array, largest: Array) -> bool:
     """Of (t, n) values in (0, low]: add their number by feature to counts (n,) int64, and raise
-    largest (n,) float32 to the largest of them; in place."""
-    n_features = len(counts)
-    width = 64  # features a thread takes at a time: a few cache lines of every token
-    for block in prange((n_features + width - 1) // width):
-        for t in range(values.shape[0]):
-            for j in range(block * width, min(n_features, (block + 1) * width)):
-                value = values[t, j]
-                inside = (value > 0) & (value <= low)
-                counts[j] += inside
-                largest[j] = max(largest[j], value if inside else np.float32(0))
+    largest (n,) float32 to the largest of them; in place. False if a value is not finite.
+
+    values: bfloat16 or float32, contiguous, on the CPU.
+    """
+    patterns = bits_of(values).numpy()
+    kind = patterns.dtype.type
+    bound = int(least_above(torch.tensor([low], dtype=torch.float32), values.dtype)) - 1
+    exponent = int(bits_of(torch.tensor([torch.inf], dtype=values.dtype)))
+    found = np.empty_like(patterns, shape=len(counts))
+    top = _count_below(patterns, (kind(0), kind(bound), kind(exponent)), counts, found)
+    np.maximum(largest, torch.from_numpy(found).view(values.dtype).float().numpy(), out=largest)
+    return bool(top < exponent)
 
 
 def _offsets(counts: Array) -> Array:

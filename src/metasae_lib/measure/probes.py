@@ -119,7 +119,7 @@ def _activations(run: Run, arm: Arm, z: Tensor) -> Array:
     """(m, n) activations above the thresholds."""
     assert arm.sae.threshold is not None
     pre = pre_activations(arm.sae, z.to(arm.sae.b_dec.device), product_dtype(run))
-    acts: Array = (pre * (pre > arm.sae.threshold)).cpu().numpy()
+    acts: Array = (pre * (pre > arm.sae.threshold)).float().cpu().numpy()
     return acts
 
 

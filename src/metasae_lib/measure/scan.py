@@ -93,7 +93,7 @@ class ArmScan:
     def add(self, pre: Tensor) -> None:
         """Add the pre-activations (t, n) of some tokens."""
         if self.device.type == "cpu":
-            pattern, values = above(pre.numpy(), self.lowest)
+            pattern, values = above(pre, torch.from_numpy(self.lowest))
             number = self.renumber[pattern.indices]
             renumbered = Pattern(pattern.indptr, number.astype(pattern.indices.dtype))
             for name, theta in self.thresholds.items():

@@ -32,7 +32,6 @@ from metasae_lib.study import Artefact, MeasureError, Run, atomic_write
 from metasae_lib.subject import Residuals
 from metasae_lib.train import Arm, JumpReLU
 from metasae_lib.train.kernels.compiled import batch_topk
-from metasae_lib.train.kernels.plain import batch_topk as batch_topk_plain
 
 VERSION = 2  # of the stage
 Rule = Literal["rate", "eer", "global"]
@@ -96,7 +95,6 @@ class Calibrator:
         self._largest_below = np.zeros(n_features, np.float32)  # and the largest of them
         self._histogram = np.zeros((n_features, N_BINS), np.int64)  # of the others
         self._histogram_selected = np.zeros((n_features, N_BINS), np.int64)
-        self._bracket = 0
 
     def update(self, pre: Tensor) -> None:
         """Add one BatchTopK batch. pre: (b, n) pre-activations, before relu."""
@@ -105,26 +103,24 @@ class Calibrator:
                 f"a batch of pre-activations has shape {tuple(pre.shape)}: "
                 f"it must be (tokens, {self.n_features})"
             )
-        pre = pre.detach().float().contiguous()
-        if not pre.sum().isfinite():
+        pre = pre.detach().cpu().contiguous()
+        window = self.window or self._guess(pre)
+        low = np.nextafter(np.float32(window[0]), np.float32(0))
+        if not count_below(pre, low, self._below, self._largest_below):
             raise MeasureError("a pre-activation is not finite: look at the residuals it is of")
         self.n_tokens += len(pre)
-        features, values = self._select(pre)
+        pattern, near = above(pre, torch.full((self.n_features,), float(low)))
+        features, values = self._select(pre, pattern.indices, near)
         self.selected += np.bincount(features, minlength=self.n_features)
         if len(values) == 0:  # nothing positive in the batch: no selection, no cut-off
             return
+        self.window = window
         self.cutoffs.append(float(values.min()))
-        if self.window is None:
-            self.window = self.cutoffs[0] * (1 - _MARGIN), self.cutoffs[0] * (1 + _MARGIN)
-        dense = pre.cpu().numpy()
-        low = np.full(self.n_features, np.nextafter(np.float32(self.window[0]), np.float32(0)))
-        pattern, near = above(dense, low)
         inside = near <= np.float32(self.window[1])
         self._above_window += np.bincount(pattern.indices[~inside], minlength=self.n_features)
         self._near.append((pattern.indices[inside], near[inside]))
-        count_below(dense, low[0], self._below, self._largest_below)
-        np.add.at(self._histogram, (pattern.indices.astype(np.int64), self._bins(near)), 1)
-        np.add.at(self._histogram_selected, (features, self._bins(values)), 1)
+        self._add(self._histogram, pattern.indices, near)
+        self._add(self._histogram_selected, features, values)
 
     @property
     def window_held(self) -> bool:
@@ -155,15 +151,25 @@ class Calibrator:
         }
         return Calibration(thresholds, self.selected, np.array(self.cutoffs), self.n_tokens, off_by)
 
-    def _select(self, pre: Tensor) -> tuple[Array, Array]:
-        """Feature and value of each selected activation of the batch."""
+    def _guess(self, pre: Tensor) -> tuple[float, float]:
+        """A window around the cut-off of a first batch."""
+        cutoff = batch_topk(pre, self.k * len(pre))[0].acts.min(initial=np.inf)
+        return float(cutoff) * (1 - _MARGIN), float(cutoff) * (1 + _MARGIN)
+
+    def _select(self, pre: Tensor, features: Array, near: Array) -> tuple[Array, Array]:
+        """Feature and value of each selected activation of a batch, of which these are the values
+        from the window on: the selected are among them unless its cut-off lies below."""
         count = self.k * len(pre)
-        if pre.device.type == "cpu":
-            codes, self._bracket = batch_topk(pre, count, self._bracket)
+        if len(near) < count:
+            codes, _ = batch_topk(pre, count)
             return codes.cols, codes.acts
-        acts = batch_topk_plain(pre, count)[0].acts
-        tokens, features = acts.nonzero(as_tuple=True)
-        return features.cpu().numpy(), acts[tokens, features].cpu().numpy()
+        cut = np.partition(near, -count)[-count]
+        keep = near > cut
+        keep[np.flatnonzero(near == cut)[: count - keep.sum()]] = True  # by lowest flat index
+        return features[keep], near[keep]
+
+    def _add(self, histogram: Array, features: Array, values: Array) -> None:
+        np.add.at(histogram.ravel(), features.astype(np.int64) * N_BINS + self._bins(values), 1)
 
     def _rate(self) -> tuple[Array, int]:
         """Thresholds, and the largest difference between firings above them and selections."""

@@ -191,7 +191,8 @@ def sizes(profile: Profile, shape: ModelShape) -> dict[str, int]:
     n, n_meta = profile.dictionary.n_features, profile.dictionary.n_meta_features
     element = 2 if profile.model.dtype == "bfloat16" else 4
     weights, counts = 4 * 2 * shape.d_model * (n + n_meta), 4 * n**2  # float32 and int32
-    cached = sum(profile.text.roles.values()) if profile.activations.cache else 0
+    kept, roles = profile.activations.kept, profile.text.roles
+    cached = sum(tokens for role, tokens in roles.items() if kept(role))
     return {
         "model": shape.parameters * element,
         # As trained: the file, in float32 at worst, and its copy. Processed: folding and centring
@@ -215,11 +216,10 @@ def stage_seconds(
     arms, layer = profile.arms(), profile.model.layer
     to_train = len(arms) - len(profile.training.given)
     # Arms that do not fit together see the text again; position 0 is computed even if unused.
-    train, scan = profile.training.train_tokens * -(-to_train // trained), roles["scan"]
+    train = profile.training.train_tokens * -(-to_train // trained)
     if profile.activations.cache:
         train = roles["train"]
-    else:
-        scan *= -(-len(arms) // counted)
+    held_out = sum(roles.values()) - roles["train"]
     to_layer = layer * costs.block * text.context_length / text.kept_per_row
     joint = sum(arm.sigma_sq is not None for arm in arms)
     steps = (to_train - joint) * costs.solo + joint * costs.joint
@@ -231,7 +231,7 @@ def stage_seconds(
     errors = len(arms) * min(FIDELITY_TOKENS, roles["scan"]) * costs.reconstruction
     return {
         f"residuals, training, layer {layer}": train * to_layer,
-        "residuals, other roles": (scan + roles["calibration"] + roles["contexts"]) * to_layer,
+        "residuals, other roles": held_out * to_layer,
         f"training, {to_train} arms": steps * profile.steps,
         "thresholds": len(arms) * roles["calibration"] * costs.calibration,
         "counts": len(arms) * roles["scan"] * costs.scan,

@@ -101,10 +101,15 @@ class Text(Section):
 
 
 class Activations(Section):
-    """How residuals are kept: cached on disk, or computed again as a stream."""
+    """How residuals are kept. `cache`: those of the training text on disk, or computed again as a
+    stream. What is held out is read by many measures, and always kept."""
 
     cache: bool
     chunk_rows: Count
+
+    def kept(self, role: Role) -> bool:
+        """Whether the residuals of a role are kept on disk."""
+        return self.cache or role != "train"
 
 
 class Dictionary(Section):

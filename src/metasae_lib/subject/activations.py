@@ -1,12 +1,14 @@
 """Token rows to residuals, in chunks; and residuals to shuffled batches.
 
-A chunk is the residuals of `activations.chunk_rows` token rows. With `activations.cache` chunks are
-computed once and kept on disk; without, each is computed when asked for. The values are the same.
+A chunk is the residuals of `activations.chunk_rows` token rows. Those of held-out text, and with
+`activations.cache` those of the training text, are computed once and kept on disk; others are
+computed when asked for. The values are the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from bisect import bisect
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,7 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metasae_lib.study import Artefact, Role, Run, atomic_write, distributed, progress
+from metasae_lib.study import (
+    Artefact,
+    ArtefactError,
+    Role,
+    Run,
+    atomic_write,
+    distributed,
+    progress,
+)
 from metasae_lib.subject.corpus import load_tokens
 from metasae_lib.subject.model import Subject, compute_device, fingerprint, subject_of
 
@@ -51,7 +61,8 @@ class Residuals:
         rows, size = tokens.rows(role), profile.activations.chunk_rows
         self._chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         self._given = subject
-        if profile.activations.cache:  # a part of the run from here on, whoever has made it
+        self._kept = profile.activations.kept(role)
+        if self._kept:  # a part of the run from here on, whoever has made it
             run.artefact("residuals", self.inputs, _VERSION)
 
     @property
@@ -73,7 +84,7 @@ class Residuals:
         """Residuals (tokens, d) of chunk `index` in the model's dtype, on the run's device."""
         if not 0 <= index < self.n_chunks:
             raise IndexError(f"chunk {index} of {self.n_chunks}")
-        if not self._profile.activations.cache:
+        if not self._kept:
             return self._computed_together(index)
         values = torch.from_numpy(np.load(self._folder / _CHUNK.format(index)))
         values = values.view(torch.bfloat16) if values.dtype == torch.int16 else values
@@ -121,6 +132,7 @@ class Residuals:
         an `ArtefactError` that names the file.
         """
         artefact = missing[self.role]
+        self._check_room(artefact.folder)
         for index in range(self.n_chunks):
             path = artefact.folder / _CHUNK.format(index)
             with suppress(OSError, ValueError):  # missing, or cut off
@@ -132,6 +144,17 @@ class Residuals:
             with atomic_write(path) as temporary:
                 np.save(temporary, bits.numpy())
         artefact.finish({"n_tokens": self.n_tokens})
+
+    def _check_room(self, folder: Path) -> None:
+        element = 2 if self._profile.model.dtype == "bfloat16" else 4
+        there = sum(path.stat().st_size for path in folder.glob("*.npy"))
+        needed = self.n_tokens * self.d * element - there
+        if needed > (free := shutil.disk_usage(folder).free):
+            raise ArtefactError(
+                f"the residuals of role {self.role} take {needed / 1e9:.1f} GB more of disk and "
+                f"{free / 1e9:.1f} are free at {folder.parent}: free some, or make "
+                f"text.roles.{self.role} smaller"
+            )
 
     def fill(self) -> None:
         """Fill the cache: from here on this role needs no language model."""

@@ -206,7 +206,11 @@ def load_subject(profile: Profile) -> Subject:
                     warnings.simplefilter("always")
                     bridge.enable_compatibility_mode(disable_warnings=True)
                 _check_processed(source, said, expected, _log_probabilities(bridge))
-            bridge.to(device=device, dtype=dtype, print_details=False)
+            # The bridge's own `to` lists all weights once a weight when it is given a dtype.
+            bridge.to(device=device, print_details=False)
+            bridge.cfg.dtype = dtype
+            for module in (bridge, bridge.original_model):
+                torch.nn.Module.to(module, dtype=dtype)
     except MetaSAEError:
         raise
     except Exception as error:  # the hub, readers of several formats, and two model libraries

@@ -32,7 +32,7 @@ def _as_arrays(value: Any) -> Any:
     return value.numpy() if isinstance(value, Tensor) else value
 
 
-def _bits(values: Tensor) -> Tensor:
+def bits_of(values: Tensor) -> Tensor:
     """Positive floats are ordered as their bits are when read as integers."""
     return values.view({torch.bfloat16: torch.int16, torch.float32: torch.int32}[values.dtype])
 
@@ -52,7 +52,7 @@ def centre(z: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.bfloat16:
         return plain.centre(z, b_dec, dtype)
     out = torch.empty_like(z, dtype=dtype)
-    _run(loops.centre, z.numel(), z, b_dec, _bits(out))
+    _run(loops.centre, z.numel(), z, b_dec, bits_of(out))
     return out
 
 
@@ -66,7 +66,7 @@ def batch_topk(pre: Tensor, k: int, bracket: int = 0) -> tuple[Codes, int]:
     pre: (b, n) bfloat16 or float32, contiguous. k: entries to keep in all.
     bracket: what the last call returned, 0 at first. Returns the codes and the next bracket.
     """
-    patterns, low = _bits(pre), max(bracket, 1)
+    patterns, low = bits_of(pre), max(bracket, 1)
     top = torch.iinfo(patterns.dtype).max
     bounds = patterns.new_full((pre.shape[1],), low)
     start = _starts(patterns, bounds)
@@ -89,14 +89,14 @@ def above_threshold(pre: Tensor, threshold: Tensor) -> Codes:
 
     pre: (b, n) bfloat16 or float32, contiguous. threshold: (n,) float32, at least 0.
     """
-    patterns, bounds = _bits(pre), _least_above(threshold, pre.dtype)
+    patterns, bounds = bits_of(pre), least_above(threshold, pre.dtype)
     start = _starts(patterns, bounds)
     return _codes(start, *_gathered(patterns, bounds, start), pre)
 
 
-def _least_above(values: Tensor, dtype: torch.dtype) -> Tensor:
+def least_above(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The least pattern of a type above each value, which must not be negative."""
-    bits = _bits(values)
+    bits = bits_of(values)
     # A bfloat16 is the upper half of a float32.
     return (bits >> 16).short() + 1 if dtype == torch.bfloat16 else bits + 1
 
@@ -136,7 +136,7 @@ def row_topk(pre: Tensor, features: Tensor, k: int) -> Tensor:
     where not kept; ties by lowest index.
     """
     out = pre.new_empty(len(pre), len(features))
-    _run(loops.row_topk, out.numel() * 8, _bits(pre), features, k, _bits(out))
+    _run(loops.row_topk, out.numel() * 8, bits_of(pre), features, k, bits_of(out))
     return out
 
 
@@ -218,6 +218,6 @@ def near_threshold(
     threshold + reach, and their number, both (n,) float32.
     """
     dots, counts = torch.zeros_like(threshold), torch.zeros_like(threshold)
-    low, high = (_least_above(x, pre.dtype) for x in (threshold - reach, threshold + reach))
-    _run(loops.near_threshold, pre.numel(), _bits(pre), low, high, error, W_dec, dots, counts)
+    low, high = (least_above(x, pre.dtype) for x in (threshold - reach, threshold + reach))
+    _run(loops.near_threshold, pre.numel(), bits_of(pre), low, high, error, W_dec, dots, counts)
     return dots, counts
