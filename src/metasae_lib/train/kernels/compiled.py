@@ -148,7 +148,7 @@ def missed(e_hat: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     if e_hat.dtype != torch.bfloat16:
         return plain.missed(e_hat, error)
     low, square = torch.empty_like(e_hat), torch.empty(len(error))
-    _run(loops.missed, error.numel(), _bits(e_hat), error, _bits(low), square)
+    _run(loops.missed, error.numel(), bits_of(e_hat), error, bits_of(low), square)
     return low, square.sum() / error.numel()
 
 
@@ -202,7 +202,9 @@ def update_rows(
     none = Pull(weights.W_dec[:0], weights.W_dec[:0, 0])
     rates = (*adam.rates(), adam.beta1, adam.beta2, adam.eps)
     operations = (n + len(batch.codes.cols)) * d
-    bits = _bits(low if low.dtype == torch.bfloat16 else low.new_empty(0, 0, dtype=torch.bfloat16))
+    bits = bits_of(
+        low if low.dtype == torch.bfloat16 else low.new_empty(0, 0, dtype=torch.bfloat16)
+    )
     arguments = weights, batch, extra, pull or none, rates, unit, bits, partial
     _run(loops.update_rows, operations, *arguments)
     return torch.from_numpy(partial.sum(0))
