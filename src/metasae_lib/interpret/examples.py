@@ -81,17 +81,18 @@ class Pieces:
             from transformers.convert_slow_tokenizer import bytes_to_unicode
 
             self._byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-        self._bytes = cache(self._convert)
+        self._bytes, self._plain = cache(self._convert), cache(self._as_ascii)
 
     def __call__(self, ids: Sequence[int]) -> tuple[str, ...]:
         """The text of each token. A special token is empty; half a character at an edge is U+FFFD.
 
         A character whose bytes are spread over tokens belongs to the first of them.
         """
+        plain = tuple(map(self._plain, ids))
+        if None not in plain:  # nearly always, and ten times as fast
+            return plain  # type: ignore[return-value]
         parts = [self._bytes(i) for i in ids]
         joined = b"".join(parts)
-        if joined.isascii():  # nearly always, and ten times as fast
-            return tuple(part.decode("ascii") for part in parts)
         pieces = [""] * len(parts)
         owner = [k for k, part in enumerate(parts) for _ in part]
         position = 0
@@ -100,6 +101,10 @@ class Pieces:
             pieces[owner[position]] += "\ufffd" if broken else character
             position += 1 if broken else len(character.encode())
         return tuple(pieces)
+
+    def _as_ascii(self, i: int) -> str | None:
+        part = self._bytes(i)
+        return part.decode("ascii") if part.isascii() else None
 
     def _convert(self, token: int) -> bytes:
         if token in self.special:
