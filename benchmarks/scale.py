@@ -388,8 +388,8 @@ def drawn(axes: Any, points: pd.DataFrame) -> None:
     axes[0, 0].figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
 
 
-def main() -> None:
-    points = measured()
+def report(points: pd.DataFrame) -> None:
+    """Print the exponents, and leave for the book's page what it shows."""
     table, made = exponents(points), made_with()
     print(table.to_string(float_format="%.2f"))
     FOLDER.mkdir(exist_ok=True)
@@ -408,4 +408,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report(measured())
