@@ -12,6 +12,7 @@ each stage. What a page of the book shows of it is left in book/scale/. Ends wit
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import sys
 import tempfile
@@ -108,7 +109,7 @@ def arms_of(point: Point, runs_dir: str, call: int) -> dict[str, Arm]:
     """Untrained arms with names of their own, so that nothing is found made."""
     made = {}
     for arm in range(point.arms):
-        name = f"arm-{point.n}-{call}-{arm}"
+        name = f"arm-{os.getpid()}-{call}-{arm}"
         sae = BatchTopK(D, point.n, K, seed=arm)
         made[name] = Arm(ArmSpec("solo", arm), sae, None, pd.DataFrame(), Path(runs_dir, name))
     return made
