@@ -20,7 +20,7 @@ SYNTHETIC = ["06_ground_truth"]
 # The scorecard compares everything there is, so it waits for every other notebook.
 LAST = "07_scorecard"
 
-BEFORE_RUNS = ["method", "setup", "saelens", "cluster"]
+BEFORE_RUNS = ["method", "setup", "saelens", "cluster", "scale"]
 AFTER_RUNS = ["how-made", "texts", "glossary", "known-issues", "bibliography"]
 
 
