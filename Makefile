@@ -8,7 +8,7 @@ GPUS     ?= 1
 BIN      := .venv/bin
 READY    := .venv/ready
 
-.PHONY: book test browser lint lab train rehearse kills bench peers roundtrip delphi plan keep lock clean
+.PHONY: book test browser lint lab train rehearse kills bench peers roundtrip delphi plan keep prune lock clean
 .DELETE_ON_ERROR:
 
 book: $(READY)
@@ -107,6 +107,10 @@ $(READY): requirements.lock pyproject.toml
 # Keep the small tables of a run in results/; RUN=<folder> takes one that another machine has made.
 keep: $(READY)
 	$(BIN)/python -m metasae_lib keep $(or $(RUN),runs/$(PROFILE))
+
+# What takes space in runs/artefacts and may go; FREE="unused states" frees those kinds.
+prune: $(READY)
+	$(BIN)/python -m metasae_lib prune $(FREE)
 
 # Resolve pyproject.toml anew. GPU libraries are left out of the lock: torch itself pins the ones it was built with.
 lock:

@@ -389,12 +389,17 @@ def test_null_equals_shuffling_tokens(correlated: np.ndarray) -> None:
     assert summarise(counts).mean_abs > closed + 50 * error
 
 
-def test_blocks_of_abs_phi_equal_the_matrix(correlated: np.ndarray) -> None:
+def test_blocks_of_abs_phi_equal_the_matrix(
+    correlated: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = counted(correlated)
     alive = np.flatnonzero(counts.alive)
     expected = np.abs(phi(counts.n11, counts.n1, counts.n1, counts.n_tokens))[np.ix_(alive, alive)]
     np.fill_diagonal(expected, 0)
-    blocks = list(abs_phi_blocks(counts, rows=13))
+    # The function phi hides the module of its name.
+    module = sys.modules["metasae_lib.measure.phi"]
+    monkeypatch.setattr(module, "BLOCK_ENTRIES", 13 * len(alive) + 5)
+    blocks = list(abs_phi_blocks(counts))
     assert [part.start for part, _ in blocks] == list(range(0, len(alive), 13))
     np.testing.assert_allclose(np.concatenate([block for _, block in blocks]), expected, rtol=1e-6)
 
@@ -405,7 +410,8 @@ def test_sentence_on_the_length_of_the_scan(correlated: np.ndarray) -> None:
     assert "stands out" in enough_tokens(summary, change=5.0)
 
 
-def test_top_matches_equal_a_full_sort() -> None:
+def test_top_matches_equal_a_full_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossing, "BLOCK_ENTRIES", 140)  # several blocks of rows
     generator = np.random.default_rng(0)
     a, b = generator.random((500, 30)) < 0.2, generator.random((500, 20)) < 0.2
     a[:, 3], b[:, 4], b[:, 6] = False, a[:, 0], a[:, 0]  # undefined; two equally good matches

@@ -21,7 +21,7 @@ SYNTHETIC = ["06_ground_truth"]
 LAST = "07_scorecard"
 
 BEFORE_RUNS = ["method", "announced", "setup", "saelens", "cluster"]
-AFTER_RUNS = ["how-made", "texts", "glossary", "known-issues", "bibliography"]
+AFTER_RUNS = ["how-made", "scale", "texts", "glossary", "known-issues", "bibliography"]
 
 
 def notebooks(folder: Path) -> list[str]:

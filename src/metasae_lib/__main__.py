@@ -1,4 +1,4 @@
-"""Commands: `python -m metasae_lib fetch PROFILE...`, `plan`, `train` and `keep`."""
+"""Commands: `python -m metasae_lib fetch PROFILE...`, `plan`, `train`, `keep` and `prune`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from metasae_lib.study.errors import MetaSAEError, ProfileError
 from metasae_lib.study.kept import KeptRun, keep
 from metasae_lib.study.plan import machines, plan_text, shape_of
 from metasae_lib.study.profile import Profile
+from metasae_lib.study.prune import KINDS, prunable, prune
 from metasae_lib.study.run import Run
 
 
@@ -52,6 +53,21 @@ def _keep(folder: str) -> None:
     print(f"kept in {target}")
 
 
+def _prune(runs_dir: Path, free: Sequence[str]) -> None:
+    """Free some kinds of artefacts, and say what is left that could go."""
+    if free:
+        size = sum(part.size for part in prune(runs_dir, free))
+        print(f"freed {size / 1e9:.2f} GB of {' and '.join(free)}")
+    left = prunable(runs_dir)
+    print(f"{'kind':10}{'GB':>8}{'made in':>10}  what goes with it")
+    for kind, meaning in KINDS.items():
+        size = sum(part.size for part in left if part.kind == kind)
+        minutes = sum(part.seconds for part in left if part.kind == kind) / 60
+        print(f"{kind:10}{size / 1e9:8.2f}{minutes:6.0f} min  {meaning}")
+    if not free:
+        print('make prune FREE="unused states" frees the kinds that it names')
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one sentence on standard error otherwise."""
     parser = argparse.ArgumentParser(prog="python -m metasae_lib")
@@ -80,12 +96,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument(
         "--tensorboard", metavar="FOLDER", help="write the arms' losses there as they are trained"
     )
+    pruned = commands.add_parser("prune", help="what of the artefacts may go, and freeing it")
+    pruned.add_argument("free", nargs="*", metavar="KIND", help=", ".join(KINDS))
+    pruned.add_argument("--runs-dir", default="runs")
     options = parser.parse_args(arguments)
     try:
         if options.command == "train":
             _train(options)
         elif options.command == "keep":
             _keep(options.folder)
+        elif options.command == "prune":
+            _prune(Path(options.runs_dir), options.free)
         elif options.command == "plan":
             print(_plan(Profile.load(options.profile), options.gpu))
         else:

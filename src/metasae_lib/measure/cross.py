@@ -19,7 +19,7 @@ from metasae_lib.measure.passes import (
     scan_chunks,
 )
 from metasae_lib.measure.patterns import above
-from metasae_lib.measure.phi import phi
+from metasae_lib.measure.phi import BLOCK_ENTRIES, phi
 from metasae_lib.measure.scan import VERSION, scan_inputs
 from metasae_lib.measure.thresholds import calibrate_arms
 from metasae_lib.study import Artefact, MeasureError, Run, atomic_write
@@ -127,8 +127,9 @@ def top_matches(cross: CrossCounts, m: int = 5, of: str = "a") -> pd.DataFrame:
         n11, n1, n1_other = n11.T, n1_other, n1
     m = min(m, len(n1_other))
     parts = []
-    for row in range(0, len(n1), 512):
-        rows = slice(row, row + 512)
+    step = max(1, BLOCK_ENTRIES // len(n1_other))
+    for row in range(0, len(n1), step):
+        rows = slice(row, row + step)
         values = phi(np.asarray(n11[rows]), n1[rows], n1_other, cross.n_tokens)
         size = np.nan_to_num(np.abs(values), nan=-1.0)
         # A stable sort of the few that reach the m-th largest keeps ties in order.

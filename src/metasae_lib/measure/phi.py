@@ -63,6 +63,7 @@ QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 N_GROUPS = 10  # of firing rate: deciles
 N_BINS = 2**14  # of the histogram over [-1, 1]: 1.2e-4 wide
 _FINE = 2**20  # bins in which quantiles are first located, then found exactly
+BLOCK_ENTRIES = 2**18  # φ made at once where a matrix of it is looked at: its parts fit the cache
 _PARTS = 16  # rows are dealt to so many partial results: the sums do not depend on threads
 _SMALL = 256  # factorials below are looked up, above Stirling's series is exact to 1e-15
 _LOG_FACTORIALS = np.array([math.lgamma(x + 1) for x in range(_SMALL)])
@@ -301,9 +302,7 @@ def _rate_table(by_group: Array, rates: Array, group: Array) -> pd.DataFrame:
     )
 
 
-def abs_phi_blocks(
-    counts: Counts, features: Array | None = None, rows: int = 1024
-) -> Iterator[tuple[slice, Array]]:
+def abs_phi_blocks(counts: Counts, features: Array | None = None) -> Iterator[tuple[slice, Array]]:
     """|φ| among the alive features of a scan, in blocks of rows: (rows, (r, m) float32).
 
     The diagonal is zero. m: alive features (of `features`, indices or bool), in ascending order.
@@ -311,6 +310,7 @@ def abs_phi_blocks(
     """
     _, index = _defined(counts, features)
     n1 = counts.n1[index]
+    rows = max(1, BLOCK_ENTRIES // max(1, len(index)))
     for first in range(0, len(index), rows):
         part = slice(first, min(first + rows, len(index)))
         block = np.abs(

@@ -41,8 +41,7 @@ class Artefact:
         self, artefacts: Path, stage: str, inputs: Mapping[str, Any], version: int
     ) -> None:
         self.stage, self.version, self.inputs = stage, version, json.loads(to_json(inputs))
-        made_from = {"stage": stage, "version": version, "inputs": self.inputs}
-        self.key = _sha256(made_from)[:16]
+        self.key = artefact_key(stage, self.inputs, version)
         self.folder = artefacts / f"{stage}-{self.key}"
         self._started = time.monotonic()
         self._checked = False
@@ -314,6 +313,11 @@ class Run:
         if not isinstance(content, dict):
             raise ArtefactError(f"{path} cannot be read: delete it and run again")
         return content
+
+
+def artefact_key(stage: str, inputs: Mapping[str, Any], version: int) -> str:
+    """What ends the name of an artefact's folder: a hash of what it is made from."""
+    return _sha256({"stage": stage, "version": version, "inputs": inputs})[:16]
 
 
 def _sha256(value: object) -> str:
