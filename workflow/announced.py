@@ -6,6 +6,7 @@ interval is expected to reach, from the scatter of a smaller run that was there 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,9 +60,8 @@ def _row(
     before = None if seen_in is None else found(seen_in, claim)
     now = None if run is None else found(run, claim)
     reach = "—"
-    if before is not None:
-        _, low, high, n_seeds = before
-        reach = f"± {number(expected_reach(low, high, n_seeds, seeds), 2)}"
+    if before is not None and not math.isnan(half := expected_reach(*before[1:], seeds)):
+        reach = f"± {number(half, 2)}"
     value, answer = "—", NOT_MADE
     if now is not None:
         change, low, high, _ = now
@@ -69,8 +69,8 @@ def _row(
         answer = judged(claim["says"], low, high)
     return {
         "what changes": claim["what"], "against": claim["against"],
-        "the claim": claim["says"], "interval will reach": reach, "found": value,
-        "speaks": answer,
+        "the claim": claim["says"], "interval will reach": reach,
+        "found": value, "speaks": answer,
     }  # fmt: skip
 
 
