@@ -10,14 +10,17 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from test_report import fill
 
 from metasae_lib import Profile, Run
+from metasae_lib.show import run_scorecard
 from metasae_lib.study.kept import kept_runs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "workflow"))
 
 import announced  # noqa: E402
+import landing  # noqa: E402
 from citation import Citation  # noqa: E402
 
 CLAIMS: dict[str, Any] = yaml.safe_load((REPOSITORY / "book" / "claims.yml").read_text())
@@ -81,3 +84,17 @@ def test_a_run_counts_only_as_it_was_announced(tmp_path: Path) -> None:
     larger = Profile.load(made.name, {"text.roles.scan": 900_000})
     other = announced.page(claims, {made.name: larger}, {made.name: made}, where)
     assert announced.NOT_MADE in other
+
+
+def test_an_announced_run_answers_for_the_smaller_one(tmp_path: Path) -> None:
+    """On the first page; what the smaller one finds stands below as before."""
+    reference = fill(Run.open(Profile.load("smollm2-135m-reference"), tmp_path / "runs"))
+    default = fill(Run.open(Profile.load("smollm2-135m"), tmp_path / "runs"))
+    for run in (reference, default):
+        run.save_table("scorecard", run_scorecard(run), "made up")
+    runs = {run.name: run for run in (reference, default)}
+    published = yaml.safe_load((REPOSITORY / "book" / "published.yml").read_text())
+    landing.write(published, runs, tmp_path, Citation(REPOSITORY), {default.name})
+    compared = pd.read_csv(tmp_path / "answer.csv").comparison
+    assert len(compared) and compared.str.startswith(f"{reference.name}: ").all()
+    assert "smollm2-135m/index.md" in (tmp_path / "findings.md").read_text()

@@ -26,8 +26,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 
-from metasae_lib import Profile
+from metasae_lib import Profile, Run
 from metasae_lib.study.files import cache_folder
+from metasae_lib.study.kept import agreement
 from metasae_lib.study.plan import plan_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -395,6 +396,15 @@ def test_a_job_of_slurm_that_is_killed_goes_on(copy: Path, start: Start) -> None
     assert (copy / "runs" / "tiny" / "logs" / "training.log").exists()
     (log,) = copy.glob("_build/slurm/rule_training/tiny/*.log")  # of the job that was killed
     assert log.stem == training["JobId"]
+    (copy / "runs").rename(copy / "on-slurm")
+    here = start("", "")
+    out = here.communicate()[0]
+    assert here.returncode == 0, out
+    one, other = (Run(Profile.load(str(copy / "profiles" / "tiny.yml")), copy / name)
+                  for name in ("runs", "on-slurm"))  # fmt: skip
+    tables = agreement(one, other)
+    assert {"arms", "training", "penalty_gradient"} <= set(tables.table)
+    assert set(tables.agreement) == {"equal"}, tables
 
 
 class Kubernetes(ThreadingHTTPServer):

@@ -42,16 +42,21 @@ def page(
     for name, section in announced["runs"].items():
         run, seen_in = runs.get(name), runs.get(section["seen_in"])
         seeds = len(profiles[name].training.seeds)
-        # A run stands for itself only once it is as large as announced.
-        if run is not None and run.profile_hash != profiles[name].hash:
+        if name not in made(profiles, runs):
             run = None
         rows = [_row(claim, run, seen_in, seeds) for claim in section["claims"]]
-        made = f" Made: {kept_mark(run)}." if isinstance(run, KeptRun) else ""
+        when = f" Made: {kept_mark(run)}." if isinstance(run, KeptRun) else ""
         seen = f" What it will see is told from `{section['seen_in']}`." if seen_in else ""
         caption = f"Claims that {name} judges"
         shown = table(pd.DataFrame(rows), caption, f"tab-announced-{name}")
-        parts += [f"## {name}", f"{seeds} seeds.{seen}{made}", shown.data]
+        parts += [f"## {name}", f"{seeds} seeds.{seen}{when}", shown.data]
     return "\n\n".join(parts)
+
+
+def made(profiles: Mapping[str, Profile], runs: Mapping[str, Run]) -> list[str]:
+    """The runs that are there just as announced, with every size."""
+    return [name for name, profile in profiles.items()
+            if name in runs and runs[name].profile_hash == profile.hash]  # fmt: skip
 
 
 def _row(

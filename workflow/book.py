@@ -86,13 +86,19 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     (generated / "workflow.svg").write_text(toc.workflow_svg(notebooks), encoding="utf-8")
     # A fresh run stands for the kept one of its profile; of others, what is kept is shown.
     shown = runs | {name: kept[name] for name in others if name in kept}
-    claims = yaml.safe_load((root / "book" / "claims.yml").read_text(encoding="utf-8"))
-    judging = {name: _profile(root, name) for name in claims["runs"]}
-    said = announced.page(claims, judging, kept | runs, where)
+    announcement = yaml.safe_load((root / "book" / "claims.yml").read_text(encoding="utf-8"))
+    judging = {name: _profile(root, name) for name in announcement["runs"]}
+    said = announced.page(announcement, judging, kept | runs, where)
     (generated / "announced.md").write_text(said + "\n", encoding="utf-8")
-    # What is claimed of language models, a world of known atoms cannot answer.
-    shown = {name: run for name, run in shown.items() if not run.profile.synthetic}
-    landing.write(published, shown, generated, where)
+    # What is claimed of language models, a world of known atoms cannot answer. Runs that were
+    # announced stand first.
+    made = announced.made(judging, kept | runs)
+    shown = {
+        name: run for name, run in sorted(shown.items(), key=lambda item: item[0] not in made)
+        if not run.profile.synthetic
+    }  # fmt: skip
+    smaller = {announcement["runs"][name]["seen_in"] for name in made}
+    landing.write(published, shown, generated, where, smaller)
     (generated / "texts.md").write_text(_texts(), encoding="utf-8")
     claims = together.write(shown, staging, root / "notebooks", where)
     table = toc.contents(pages, others, claims)

@@ -5,7 +5,7 @@ Every number comes from a run's tables, fresh or kept, or from the paper's own v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,20 @@ def toy(name: str) -> bool:
 
 
 def write(
-    published: Mapping[str, Any], runs: Mapping[str, Run], folder: Path, where: Citation
+    published: Mapping[str, Any],
+    runs: Mapping[str, Run],
+    folder: Path,
+    where: Citation,
+    smaller: Collection[str] = (),
 ) -> None:
-    """Write the generated pieces of the first page into a folder."""
+    """Write the generated pieces of the first page into a folder.
+
+    smaller: runs for which an announced one answers.
+    """
     telling = {
-        name: run for name, run in runs.items() if not toy(name) and run.has_table("effects")
+        name: run
+        for name, run in runs.items()
+        if not toy(name) and name not in smaller and run.has_table("effects")
     }
     pieces = {
         "answer.md": _answer(telling, folder / PICTURE, where),
