@@ -49,6 +49,9 @@ def write(
         for name, run in runs.items()
         if not toy(name) and name not in smaller and run.has_table("effects")
     }
+    # What a run of one seed finds stands with its pages, unless there is no other.
+    several = {n: run for n, run in telling.items() if "seeds" in sentences.effects_by_way(run)}
+    telling = several or telling
     pieces = {
         "answer.md": _answer(telling, folder / PICTURE, where),
         "cite.md": where.box(),
