@@ -99,6 +99,7 @@ ADDRESS = "https://github.com/someone/a-book"
 def _repository(folder: Path, extra: str = "") -> Path:
     """A repository with the real prose, a small notebook and a profile full of Markdown."""
     shutil.copytree(REPOSITORY / "book", folder / "book")
+    (folder / "book" / "claims.yml").write_text("{announced: {}, runs: {}}\n")  # of other profiles
     shutil.copy(REPOSITORY / "_config.yml", folder)
     cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     cited |= {"repository-code": ADDRESS, "url": "https://someone.example/a-book/"}

@@ -51,7 +51,7 @@ _SYNTHETIC: dict[str, Any] = {
 }  # fmt: skip
 
 # What runs and the book have beside the folders of profiles.
-_TAKEN = {"artefacts", "explorer", "generated", "mathjax", "together"}
+_TAKEN = {"artefacts", "explorer", "generated", "mathjax", "scale", "together"}
 _TAKEN_ENDINGS = {".bib", ".csv", ".html", ".inv", ".js", ".md", ".yml"}
 
 
