@@ -397,7 +397,7 @@ def test_a_job_of_slurm_that_is_killed_goes_on(copy: Path, start: Start) -> None
     (log,) = copy.glob("_build/slurm/rule_training/tiny/*.log")  # of the job that was killed
     assert log.stem == training["JobId"]
     (copy / "runs").rename(copy / "on-slurm")
-    here = start("", "")
+    here = start("local", "")
     out = here.communicate()[0]
     assert here.returncode == 0, out
     one, other = (Run(Profile.load(str(copy / "profiles" / "tiny.yml")), copy / name)
