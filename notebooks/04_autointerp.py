@@ -157,13 +157,16 @@ figures.scores_together(together.assign(kind=together.arm.map({solo: "solo", joi
 #
 # Three features of each arm of the first seed, drawn at random, with their strongest segments. The
 # shade of a token is its activation. Where the profile has a language model write sentences, ten
-# features follow with both: the sentence, and the list of tokens on which the feature is strongest.
+# features follow with both, the sentence and the list of tokens on which the feature is strongest,
+# and what the profile's judge makes of either (whether it passed with the sentences, the first lines
+# say).
 # %%
 shown = scores[(scores.judge == best) & scores.arm.isin([solo, joint])]
 for arm, mine in shown.groupby("arm", sort=False):
     page = show.examples_page(contexts[arm], mine.sample(3, random_state=0))
     display(HTML(f"<p>{arm}</p>{page}"))
-both = interpret.against_lists(run, contexts[solo], judges[best], shown[shown.arm == solo].feature)
+judge, mine = judges[auto.judge], shown[shown.arm == solo].feature
+both = interpret.against_lists(run, contexts[solo], judge, mine)
 display(show.sentences_and_lists(both))
 
 # %% [markdown]
