@@ -168,12 +168,11 @@ class InProcessJudge:
             start += len(row) - row.prompt
         return scores
 
-    def _generate(self, chats: Sequence[list[dict[str, str]]]) -> list[str]:
-        """Greedy answers to chats, in the model's own form."""
+    def _generate(self, chats: Sequence[list[dict[str, str]]]) -> Iterator[str]:
+        """Greedy answers to chats, in the model's own form, some at a time."""
         tokenizer = self.tokenizer
         tokenizer.padding_side = "left"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        texts = []
         for start in range(0, len(chats), _GENERATED_AT_ONCE):
             given = tokenizer.apply_chat_template(
                 list(chats[start : start + _GENERATED_AT_ONCE]),
@@ -188,8 +187,8 @@ class InProcessJudge:
                     pad_token_id=tokenizer.pad_token_id,
                 )  # fmt: skip
             new = out[:, given["input_ids"].shape[1] :]
-            texts += tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+            answers = tokenizer.batch_decode(new, skip_special_tokens=True)
+            yield from (text.strip() for text in answers)
 
     def _prompt(self, explanation: str) -> list[int]:
         """What comes before a text, in the form that the model was trained on."""
