@@ -113,6 +113,8 @@ def test_seeds_of_the_grid_and_of_the_frontier() -> None:
     for wrong, message in (
         ({"training.frontier": []}, "one or more k below dictionary.k"),
         ({"training.frontier": [8]}, "one or more k below dictionary.k"),
+        ({"training.frontier": [9]}, "one or more k below dictionary.k"),
+        ({"training.frontier": [8, 7]}, "not that one again"),
     ):
         with pytest.raises(ProfileError, match=message):
             Profile.load("tiny", changes | wrong)

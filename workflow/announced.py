@@ -20,7 +20,8 @@ from metasae_lib.measure.statistics import expected_reach
 from metasae_lib.show.text import number, table
 from metasae_lib.study.kept import KeptRun
 
-FOR, AGAINST, OPEN, NOT_MADE = "for it", "against it", "open", "not made yet"
+FOR, AGAINST, OPEN = "for it", "against it", "open"
+NOTHING, NOT_MADE = "nothing to compare with", "not made yet"
 
 
 def page(
@@ -70,7 +71,8 @@ def _row(
     value, answer = "—", NOT_MADE
     if now is not None:
         change, low, high, _ = now
-        value = f"{number(change)} ({number(low)} to {number(high)})"
+        if not math.isnan(change):
+            value = f"{number(change)} ({number(low)} to {number(high)})"
         answer = judged(claim["says"], low, high)
     return {
         "what changes": claim["what"], "against": claim["against"],
@@ -97,6 +99,8 @@ def found(run: Run, claim: Mapping[str, Any]) -> tuple[float, float, float, int]
 
 def judged(says: str, low: float, high: float) -> str:
     """Which way an interval speaks on a claim that says `lower` or `higher` than zero."""
+    if math.isnan(low):
+        return NOTHING
     if not (low > 0 or high < 0):
         return OPEN
     return FOR if (high < 0) == (says == "lower") else AGAINST

@@ -263,10 +263,10 @@ def _problems(profile: Profile) -> Iterable[str]:
             )
     if "frontier" in training.arms:
         k = profile.dictionary.k
-        if not training.frontier or max(training.frontier) >= k:
+        if min(training.frontier, default=k) >= k or k in training.frontier:
             yield (
                 f"training.arms has 'frontier': give training.frontier one or more k below "
-                f"dictionary.k ({k}), not {training.frontier}"
+                f"dictionary.k ({k}), and not that one again, not {training.frontier}"
             )
     shares = training.matryoshka_prefixes
     if shares != sorted(shares) or shares[-1] != 1:
