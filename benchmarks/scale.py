@@ -116,10 +116,8 @@ def arms_of(point: Point, runs_dir: str, call: int) -> dict[str, Arm]:
 
 
 def thresholds(point: Point, runs_dir: str) -> Unit:
-    run, arms = (
-        Run.open(point.profile(runs_dir), runs_dir),
-        [arms_of(point, runs_dir, i) for i in range(CALLS)],
-    )
+    run = Run.open(point.profile(runs_dir), runs_dir)
+    arms = [arms_of(point, runs_dir, call) for call in range(CALLS)]
     return lambda call: calibrate_arms(run, arms[call])
 
 
@@ -142,10 +140,8 @@ def scan(point: Point, runs_dir: str) -> Unit:
 
 
 def contexts(point: Point, runs_dir: str) -> Unit:
-    run, arms = (
-        Run.open(point.profile(runs_dir), runs_dir),
-        [arms_of(point, runs_dir, i) for i in range(CALLS)],
-    )
+    run = Run.open(point.profile(runs_dir), runs_dir)
+    arms = [arms_of(point, runs_dir, call) for call in range(CALLS)]
     for each in arms:
         calibrate_arms(run, each)
     return lambda call: collect_contexts(run, arms[call])

@@ -306,7 +306,7 @@ def test_stages_are_sums_of_units() -> None:
         block=1, head=5, solo=2, joint=3, calibration=7, scan=11, reconstruction=13, memory=8
     )
     shape = ModelShape(n_layers=5, d_model=64, block_parameters=1, vocabulary=9)
-    found = stage_seconds(profile, shape, costs, 2, 2)
+    found = stage_seconds(profile, shape, costs, 2)
     assert list(found.values()) == [
         1600 * 3, 1280 * 3, 40 * (2 + 3), 2 * 300 * 7, 2 * 600 * 11,
         # Of 32 rows: 3 blocks once; then 2 blocks and the head, plain, twice, and on 8 rows twice.

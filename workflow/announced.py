@@ -40,11 +40,10 @@ def page(
         if commit
         else "Not announced yet: until a commit is named here, this list may change."
     ]
+    there = made(profiles, runs)
     for name, section in announced["runs"].items():
-        run, seen_in = runs.get(name), runs.get(section["seen_in"])
+        run, seen_in = runs[name] if name in there else None, runs.get(section["seen_in"])
         seeds = len(profiles[name].training.seeds)
-        if name not in made(profiles, runs):
-            run = None
         rows = [_row(claim, run, seen_in, seeds) for claim in section["claims"]]
         when = f" Made: {kept_mark(run)}." if isinstance(run, KeptRun) else ""
         seen = f" What it will see is told from `{section['seen_in']}`." if seen_in else ""

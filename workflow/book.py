@@ -88,11 +88,11 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     shown = runs | {name: kept[name] for name in others if name in kept}
     announcement = yaml.safe_load((root / "book" / "claims.yml").read_text(encoding="utf-8"))
     judging = {name: _profile(root, name) for name in announcement["runs"]}
+    made = announced.made(judging, kept | runs)
     said = announced.page(announcement, judging, kept | runs, where)
     (generated / "announced.md").write_text(said + "\n", encoding="utf-8")
     # What is claimed of language models, a world of known atoms cannot answer. Runs that were
     # announced stand first.
-    made = announced.made(judging, kept | runs)
     shown = {
         name: run for name, run in sorted(shown.items(), key=lambda item: item[0] not in made)
         if not run.profile.synthetic

@@ -57,12 +57,12 @@ def _planned(profile: Profile, gpu: bool) -> tuple[int, int]:
     if shape is None:
         return UNKNOWN_MB, MOST_MINUTES
     machine, size = machines()[GPU if gpu else "cpu"], sizes(profile, shape)
-    at_once = (max(1, count) for count in arms_at_once(profile, size, machine.memory))
+    trained = max(1, arms_at_once(profile, size, machine.memory)[0])
     # Without a GPU all arms are in the host's memory; with one they pass through it one by one.
     largest = max(size["training"], size["counting"])
     passing = largest * (1 if gpu else arms)
     host = size["loading"] + size["model"] + size["batch"] + passing
-    seconds = sum(stage_seconds(profile, shape, machine.costs(profile, shape), *at_once).values())
+    seconds = sum(stage_seconds(profile, shape, machine.costs(profile, shape), trained).values())
     return math.ceil(FACTOR * host / 1e6), math.ceil(FACTOR * seconds / 60)
 
 

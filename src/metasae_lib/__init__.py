@@ -18,8 +18,4 @@ if not os.access(os.path.dirname(__file__), os.W_OK):
     _folder = os.path.join(tempfile.gettempdir(), f"metasae-kernels-{os.getuid()}")
     os.environ.setdefault("NUMBA_CACHE_DIR", _folder)
 
-# Large tensors on large pages: torch reads this at its first allocation. A step touches hundreds of
-# megabytes, and page by page of 4 KiB the system's work is a tenth of a joint step.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 __all__ = ["MetaSAEError", "Profile", "Run"]

@@ -107,7 +107,7 @@ def plan_text(profile: Profile, names: Sequence[str], here: Costs | None = None)
         at_once = arms_at_once(profile, size, costs.memory)
         if min(at_once) > 0:
             fitting[name] = at_once
-            times.append(stage_seconds(profile, shape, costs, *at_once))
+            times.append(stage_seconds(profile, shape, costs, at_once[0]))
     if not fitting:
         least = size["model"] + size["batch"] + max(size["training"], size["counting"])
         raise ProfileError(
@@ -209,9 +209,9 @@ def sizes(profile: Profile, shape: ModelShape) -> dict[str, int]:
 
 
 def stage_seconds(
-    profile: Profile, shape: ModelShape, costs: Costs, trained: int, counted: int
+    profile: Profile, shape: ModelShape, costs: Costs, trained: int
 ) -> dict[str, float]:
-    """Seconds of every stage on a machine that trains and counts so many arms at once."""
+    """Seconds of every stage on a machine that trains so many arms at once."""
     text, roles, rows = profile.text, profile.text.roles, profile.evaluation.ce_rows
     arms, layer = profile.arms(), profile.model.layer
     to_train = len(arms) - len(profile.training.given)

@@ -64,7 +64,7 @@ def centre(z: Array, b_dec: Array, out: Array) -> None:
 
 @njit(**PARALLEL)
 def missed(e_hat: Array, error: Array, low: Array, square: Array) -> None:
-    """low = e_hat - error, both rounded to bfloat16 as bits; its squared norm before rounding."""
+    """low = e_hat - error, each the bits of a bfloat16; square: of its rows before rounding."""
     b, d = error.shape
     for r in prange(b):
         row = np.empty(d, np.float32)
