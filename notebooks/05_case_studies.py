@@ -70,9 +70,10 @@ Markdown(show.scale_of_run(run))
 # field of `splitting.Rule`.
 #
 # Solo and joint training of one seed start from the same weights, which two solo seeds do not; so
-# the pairs to compare are those of *different* seeds. Pairs of one seed are shown too.
+# the pairs to compare are those of *different* seeds. Pairs of one seed are shown too, and solo
+# against the penalty's competitors, where the run trains them.
 
-# %% mystnb={"figure": {"name": "fig-splits", "caption": "Features of the solo dictionary that come apart in the other one (splits), and features of the other one that come apart in the solo dictionary (merges). Joint training un-blends only as far as the blue bars of solo and joint are longer than the orange ones, and longer than between two solo dictionaries."}, "image": {"alt": "Horizontal bars, two for each pair of dictionaries: number of splits and number of merges, for pairs of solo and joint, of the same start, and of two solo dictionaries."}}
+# %% mystnb={"figure": {"name": "fig-splits", "caption": "Features of the solo dictionary that come apart in the other one (splits), and features of the other one that come apart in the solo dictionary (merges). Joint training un-blends only as far as the blue bars of solo and joint are longer than the orange ones, and longer than between two solo dictionaries."}, "image": {"alt": "Horizontal bars, two for each pair of dictionaries: number of splits and number of merges, for pairs of solo and joint, of the same start, of two solo dictionaries, and of solo and other methods."}}
 split_counts = cases.split_counts(pairs, cross, sides)
 found = splitting.pool(split_counts)  # in words at the end of the page
 figures.split_counts(split_counts)

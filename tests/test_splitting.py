@@ -157,6 +157,10 @@ def test_pairs_of_two_and_of_three_seeds() -> None:
     pairs = seed_pairs(arms, (0.3, 1.0))
     assert pairs[pairs.role == "null"].to_numpy().tolist() == [["null", "solo0", "solo1"]]
     assert pairs[pairs.role == "joint"].b.tolist() == ["joint1", "joint0"]
+    arms["ortsae0"] = arm("ortsae", 0)
+    assert set(two_seeds(arms, (0.3, 1.0))) >= {"ortsae0"}
+    pairs = seed_pairs(arms, (0.3, 1.0))
+    assert pairs[pairs.role == "ortsae"].to_numpy().tolist() == [["ortsae", "solo1", "ortsae0"]]
     del arms["solo1"]
     assert seed_pairs(arms, (0.3, 1.0)).to_numpy().tolist() == [["same start", "solo0", "joint0"]]
 

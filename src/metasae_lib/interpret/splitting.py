@@ -18,7 +18,7 @@ from scipy import stats
 
 from metasae_lib.interpret.senses import quoted
 from metasae_lib.measure import Counts, CrossCounts, phi, top_matches
-from metasae_lib.study import MeasureError
+from metasae_lib.study import COMPETITORS, MeasureError
 from metasae_lib.train import Arm
 
 _LOOK = 8  # partners looked at for each feature, strongest first
@@ -158,13 +158,14 @@ def count_directions(
 
 
 def _compared(arm: Arm, selected: tuple[float, float]) -> bool:
-    """Whether an arm is a solo arm, or a joint arm at `selected` (λ₂, σ²)."""
+    """Whether an arm is a solo arm, a joint arm at `selected` (λ₂, σ²), or a competitor."""
     spec = arm.spec
-    return spec.kind == "solo" or (spec.kind, spec.lambda2, spec.sigma_sq) == ("joint", *selected)
+    at = (spec.kind, spec.lambda2, spec.sigma_sq)
+    return spec.kind in ("solo", *COMPETITORS) or at == ("joint", *selected)
 
 
 def two_seeds(arms: Mapping[str, Arm], selected: tuple[float, float]) -> dict[str, Arm]:
-    """The solo arms and the joint arms at `selected` (λ₂, σ²), of the first two seeds alone."""
+    """Solo, joint at `selected` (λ₂, σ²) and competing arms, of the first two seeds alone."""
     seeds = list(dict.fromkeys(a.spec.seed for a in arms.values() if a.spec.kind == "solo"))[:2]
     return {n: a for n, a in arms.items() if a.spec.seed in seeds and _compared(a, selected)}
 
@@ -174,7 +175,8 @@ def seed_pairs(arms: Mapping[str, Arm], selected: tuple[float, float]) -> pd.Dat
 
     role: `joint` solo against joint of the next seed; `same start` solo against joint of the same
     seed, which began with the same weights, the only one where there is one seed; `null` solo
-    against solo of the next seed. selected: λ₂ and σ² of the joint arms.
+    against solo of the next seed; a competitor's kind, solo against it of the next seed.
+    selected: λ₂ and σ² of the joint arms.
     """
     used = {(a.spec.kind, a.spec.seed): n for n, a in arms.items() if _compared(a, selected)}
     solo, joint = ({s: n for (k, s), n in used.items() if k == kind} for kind in ("solo", "joint"))
@@ -183,6 +185,8 @@ def seed_pairs(arms: Mapping[str, Arm], selected: tuple[float, float]) -> pd.Dat
     for here, after in zip(seeds, [*seeds[1:], *seeds[:1]], strict=True):
         if here != after:
             pairs.append(("joint", solo[here], joint[after]))
+            rivals = (kind for kind in COMPETITORS if (kind, after) in used)
+            pairs += [(kind, solo[here], used[kind, after]) for kind in rivals]
         pairs.append(("same start", solo[here], joint[here]))
         if len(seeds) > 2 or here < after:  # of two seeds there is one pair
             pairs.append(("null", solo[here], solo[after]))

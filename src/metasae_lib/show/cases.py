@@ -68,11 +68,11 @@ def split_choices(
 ) -> pd.DataFrame:
     """`split_counts` under changed clauses of the rule, summed over pairs of one role.
 
-    Pairs of the same start are left out where a second seed gives others.
+    Solo against joint and solo against solo; of the same start where there is one seed alone.
     variants: by name, the fields of `splitting.Rule` that change. Columns: clause, pair (the role),
     splits, merges, eligible_a, eligible_b.
     """
-    others = pairs[pairs.role != "same start"]
+    others = pairs[pairs.role.isin(["joint", "null"])]
     rules = {name: splitting.Rule(**changed) for name, changed in variants.items()}
     both = _counted(pairs if others.empty else others, cross, sides, rules)
     both = both.rename(columns={"role": "pair"})

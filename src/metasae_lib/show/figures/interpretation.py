@@ -20,14 +20,15 @@ _VERDICTS = {
     "inconclusive": style.YELLOW, "disagrees": style.RED,
     "other model: not comparable": "#BDBDBD", "not run": "#E4E4E4", "not printed": "#F4F4F4",
 }  # fmt: skip
-_ROLES = {"joint": "solo and joint", "same start": "same start", "null": "solo and solo"}
+_ROLES = {"joint": "solo and joint", "same start": "same start", "null": "solo and solo",
+          "ortsae": "solo and OrtSAE", "matryoshka": "solo and Matryoshka"}  # fmt: skip
 
 
 @style.styled(7.0, 3.4)
 def split_counts(ax: Axes, frame: pd.DataFrame) -> None:
     """How many features split, and how many merge, in each pair of dictionaries.
 
-    Columns: role (joint, same start, null), a, b, splits, merges. Between two solo dictionaries
+    Columns: role (of `splitting.seed_pairs`), a, b, splits, merges. Between two solo dictionaries
     neither direction has a meaning; how many there are is what seeds do.
     """
     order = {role: place for place, role in enumerate(_ROLES)}
