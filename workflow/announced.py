@@ -22,6 +22,7 @@ from metasae_lib.study.kept import KeptRun
 
 FOR, AGAINST, OPEN = "for it", "against it", "open"
 NOTHING, NOT_MADE = "nothing to compare with", "not made yet"
+ANSWERS = FOR, AGAINST, OPEN, NOTHING
 
 
 def page(

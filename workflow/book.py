@@ -21,6 +21,7 @@ import yaml
 from nbformat.v4 import new_markdown_cell
 
 import announced
+import discussion
 import landing
 import toc
 import together
@@ -50,6 +51,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # One file with TeX input and HTML output; its fonts are looked for beside it.
 MATHJAX_PACKAGE = "sphinx-mathjax-offline"
 MATHJAX_FILES = ["tex-mml-chtml.js", "output/chtml/fonts/woff-v2"]
+PAPER = "gpt2-large"  # the profile of the paper's own model
 _REFERENCES = '<div role="list" class='
 
 
@@ -91,6 +93,8 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     made = announced.made(judging, kept | runs)
     said = announced.page(announcement, judging, kept | runs, where)
     (generated / "announced.md").write_text(said + "\n", encoding="utf-8")
+    said = discussion.page(announcement, judging, kept | runs, _profile(root, PAPER))
+    (generated / "discussion.md").write_text(said + "\n", encoding="utf-8")
     # What is claimed of language models, a world of known atoms cannot answer. Runs that were
     # announced stand first.
     shown = {

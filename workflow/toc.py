@@ -20,7 +20,7 @@ SYNTHETIC = ["06_ground_truth"]
 # The scorecard compares everything there is, so it waits for every other notebook.
 LAST = "07_scorecard"
 
-BEFORE_RUNS = ["method", "announced", "setup", "saelens", "cluster"]
+BEFORE_RUNS = ["method", "announced", "discussion", "setup", "saelens", "cluster"]
 AFTER_RUNS = ["how-made", "scale", "texts", "glossary", "known-issues", "bibliography"]
 
 

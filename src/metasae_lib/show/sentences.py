@@ -16,7 +16,16 @@ from metasae_lib.measure.statistics import TTest, over_seeds
 from metasae_lib.show.published import grid_id, load_published
 from metasae_lib.show.scorecard import collapsed, scorecard_sentence
 from metasae_lib.show.tables import flattening, paired_changes
-from metasae_lib.show.text import between, enumerated, literal, number, percent, section, table
+from metasae_lib.show.text import (
+    between,
+    enumerated,
+    literal,
+    number,
+    percent,
+    section,
+    signed,
+    table,
+)
 from metasae_lib.study import Run
 
 # Notebooks show no progress bars, and tqdm would warn in each of them that it cannot draw its own.
@@ -210,16 +219,20 @@ def probe_sentence(scores: pd.DataFrame, changes: pd.DataFrame) -> Markdown:
     )
 
 
+def moves(low: float, high: float) -> str:
+    """Which way a change with this interval goes, in words."""
+    return "rises" if low > 0 else "falls" if high < 0 else "does not clearly move"
+
+
 def _moves(changes: pd.DataFrame, measure: str) -> str:
     """What the joint arms do to a measure, against solo and at equal L2, in a clause."""
     mine = changes[(changes.measure == measure) & (changes.setting == "joint")]
     said = []
     for row in mine.to_dict("records"):
         low, high = row["low"], row["high"]
-        way = "rises" if low > 0 else "falls" if high < 0 else "does not clearly move"
         against = "against solo" if row["against"] == "solo" else "against solo at equal L2"
         ends = "" if math.isnan(low) else f"; {between(low, high)}"
-        said.append(f"{way} {against} ({number(row['change'])}{ends})")
+        said.append(f"{moves(low, high)} {against} ({number(row['change'])}{ends})")
     return " and ".join(said)
 
 
@@ -236,12 +249,13 @@ def judged_sentence(compared: pd.DataFrame, judge: str) -> Markdown:
         sees = "differs from zero" if low > 0 or high < 0 else "holds zero"
         against = names.get(row["against"], row["against"])
         parts.append(
-            f"against {against} **{delta:+.4f}** ({low:+.4f} to {high:+.4f}, for new {row['over']};"
+            f"against {against} **{signed(delta)}** ({between(low, high, signed)}, for new "
+            f"{row['over']};"
             f" {row['n']:,} pairs of {row['n_seeds']:.0f} seeds): the interval {sees}"
         )
     if not parts:
         return Markdown("The profile's judge did not pass its controls: there is no result here.")
-    said = "; ".join(parts).replace("+-", "−").replace("-", "−")
+    said = "; ".join(parts)
     return Markdown(f"By the {judge} judge, joint fuzzing scores {said}. The paper has +0.0175.")
 
 
@@ -251,10 +265,8 @@ def conclusion(run: Run) -> list[str]:
     published = load_published()[f"gpt2-large.table1.{grid_id(0.3, 1.0)}.d_mean_abs_phi_pct"]
     lambda2, sigma_sq = run.profile.selected
     main = ways.get("seeds") or ways["features"]
-    kind, _, place = run.profile.model.source.partition(":")
-    model = literal(Path(place).name if kind == "folder" else place)
     first = (
-        f"On {model}, layer {run.profile.model.layer}, joint training (λ₂ {lambda2:g}, "
+        f"On {model_name(run)}, layer {run.profile.model.layer}, joint training (λ₂ {lambda2:g}, "
         f"σ² {sigma_sq:g}) changes mean |φ| by {percent(main['change_pct'])} against the solo "
         f"dictionary of the same seed ({between(main['low'], main['high'], percent)} for new "
         + (
@@ -269,6 +281,12 @@ def conclusion(run: Run) -> list[str]:
     if reason := collapsed(run):
         rest = [f"but {reason}: such dictionaries say nothing for or against the paper"]
     return [f"{text[0].upper()}{text[1:]}." for text in (first, *rest)]
+
+
+def model_name(run: Run) -> str:
+    """The language model of a run, as a reader calls it."""
+    kind, _, place = run.profile.model.source.partition(":")
+    return literal(Path(place).name if kind == "folder" else place)
 
 
 def effects_by_way(run: Run) -> dict[str, dict[str, Any]]:
@@ -299,14 +317,13 @@ def at_equal_l2(effect: Mapping[str, Any]) -> str:
 def answer(run: Run) -> str:
     """A run's answer in a clause: does mean |φ| fall, and does worse reconstruction explain it."""
     ways = effects_by_way(run)
-    model = run.profile.model.source.rpartition(":")[2]
+    model = model_name(run)
     if reason := collapsed(run):
         return f"on {model} nothing can be said: {reason}"
     main = ways.get("seeds") or ways["features"]
     low, high = main["low"], main["high"]
     size = f"{percent(main['change_pct'])}, {between(low, high, percent)}"
-    moves = "falls" if high < 0 else "rises" if low > 0 else "does not clearly move"
-    said = f"on {model} mean |φ| {moves} under joint training ({size})"
+    said = f"on {model} mean |φ| {moves(low, high)} under joint training ({size})"
     if "frontier" not in ways:
         return said
     curve = ways["frontier"]
@@ -383,6 +400,7 @@ def ground_truth_sentences(scores: pd.DataFrame) -> list[str]:
         f"{joint.recovered.iloc[-1]:.0%}.",
         "A setting with lower mean |φ| than solo *and* fewer atoms recovered: "
         + (", ".join(misled.index.map("λ₂ = {:g}".format)) or "none") + ".",
-        f"Over all dictionaries, mean |φ| and recovery have a rank correlation of {rank:+.2f}: −1 "
-        "would be the paper's reading, the lower mean |φ| the more atomic, and 0 no relation.",
+        "Over all dictionaries, mean |φ| and recovery have a rank correlation of "
+        f"{number(rank, 2)}: −1 would be the paper's reading, the lower mean |φ| the more atomic, "
+        "and 0 no relation.",
     ]  # fmt: skip

@@ -8,7 +8,7 @@ import pandas as pd
 import yaml
 
 from metasae_lib.measure.synthsaebench import MEASURES, settings
-from metasae_lib.show.text import number
+from metasae_lib.show.text import between, number, signed
 from metasae_lib.study import PublishedError, repository_folders
 
 _NAMES = dict(zip(MEASURES, ("F1", "MCC", "uniqueness", "variance explained"), strict=True))
@@ -76,8 +76,8 @@ def _verdict(mcc: Any) -> str:
 def _change(row: Any) -> str:
     if pd.isna(row.difference):
         return "—"
-    ends = "" if pd.isna(row.low) else f" ({row.low:+.4f} to {row.high:+.4f})"
-    return f"{row.difference:+.4f}{ends}".replace("-", "−")
+    ends = "" if pd.isna(row.low) else f" ({between(row.low, row.high, signed)})"
+    return f"{signed(row.difference)}{ends}"
 
 
 def _spread(mean: float, deviation: float) -> str:

@@ -41,6 +41,11 @@ def percent(value: float) -> str:
     return f"{value:+.1f}%".replace("-", "−")
 
 
+def signed(value: float) -> str:
+    """A change of a score with its sign: `+0.0175`."""
+    return f"{value:+.4f}".replace("-", "−")
+
+
 def between(low: float, high: float, show: Callable[[float], str] = number) -> str:
     """An interval as `low to high`."""
     return f"{show(low)} to {show(high)}"

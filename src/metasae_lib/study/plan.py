@@ -165,6 +165,14 @@ def plan_text(profile: Profile, names: Sequence[str], here: Costs | None = None)
     )
 
 
+def hours(profile: Profile, machine: str) -> float:
+    """Hours of all stages of a profile on one of :func:`machines`, by what it assumes."""
+    shape = shape_of(profile)
+    costs = machines()[machine].costs(profile, shape)
+    trained, _ = arms_at_once(profile, sizes(profile, shape), costs.memory)
+    return sum(stage_seconds(profile, shape, costs, trained).values()) / 3600
+
+
 def _smaller(profile: Profile, size: Mapping[str, int], chosen: Mapping[str, Costs]) -> str:
     """What to change so that the largest of some machines holds one arm."""
     room = 0.9 * max(costs.memory for costs in chosen.values()) * 1e9 - size["model"]

@@ -1,0 +1,83 @@
+"""The discussion: worded by the intervals of the runs' tables, and short."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from test_report import fill
+
+from metasae_lib import Profile, Run
+from metasae_lib.show import run_scorecard
+from metasae_lib.study.kept import kept_runs
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "workflow"))
+
+import discussion  # noqa: E402
+
+ANNOUNCEMENT: dict[str, Any] = yaml.safe_load((REPOSITORY / "book" / "claims.yml").read_text())
+PROFILES = {name: Profile.load(name) for name in ANNOUNCEMENT["runs"]}
+MOST_WORDS = 800  # numbers and all
+
+
+def page(runs: list[Run]) -> str:
+    by_name = {run.name: run for run in runs}
+    return discussion.page(ANNOUNCEMENT, PROFILES, by_name, Profile.load("gpt2-large"))
+
+
+def test_it_is_short_and_every_section_has_figures() -> None:
+    """Of the runs that are kept: what the book shows."""
+    text = page(list(kept_runs(REPOSITORY / "results")))
+    words = text.split()
+    assert 300 < len(words) <= MOST_WORDS, len(words)
+    sections = text.split("## ")[1:]
+    assert len(sections) == 7
+    for section in sections:
+        assert any(c.isdigit() for c in section.partition("\n")[2]), section
+    assert "nan" not in words and " ." not in text and " ;" not in text
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Run:
+    """The reference run with made-up tables, in which L2 0.100 becomes 0.110."""
+    run = fill(Run.open(PROFILES["smollm2-135m-reference"], tmp_path))
+    run.save_table("scorecard", run_scorecard(run), "made up")
+    run.save_table("frontier_pairs", run.load_table("grid"), "made up")
+    return run
+
+
+def equal_l2(run: Run, low: float, high: float) -> None:
+    """Give the run a change of mean |φ| at equal L2."""
+    effects = run.load_table("effects")
+    change = {"change_pct": (low + high) / 2, "low": low, "high": high, "n_seeds": 6}
+    rows = pd.DataFrame([{"way": way} | change for way in ("frontier", "excess")])
+    run.save_table("effects", pd.concat([effects, rows]), "made up")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says", "less", "more"),
+    [(-3.0, -1.0, "falls", 1, 0), (1.0, 3.0, "rises", 0, 1), (-1.0, 1.0, "does not clearly", 0, 0)],
+)
+def test_the_interval_words_it(
+    made: Run, low: float, high: float, says: str, less: int, more: int
+) -> None:
+    equal_l2(made, low, high)
+    text = page([made])
+    assert f"(a smaller k, equal L2), mean |φ| {says}" in text
+    assert f"does not explain the change on {less} of 1 models" in text
+    assert f"lowers mean |φ| more for the same L2 on {more}." in text
+    assert f"at equal L2 it falls on {less} of 1." in text
+    claimed = "smollm2-135m-reference, against solo dictionaries of equal L2: mean |φ| "
+    before, _, after = text.partition("**Against it:**")
+    assert (claimed in before, claimed in after) == (high < 0, low > 0)
+    # Made up: 0.110 / 0.100 and 0.111 / 0.101, 1.90 / 2.00 and 1.91 / 2.02 thousandths.
+    assert "it falls (−5.2%;" in text and "for +10.0% of L2" in text
+
+
+def test_without_a_run_there_is_nothing_to_discuss() -> None:
+    assert "make book makes the default one" in page([])

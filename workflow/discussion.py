@@ -1,0 +1,242 @@
+"""What the announced runs say together: book/discussion.md, put together from their tables.
+
+Which way a sentence is worded follows from its interval. The wording was written before the runs
+were made. Where one is not there yet, the smaller run that it was announced from speaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import announced
+from landing import kept_mark
+from metasae_lib import Profile, Run
+from metasae_lib.interpret import splitting
+from metasae_lib.measure import setting_table
+from metasae_lib.measure.statistics import expected_reach
+from metasae_lib.show import (
+    elasticity_sentence,
+    ground_truth_sentences,
+    judged_sentence,
+    load_published,
+    scale_of_run,
+    scorecard_sentence,
+    synthsaebench_sentences,
+)
+from metasae_lib.show.published import grid_id
+from metasae_lib.show.scorecard import saved_scorecard
+from metasae_lib.show.sentences import effects_by_way, model_name, moves
+from metasae_lib.show.text import between, enumerated, number, percent, signed
+from metasae_lib.study import COMPETITORS
+from metasae_lib.study.kept import KeptRun
+from metasae_lib.study.plan import hours
+
+_CHANGE, _PHI = ("change_pct", "low", "high"), ["d_mean_abs_phi_pct", "low", "high"]
+_MORE_SEEDS = 10
+_UNITS = {"": "", "%": "%", "percentage points": " points"}  # of claims
+_METHODS = dict(zip(COMPETITORS, ("OrtSAE", "Matryoshka"), strict=True))
+
+
+def page(
+    announcement: Mapping[str, Any],
+    profiles: Mapping[str, Profile],
+    runs: Mapping[str, Run],
+    paper_profile: Profile,
+) -> str:
+    """The sections of the page, from runs fresh or kept.
+
+    announcement: `book/claims.yml`. profiles: of the runs that it names. paper_profile: of the
+    paper's own model, for what it would cost.
+    """
+    made = announced.made(profiles, runs)
+    speaking = {
+        name: runs[source]
+        for name, part in announcement["runs"].items()
+        if (source := name if name in made else part["seen_in"]) in runs
+    }
+    models = {name: run for name, run in speaking.items() if run.has_table("effects")}
+    worlds = [run for name, run in speaking.items() if profiles[name].synthetic]
+    if not models:
+        return "No run of this book can be discussed yet: make book makes the default one."
+    first = next(iter(models.values()))
+    sections = {
+        "What replicates": _replicates(models),
+        "What fidelity explains": _fidelity(models),
+        "What the ground truth says": _ground_truth(first, worlds),
+        "What the judge could see": _judge(first),
+        "How the competitors do": _competitors(first, worlds),
+        "For the paper, and against it": _balance(announcement, speaking, models),
+        "What to run next on a GPU": _next(paper_profile, first),
+    }
+    written = (f"## {title}\n\n{' '.join(said)}" for title, said in sections.items())
+    return "\n\n".join([_sizes(speaking), *written])
+
+
+def _sizes(runs: Mapping[str, Run]) -> str:
+    sizes = []
+    for run in runs.values():
+        training, what = run.profile.training, "samples" if run.profile.synthetic else "tokens"
+        made = f"; {kept_mark(run)}" if isinstance(run, KeptRun) else ""
+        seeds = f"{len(training.seeds)} seeds"
+        sizes.append(f"- {run.name}: {training.train_tokens:,} {what}, {seeds}{made}")
+    return "\n".join(sizes)
+
+
+def _replicates(models: Mapping[str, Run]) -> Iterator[str]:
+    """Against solo: mean |φ|, what it costs, and the strongest penalty."""
+    published, heavy = load_published(), grid_id(1.0, 1.0)
+    headline, at_1 = (
+        percent(published[f"gpt2-large.table1.{setting}.{_PHI[0]}"])
+        for setting in (grid_id(0.3, 1.0), heavy)
+    )
+    yield f"In the paper joint training changes mean |φ| by {headline}, and by {at_1} at λ₂ = 1."
+    for run in models.values():
+        grid = run.load_table("grid")
+        grid = grid[grid.kind == "joint"]
+        (chosen,) = grid[grid.selected].to_dict("records")
+        said = [
+            f"it {_moved(*(chosen[c] for c in _PHI))}, for {percent(chosen['d_l2_pct'])} of L2 and "
+            f"{number(chosen['d_ce_points'], 2)} points of CE"
+        ]
+        for row in grid[grid.setting == f"joint-{heavy}"].to_dict("records"):
+            said.append(f"at λ₂ = 1 it {_moved(*(row[c] for c in _PHI))}")
+        yield f"On {model_name(run)} {'; '.join(said)}."
+    first = next(iter(models.values()))
+    yield scorecard_sentence(saved_scorecard(first))
+    if first.has_table("split_counts"):
+        yield splitting.pool(first.load_table("split_counts")).sentence()
+
+
+def _fidelity(models: Mapping[str, Run]) -> Iterator[str]:
+    """At equal L2: all of mean |φ|, and what is above the null of the same firing rates."""
+    less = more = 0
+    for run in models.values():
+        ways = effects_by_way(run)
+        if {"frontier", "excess"} <= ways.keys():
+            equal, excess = (
+                _moved(*(ways[way][key] for key in _CHANGE)) for way in ("frontier", "excess")
+            )
+            less += ways["frontier"]["high"] < 0
+            more += ways["frontier"]["low"] > 0
+            yield (
+                f"On {model_name(run)}, against solo dictionaries that reconstruct as badly (a "
+                f"smaller k, equal L2), mean |φ| {equal}, and what is above the null of the same "
+                f"firing rates {excess}."
+            )
+    yield (
+        f"So worse reconstruction does not explain the change on {less} of {len(models)} models, "
+        f"and a smaller k lowers mean |φ| more for the same L2 on {more}."
+    )
+    yield elasticity_sentence(next(iter(models.values())))
+
+
+def _ground_truth(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
+    """Where the true atoms are known: a world of the published size, and a small one."""
+    for world in worlds:
+        scores, changes = (
+            world.load_table(f"synthsaebench{name}") for name in ("", "_differences")
+        )
+        *said, _ = synthsaebench_sentences(scores, changes)
+        yield f"In SynthSAEBench-16k: {' '.join(said)}"
+    if model.has_table("ground_truth"):
+        *_, last = ground_truth_sentences(model.load_table("ground_truth"))
+        yield f"In a world of 128 atoms: {last}"
+
+
+def _judge(model: Run) -> Iterator[str]:
+    """What the scores say, and how small a difference they can show."""
+    if not model.has_table("autointerp_compared"):
+        yield "Nothing of this run was judged."
+        return
+    compared, judge = model.load_table("autointerp_compared"), model.profile.autointerp.judge
+    yield judged_sentence(compared, judge).data
+    mine = compared[(compared.judge == judge) & (compared.pairs == "matched")]
+    mine = mine[mine.against == "frontier"]
+    for row in mine[mine.score == "fuzzing"].to_dict("records"):
+        reach = number((row["high"] - row["low"]) / 2, 2)
+        yield f"At equal L2 a difference below {reach} could not be seen."
+    for row in mine[mine.score == "detection"].to_dict("records"):
+        yield f"Detection {_moved(row['delta'], row['low'], row['high'], signed)} there."
+
+
+def _competitors(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
+    """Other methods against the same complaint, against solo and at equal L2."""
+    against = {
+        "against solo": model.load_table("grid"),
+        "at equal L2": setting_table(model.load_table("frontier_pairs")),
+    }
+    for kind, name in _METHODS.items():
+        said = [
+            f"{_moved(*(row[c] for c in _PHI))} {words}"
+            for words, rows in against.items()
+            for row in rows[rows.kind == kind].to_dict("records")
+        ]
+        yield f"Mean |φ| of {name} {' and '.join(said)}." if said else f"It trains no {name} arm."
+    for world in worlds:
+        changes = world.load_table("synthsaebench_differences")
+        changes = changes[(changes.against == "equal L2") & (changes.measure == "mcc")]
+        for row in changes[changes.kind.isin(COMPETITORS)].to_dict("records"):
+            change = _moved(row["difference"], row["low"], row["high"], signed)
+            yield f"In SynthSAEBench, MCC of {_METHODS[row['kind']]} {change} at equal L2."
+
+
+def _balance(
+    announcement: Mapping[str, Any], speaking: Mapping[str, Run], models: Mapping[str, Run]
+) -> Iterator[str]:
+    """Every announced claim on the side on which its interval speaks."""
+    ways = [effects_by_way(run) for run in models.values()]
+    solo, equal = (
+        sum(way in found and found[way]["high"] < 0 for found in ways)
+        for way in ("seeds", "frontier")
+    )
+    yield (
+        f"For the paper speaks that by its own comparison mean |φ| falls on {solo} of {len(ways)} "
+        "models, all smaller than its own and trained for less; against it, that at equal L2 it "
+        f"falls on {equal} of {len(ways)}."
+    )
+    answers, sides = Counter[str](), {announced.FOR: "", announced.AGAINST: ""}
+    for name, run in speaking.items():
+        claimed = sorted(announcement["runs"][name]["claims"], key=itemgetter("against"))
+        for against, claims in groupby(claimed, itemgetter("against")):
+            found: dict[str, list[str]] = {answer: [] for answer in announced.ANSWERS}
+            for claim in claims:
+                change, low, high, _ = announced.found(run, claim) or (math.nan,) * 4
+                what, _, unit = claim["what"].partition(", ")
+                size = f"{change:+.2g}{_UNITS[unit]}".replace("-", "−")
+                found[announced.judged(claim["says"], low, high)].append(f"{what} {size}")
+            answers.update({answer: len(said) for answer, said in found.items()})
+            for answer in sides.keys() & {answer for answer, said in found.items() if said}:
+                sides[answer] += f"\n- {run.name}, against {against}: {'; '.join(found[answer])}"
+    counts = (f"{n} {answer}" for answer, n in answers.items() if n)
+    yield f"Of {answers.total()} announced claims: {enumerated(counts)}."
+    for answer, said in sides.items():
+        yield f"\n\n**{answer.capitalize()}:**\n{said or 'none'}"
+
+
+def _next(paper_profile: Profile, model: Run) -> Iterator[str]:
+    """What this run is too small for, and what it would cost."""
+    yield scale_of_run(model)
+    yield (
+        f"So the paper's own shapes first: all {len(paper_profile.arms())} arms of "
+        f"{paper_profile.name} take {number(hours(paper_profile, 'h100'), 2)} hours of an H100, by "
+        "assumed rates."
+    )
+    if at_equal := effects_by_way(model).get("frontier"):
+        low, high, n_seeds = (at_equal[key] for key in ("low", "high", "n_seeds"))
+        yield (
+            f"Then seeds: {_MORE_SEEDS} would bring the interval at equal L2 from "
+            f"± {number((high - low) / 2, 2)}% to "
+            f"± {number(expected_reach(low, high, int(n_seeds), _MORE_SEEDS), 2)}%."
+        )
+    yield "Then the paper's own judge, Qwen2.5-72B, over HTTP."
+
+
+def _moved(change: float, low: float, high: float, show: Callable[[float], str] = percent) -> str:
+    """Which way something goes, with its size and interval."""
+    ends = "" if math.isnan(low) else f"; {between(low, high, show)}"
+    return f"{moves(low, high)} ({show(change)}{ends})"
