@@ -65,10 +65,13 @@ def orthogonality(
         W = W_dec[rows]
         cosines = W @ W.T
         cosines.fill_diagonal_(0)
-        nearest = cosines.abs().argmax(1, keepdim=True)
-        value = cosines.gather(1, nearest)
+        nearest = cosines.abs().argmax(1)
+        value = cosines.gather(1, nearest[:, None])
         penalty += value.square().sum() / n
-        # As a product and not a scattered sum: the order of addition is fixed on every device.
-        pull = torch.zeros_like(cosines).scatter_(1, nearest, 2 * value / n)
-        gradient[rows] = (pull + pull.T) @ W
+        # Sorted and not scattered: the order of addition is fixed on every device.
+        pulls = 2 / n * value
+        counts = torch.zeros_like(nearest).scatter_add_(0, nearest, torch.ones_like(nearest))
+        sorted_pulls = (pulls * W)[nearest.argsort(stable=True)]
+        back = torch.segment_reduce(sorted_pulls, "sum", lengths=counts, unsafe=True)
+        gradient[rows] = pulls * W[nearest] + back
     return penalty, gradient
