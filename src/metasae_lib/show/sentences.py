@@ -389,7 +389,8 @@ def ground_truth_sentences(scores: pd.DataFrame) -> list[str]:
     scatter = scores[scores.lambda2 == 0].recovered.std()
     clear = "more" if gain > 2 * scatter else "fewer"
     verdict = clear if abs(gain) > 2 * scatter else "no clear difference"
-    rank = scores.mean_abs_phi.corr(scores.recovered, method="spearman")
+    correlation = scores.mean_abs_phi.corr(scores.recovered, method="spearman")
+    rank = f"{correlation:+.2f}".replace("-", "−")
     misled = joint[(joint.mean_abs_phi < solo.mean_abs_phi) & (joint.recovered < solo.recovered)]
     return [
         f"At its best setting here (λ₂ = {best:g}) joint training recovers "
@@ -401,6 +402,6 @@ def ground_truth_sentences(scores: pd.DataFrame) -> list[str]:
         "A setting with lower mean |φ| than solo *and* fewer atoms recovered: "
         + (", ".join(misled.index.map("λ₂ = {:g}".format)) or "none") + ".",
         "Over all dictionaries, mean |φ| and recovery have a rank correlation of "
-        f"{number(rank, 2)}: −1 would be the paper's reading, the lower mean |φ| the more atomic, "
+        f"{rank}: −1 would be the paper's reading, the lower mean |φ| the more atomic, "
         "and 0 no relation.",
     ]  # fmt: skip
