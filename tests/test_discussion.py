@@ -69,8 +69,8 @@ def test_the_interval_words_it(
     equal_l2(made, low, high)
     text = page([made])
     assert f"(a smaller k, equal L2), mean |φ| {says}" in text
-    assert f"does not explain the change on {less} of 1 models" in text
-    assert f"lowers mean |φ| more for the same L2 on {more}." in text
+    assert f"mean |φ| falls on {less} of 1 models; for the same L2" in text
+    assert f"a smaller k lowers it more on {more}." in text
     assert f"at equal L2 it falls on {less} of 1." in text
     claimed = "smollm2-135m-reference, against solo dictionaries of equal L2: mean |φ| "
     before, _, after = text.partition("**Against it:**")

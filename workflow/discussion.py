@@ -65,12 +65,12 @@ def page(
         return "No run of this book can be discussed yet: make book makes the default one."
     first = next(iter(models.values()))
     sections = {
-        "What replicates": _replicates(models),
-        "What fidelity explains": _fidelity(models),
+        "[What replicates](together/co-occurrence.md)": _replicates(models),
+        "[What fidelity explains](together/fidelity.md)": _fidelity(models),
         "What the ground truth says": _ground_truth(first, worlds),
-        "What the judge could see": _judge(first),
+        "[What the judge could see](together/interpretability.md)": _judge(first),
         "How the competitors do": _competitors(first, worlds),
-        "For the paper, and against it": _balance(announcement, speaking, models),
+        "[For the paper, and against it](announced.md)": _balance(announcement, speaking, models),
         "What to run next on a GPU": _next(paper_profile, first),
     }
     written = (f"## {title}\n\n{' '.join(said)}" for title, said in sections.items())
@@ -129,8 +129,8 @@ def _fidelity(models: Mapping[str, Run]) -> Iterator[str]:
                 f"firing rates {excess}."
             )
     yield (
-        f"So worse reconstruction does not explain the change on {less} of {len(models)} models, "
-        f"and a smaller k lowers mean |φ| more for the same L2 on {more}."
+        f"Beyond what worse reconstruction does, mean |φ| falls on {less} of {len(models)} models; "
+        f"for the same L2 a smaller k lowers it more on {more}."
     )
     yield elasticity_sentence(next(iter(models.values())))
 
@@ -176,7 +176,11 @@ def _competitors(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
             for words, rows in against.items()
             for row in rows[rows.kind == kind].to_dict("records")
         ]
-        yield f"Mean |φ| of {name} {' and '.join(said)}." if said else f"It trains no {name} arm."
+        yield (
+            f"Mean |φ| of {name} {' and '.join(said)}."
+            if said
+            else f"{model.name} trains no {name} arm."
+        )
     for world in worlds:
         changes = world.load_table("synthsaebench_differences")
         changes = changes[(changes.against == "equal L2") & (changes.measure == "mcc")]
