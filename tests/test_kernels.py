@@ -85,6 +85,8 @@ def test_row_topk(dtype: torch.dtype, k: int) -> None:
         out = form.row_topk(pre, features, k)
         assert out.dtype == dtype
         torch.testing.assert_close(out.float(), expected, rtol=0, atol=0)
+        padded = form.row_topk(pre, torch.cat([features, torch.tensor([-1, -1])]), k)
+        assert torch.equal(padded[:, :13], out) and not padded[:, 13:].any()
 
 
 def problem(b: int, d: int, n: int) -> dict[str, Tensor]:

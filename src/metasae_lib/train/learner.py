@@ -22,7 +22,7 @@ from metasae_lib.train.dictionary import Dictionary, JumpReLU
 from metasae_lib.train.kernels.common import Adam, Batch, Extra, Pull, Rows, adam_step
 
 _LAG = 2  # steps after which a GPU's count of dead features is read
-_PAD = 64  # a GPU's list of dead features has a multiple of this length: few shapes
+_PAD = 64  # the list of dead features has a multiple of this length: a product is prepared by shape
 _SMALL = 200_000_000  # multiply-adds of an encoder product that one thread does in a few ms
 
 
@@ -168,13 +168,15 @@ class Learner:
         return self.sae.k
 
     def _dead(self) -> tuple[Tensor, int | Tensor]:
-        """The dead features, and how many they are; on a GPU the list is padded with -1."""
+        """The dead features, padded with -1, and how many they are."""
         dead = self.silent >= self.settings.dead_after
+        count: int | Tensor = dead.sum()
         if dead.device.type == "cpu":
-            found = dead.nonzero()[:, 0]
-            return found, found.shape[0]
-        size = min(-(-self._bound() // _PAD) * _PAD, dead.shape[0])
-        return torch.nonzero_static(dead, size=size, fill_value=-1)[:, 0], dead.sum()
+            bound = count = int(count)
+        else:
+            bound = self._bound()
+        size = min(-(-bound // _PAD) * _PAD, dead.shape[0])
+        return torch.nonzero_static(dead, size=size, fill_value=-1)[:, 0], count
 
     def _bound(self) -> int:
         """No fewer than the dead features, without waiting for the step that the GPU is at.

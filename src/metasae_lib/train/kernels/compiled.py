@@ -132,8 +132,8 @@ def fired(codes: Codes) -> Tensor:
 def row_topk(pre: Tensor, features: Tensor, k: int) -> Tensor:
     """The ``k`` largest positive pre-activations of each input among some features.
 
-    pre: (b, n) bfloat16 or float32. features: (m,) int64. Returns (b, m) of the same type, zero
-    where not kept; ties by lowest index.
+    pre: (b, n) bfloat16 or float32. features: (m,) int64; -1 is none, its column zero. Returns
+    (b, m) of the same type, zero where not kept; ties by lowest index.
     """
     out = pre.new_empty(len(pre), len(features))
     _run(loops.row_topk, out.numel() * 8, bits_of(pre), features, k, bits_of(out))

@@ -162,7 +162,7 @@ def row_topk(patterns: Array, features: Array, k: int, out: Array) -> None:
         row = out[r]
         positive = 0
         for i in range(m):
-            x = patterns[r, features[i]]
+            x = patterns[r, features[i]] if features[i] >= 0 else 0
             row[i] = max(x, 0)
             positive += x > 0
         if positive > k:
