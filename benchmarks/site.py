@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from playwright.sync_api import Page, sync_playwright
 
 from metasae_lib import Profile, Run
+from metasae_lib.interpret import Lens
 from metasae_lib.interpret.examples import Example
 from metasae_lib.show import explorer
 from metasae_lib.subject.corpus import load_tokens
@@ -43,16 +45,27 @@ def arm(name: str, other: str, pieces: list[str], seed: int) -> explorer.ArmPage
         acts[rng.integers(CONTEXT, size=3)] = rng.uniform(0.5, 9, 3)
         return Example((), tuple(pieces[start : start + CONTEXT]), tuple(acts.tolist()), 0)
 
-    features = pd.DataFrame(rng.uniform(0, 1, (N, 7)), columns=["rate", "max", "threshold", "fuzz",
-                            "cosine", "phi", "second"])  # fmt: skip
-    words = [[pieces[i] for i in rng.integers(len(pieces), size=5)] for _ in range(N)]
-    features["explanation"] = [" ".join(w) for w in words]
+    def words(*shape: int) -> NDArray[np.object_]:
+        return np.array(pieces, object)[rng.integers(len(pieces), size=shape)]
+
+    columns = ["rate", "max", "threshold", "fuzz", "cosine", "phi", "split"]
+    features = pd.DataFrame(rng.uniform(0, 1, (N, len(columns))), columns=columns)
+    features["explanation"] = [" ".join(some) for some in words(N, 5)]
     features["partner"] = rng.permutation(N).astype(float)
     near = [[(int(i), 0.1234) for i in rng.integers(N, size=8)] for _ in range(N)]
     return explorer.ArmPage(
-        name, name, other, features, words, rng.integers(0, 99, (N, 20)), near,
-        [pairs[:5] for pairs in near], [[context(), context()] for _ in range(N)],
-    )  # fmt: skip
+        name=name,
+        same=[],
+        other=other,
+        features=features,
+        tokens=words(N, 5).tolist(),
+        other_tokens=words(N, 5).tolist(),
+        lens=Lens(words(N, 2, 10), rng.normal(0, 5, (N, 2, 10))),
+        histograms=rng.integers(0, 99, (N, 20)),
+        near=near,
+        cross=[pairs[:5] for pairs in near],
+        contexts=[[context(), context()] for _ in range(N)],
+    )
 
 
 def paints(page: Page, site: Path) -> dict[str, float]:
