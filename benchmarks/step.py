@@ -80,7 +80,7 @@ def main() -> None:
     peers = os.environ.get("METASAE_PEERS", str(ROOT / ".venv-peers" / "bin" / "python"))
     entries = [(sys.executable, name) for name in ("ours", "dense autograd", "encoder product")]
     if Path(peers).exists():
-        entries += [(peers, "dictionary_learning"), (peers, "SAELens")]
+        entries += [(peers, name) for name in ("dictionary_learning", "SAELens", "sparsify")]
     else:
         print("The peers are not installed (make peers): dense autograd alone stands for them.")
     workers = [

@@ -179,6 +179,30 @@ def saelens(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int) -> St
     return step
 
 
+def sparsify(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int) -> Step:
+    """The body of sparsify's own training step: k entries a token, gathered decoder rows."""
+    from sparsify.config import SparseCoderConfig
+    from sparsify.sparse_coder import SparseCoder
+
+    coder = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k), device=str(DEVICE))
+    optimiser = torch.optim.Adam(coder.parameters(), lr=LEARNING_RATE)
+    silence(coder.encoder.weight, dead)
+    silent = torch.zeros(n, device=DEVICE)
+    silent[:dead] = 10**6
+
+    def step(z: Tensor) -> None:
+        coder.set_decoder_norm_to_unit_norm()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = coder(z, dead_mask=silent >= 1000)
+        silent.add_(1)[out.latent_indices.flatten()] = 0
+        (out.fvu + out.auxk_loss / 32).backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
+
+
 def product(dtype: torch.dtype, d: int, n: int, k: int, b: int, dead: int) -> Step:
     """The floor: the encoder's product alone."""
     rows, low = torch.randn(n, d).to(DEVICE, dtype), batches(d, b)[0].to(dtype)
@@ -197,6 +221,7 @@ def main() -> None:
         "dense autograd": lambda: dense(*sizes),
         "dictionary_learning": lambda: dictionary_learning(*sizes),
         "SAELens": lambda: saelens(*sizes),
+        "sparsify": lambda: sparsify(*sizes),
         "encoder product": lambda: product(*sizes),
     }
     step, data = makers[name](), batches(d, b)
