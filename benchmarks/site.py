@@ -43,7 +43,7 @@ def arm(name: str, other: str, pieces: list[str], seed: int) -> explorer.ArmPage
     def context() -> Example:
         start, acts = int(rng.integers(len(pieces) - CONTEXT)), np.zeros(CONTEXT)
         acts[rng.integers(CONTEXT, size=3)] = rng.uniform(0.5, 9, 3)
-        return Example((), tuple(pieces[start : start + CONTEXT]), tuple(acts.tolist()), 0)
+        return Example((), tuple(pieces[start : start + CONTEXT]), tuple(acts.tolist()), start)
 
     def words(*shape: int) -> NDArray[np.object_]:
         return np.array(pieces, object)[rng.integers(len(pieces), size=shape)]

