@@ -41,8 +41,8 @@ _NAMING = 3  # of them, beside a feature of the other arm
 _PEAKS = 10  # strongest segments whose peaks name a feature
 _BINS = 20
 _RATE_BINS = 30
-_NEAR, _CROSS = 8, 5  # neighbours shown within the arm, and in the other one
 # Of a feature of the two main arms, and of the others:
+_NEAR, _CROSS = (8, 5), (5, 3)  # neighbours within the arm, and in the arm it is matched with
 _SHOWN = 6, 2  # contexts
 _LENS = 10, 5  # tokens at either end of the lens
 
@@ -142,7 +142,8 @@ def collect(
         )
         told = explanations[explanations.arm == name].drop_duplicates("feature")
         told = told.set_index("feature")[["explanation", "fuzz"]]
-        within = top_matches(CrossCounts(own.n11, own.n1, own.n1, own.n_tokens), _NEAR + 1)
+        fewer = name not in main
+        within = top_matches(CrossCounts(own.n11, own.n1, own.n1, own.n_tokens), _NEAR[fewer] + 1)
         yield ArmPage(
             name=name,
             same=same[name],
@@ -150,14 +151,14 @@ def collect(
             features=features.join(told),
             tokens=tokens,
             other_tokens=peaks[other],
-            lens=lenses[name].first(_LENS[name not in main]),
+            lens=lenses[name].first(_LENS[fewer]),
             histograms=[
                 np.histogram(a, _BINS, (0, float(a.max())))[0].tolist() if len(a) else []
                 for a in activations
             ],
-            near=_pairs(within[within.feature != within.match], _NEAR, n),
-            cross=_pairs(top_matches(cross, _CROSS), _CROSS, n),
-            contexts=[text.top(i, _SHOWN[name not in main]) for i in range(n)],
+            near=_pairs(within[within.feature != within.match], _NEAR[fewer], n),
+            cross=_pairs(top_matches(cross, _CROSS[fewer]), _CROSS[fewer], n),
+            contexts=[text.top(i, _SHOWN[fewer]) for i in range(n)],
         )
 
 
