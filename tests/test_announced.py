@@ -22,6 +22,7 @@ sys.path.insert(0, str(REPOSITORY / "workflow"))
 
 import announced  # noqa: E402
 import landing  # noqa: E402
+import together  # noqa: E402
 from citation import Citation  # noqa: E402
 
 CLAIMS: dict[str, Any] = yaml.safe_load((REPOSITORY / "book" / "claims.yml").read_text())
@@ -89,7 +90,7 @@ def test_a_run_counts_only_as_it_was_announced(tmp_path: Path) -> None:
 
 
 def test_an_announced_run_answers_for_the_smaller_one(tmp_path: Path) -> None:
-    """On the first page; what the smaller one finds stands below as before."""
+    """On the first page and in tables of values; what the smaller finds stands below as before."""
     reference = fill(Run.open(Profile.load("smollm2-135m-reference"), tmp_path / "runs"))
     default = fill(Run.open(Profile.load("smollm2-135m"), tmp_path / "runs"))
     for run in (reference, default):
@@ -100,3 +101,7 @@ def test_an_announced_run_answers_for_the_smaller_one(tmp_path: Path) -> None:
     compared = pd.read_csv(tmp_path / "answer.csv").comparison
     assert len(compared) and compared.str.startswith(f"{reference.name}: ").all()
     assert "smollm2-135m/index.md" in (tmp_path / "findings.md").read_text()
+    together.write(runs, tmp_path, REPOSITORY / "notebooks", Citation(REPOSITORY), {default.name})
+    columns = pd.read_csv(tmp_path / "together" / "fidelity.csv").columns.tolist()
+    assert columns[3:] == [reference.name, f"{reference.name}: verdict"]
+    assert f"tab-item}} {default.name}" in (tmp_path / "together" / "fidelity.md").read_text()

@@ -104,7 +104,7 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     smaller = {announcement["runs"][name]["seen_in"] for name in made}
     landing.write(published, shown, generated, where, smaller)
     (generated / "texts.md").write_text(_texts(), encoding="utf-8")
-    claims = together.write(shown, staging, root / "notebooks", where)
+    claims = together.write(shown, staging, root / "notebooks", where, smaller)
     table = toc.contents(pages, others, claims)
     (staging / "_toc.yml").write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
 

@@ -6,7 +6,7 @@ run does not hold is named in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -147,18 +147,28 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def write(runs: Mapping[str, Run], staging: Path, notebooks: Path, where: Citation) -> list[str]:
-    """Write the pages, their figures and data into `staging/together`; return the pages' names."""
+def write(
+    runs: Mapping[str, Run],
+    staging: Path,
+    notebooks: Path,
+    where: Citation,
+    smaller: Collection[str] = (),
+) -> list[str]:
+    """Write the pages, their figures and data into `staging/together`; return the pages' names.
+
+    smaller: runs for which an announced one answers. They, and toys, have no column of values.
+    """
     folder = staging / FOLDER
     folder.mkdir()
     cards = {
         n: scorecard.saved_scorecard(run) for n, run in runs.items() if run.has_table("scorecard")
     }
+    telling = {n: card for n, card in cards.items() if n not in smaller and not landing.toy(n)}
     for claim in CLAIMS:
         parts = [f"# {claim.title}", claim.text]
         for picture in claim.pictures:
             parts.append(_tabs(claim, picture, runs, folder, notebooks, where))
-        parts += ["## The paper's values and ours", _values(claim, cards, folder, where)]
+        parts += ["## The paper's values and ours", _values(claim, telling or cards, folder, where)]
         (folder / f"{claim.name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [f"{FOLDER}/{claim.name}" for claim in CLAIMS]
 
