@@ -172,6 +172,19 @@ def test_missed(dtype: torch.dtype) -> None:
         torch.testing.assert_close(loss.double(), exact.square().mean(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_where_kept(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    g = torch.randn(70, 33, generator=generator).to(dtype)
+    acts = torch.randint(0, 3, (70, 33), generator=generator).to(dtype)
+    exact = torch.where(acts > 0, g, 0)
+    for form in (compiled, plain):
+        kept = g.clone()
+        sums = form.where_kept(kept, acts)
+        assert torch.equal(kept, exact) and sums.dtype == torch.float32
+        torch.testing.assert_close(sums.double(), exact.double().sum(0), rtol=1e-5, atol=1e-5)
+
+
 def test_adam_is_that_of_torch() -> None:
     w = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     peer = w.clone().requires_grad_()

@@ -213,13 +213,14 @@ class Learner:
         rows = self.W_dec[dead].to(acts.dtype)
         e_hat = acts @ rows
         low, loss = self.kernels.missed(e_hat, error)
-        g_pre = (low @ rows.T).mul_(acts.sign())  # acts are not negative
+        g_pre = low @ rows.T
+        g_bias = self.kernels.where_kept(g_pre, acts)
         scale = 2 * self.settings.aux_weight / (b * d)
         extra = Extra(
             position[:n],
             (acts.T @ low).to(error.dtype).mul_(scale),
             (g_pre.T @ centred).to(error.dtype).mul_(scale),
-            g_pre.sum(0, dtype=error.dtype).mul_(scale),
+            g_bias.mul_(scale),
         )
         return extra, loss, e_hat
 

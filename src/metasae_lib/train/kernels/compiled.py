@@ -152,6 +152,18 @@ def missed(e_hat: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     return low, square.sum() / error.numel()
 
 
+def where_kept(g: Tensor, acts: Tensor) -> Tensor:
+    """Make a gradient zero, in place, where a feature was not kept; its sums over inputs (m,).
+
+    g, acts: (b, m) in the products' type, acts not negative. The sums are float32.
+    """
+    if g.dtype != torch.bfloat16:
+        return plain.where_kept(g, acts)
+    sums = torch.empty(-(-len(g) // loops.ROWS), g.shape[1])
+    _run(loops.where_kept, g.numel(), bits_of(g), bits_of(acts), sums)
+    return sums.sum(0)
+
+
 def residual(
     codes: Codes, z: Tensor, W_dec: Tensor, b_dec: Tensor, ends: np.ndarray, with_dots: bool
 ) -> tuple[Tensor, Tensor, np.ndarray]:

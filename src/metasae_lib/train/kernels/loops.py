@@ -80,6 +80,24 @@ def missed(e_hat: Array, error: Array, low: Array, square: Array) -> None:
 
 
 @njit(**PARALLEL)
+def where_kept(g: Array, acts: Array, sums: Array) -> None:
+    """g: zero where acts is, both the bits of bfloat16; sums: of its columns, by blocks of rows."""
+    b, m = g.shape
+    for block in prange(sums.shape[0]):
+        total = sums[block]
+        total[:] = 0
+        row = np.empty(m, np.float32)
+        bits = row.view(np.int32)
+        for r in range(block * ROWS, min(b, (block + 1) * ROWS)):
+            for i in range(m):
+                g[r, i] = g[r, i] if acts[r, i] != 0 else 0
+            for i in range(m):
+                bits[i] = np.int32(g[r, i]) << 16
+            for i in range(m):
+                total[i] += row[i]
+
+
+@njit(**PARALLEL)
 def count(patterns: Array, low: Array, counts: Array) -> None:
     """counts[r] = how many entries of row r reach the bound of their column."""
     for r in prange(patterns.shape[0]):

@@ -82,6 +82,11 @@ def missed(e_hat: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     return miss.to(e_hat.dtype), miss.square().mean()
 
 
+def where_kept(g: Tensor, acts: Tensor) -> Tensor:
+    g.mul_(acts.sign())
+    return g.sum(0, dtype=torch.float64 if g.dtype == torch.float64 else torch.float32)
+
+
 def residual(
     codes: DenseCodes, z: Tensor, W_dec: Tensor, b_dec: Tensor, ends: np.ndarray, with_dots: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
