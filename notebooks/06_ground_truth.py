@@ -203,7 +203,7 @@ show.table(
 # reconstructs as badly*? A smaller k alone moves both scores, so a joint arm is held against the
 # line of its seed's solo dictionaries at its own L2.
 
-# %% mystnb={"figure": {"name": "fig-synthsaebench", "caption": "F1 (left) and MCC (right) of every dictionary on SynthSAEBench-16k over its L2; grey lines join the solo dictionaries of a seed at k = 25, 20 and 15. A method recovers more atoms at equal L2 where its points lie above the lines."}, "image": {"alt": "Two panels of points over L2, one for F1 and one for MCC, a marker for each kind of arm, and a grey line for each seed through its solo dictionaries."}}
+# %% mystnb={"figure": {"name": "fig-synthsaebench", "caption": "F1 (left) and MCC (right) of every dictionary on SynthSAEBench-16k over its L2; grey lines join the solo dictionaries of a seed at several k. A method recovers more atoms at equal L2 where its points lie above the lines."}, "image": {"alt": "Two panels of points over L2, one for F1 and one for MCC, a marker for each kind of arm, and a grey line for each seed through its solo dictionaries."}}
 figures.recovery_at_l2(bench)
 
 # %%

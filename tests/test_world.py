@@ -210,7 +210,7 @@ def made_up() -> pd.DataFrame:
         for kind, l2, f1 in (("solo", 0.4, 0.50), ("frontier", 0.6, 0.60), ("joint", 0.5, 0.57)):
             rows.append({
                 "arm": f"{kind}-seed{seed}", "kind": kind, "seed": seed, "lambda2": np.nan,
-                "samples": 1000, "l2": l2, "l0": 25.0, "mcc": f1, "uniqueness": 1.0,
+                "samples": 1000, "l2": l2, "l0": 25.0, "dead": 0, "mcc": f1, "uniqueness": 1.0,
                 "f1": f1 + seed * (0.012 if kind == "joint" else 0.01),
                 "variance_explained": 1 - l2,
             })  # fmt: skip
@@ -242,6 +242,8 @@ def test_what_a_reader_sees() -> None:
     solo, equal, levels = synthsaebench_sentences(scores, changes)
     assert "MCC by +0.0700" in solo and "further" not in equal and "nearer" in equal
     assert "200,000 times" in levels
+    fewer = scores.assign(dead=np.where(scores.kind == "frontier", 40, 0))
+    assert "(40 in frontier)" in synthsaebench_sentences(fewer, changes)[2]
     assert synthsaebench_pairs(changes).F1[2].startswith("+0.0210 (+0.0083 to +0.0337)")
     nothing = scores.iloc[:0]
     assert "No run of it is kept" in synthsaebench_sentences(

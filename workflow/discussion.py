@@ -1,7 +1,7 @@
 """What the announced runs say together: book/discussion.md, put together from their tables.
 
-Which way a sentence is worded follows from its interval. The wording was written before the runs
-were made. Where one is not there yet, the smaller run that it was announced from speaks.
+Which way a sentence is worded follows from its interval. Where a run is not there yet, the smaller
+one that it was announced from speaks.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+import pandas as pd
+
 import announced
-from landing import kept_mark
 from metasae_lib import Profile, Run
 from metasae_lib.interpret import splitting
 from metasae_lib.measure import setting_table
 from metasae_lib.measure.statistics import expected_reach
 from metasae_lib.show import (
     elasticity_sentence,
-    ground_truth_sentences,
-    judged_sentence,
     load_published,
     scale_of_run,
     scorecard_sentence,
@@ -33,10 +32,10 @@ from metasae_lib.show.scorecard import saved_scorecard
 from metasae_lib.show.sentences import effects_by_way, model_name, moves
 from metasae_lib.show.text import between, enumerated, number, percent, signed
 from metasae_lib.study import COMPETITORS
-from metasae_lib.study.kept import KeptRun
 from metasae_lib.study.plan import hours
 
 _CHANGE, _PHI = ("change_pct", "low", "high"), ["d_mean_abs_phi_pct", "low", "high"]
+_AGAINST = {"solo": "against solo", "frontier": "at equal L2"}
 _MORE_SEEDS = 10
 _UNITS = {"": "", "%": "%", "percentage points": " points"}  # of claims
 _METHODS = dict(zip(COMPETITORS, ("OrtSAE", "Matryoshka"), strict=True))
@@ -81,9 +80,10 @@ def _sizes(runs: Mapping[str, Run]) -> str:
     sizes = []
     for run in runs.values():
         training, what = run.profile.training, "samples" if run.profile.synthetic else "tokens"
-        made = f"; {kept_mark(run)}" if isinstance(run, KeptRun) else ""
+        facts = run.provenance()
+        made = f"{facts['date'][:10]}, commit {facts['commit'][:8]}"
         seeds = f"{len(training.seeds)} seeds"
-        sizes.append(f"- {run.name}: {training.train_tokens:,} {what}, {seeds}{made}")
+        sizes.append(f"- {run.name}: {training.train_tokens:,} {what}, {seeds}; {made}")
     return "\n".join(sizes)
 
 
@@ -107,9 +107,13 @@ def _replicates(models: Mapping[str, Run]) -> Iterator[str]:
             said.append(f"at λ₂ = 1 it {_moved(*(row[c] for c in _PHI))}")
         yield f"On {model_name(run)} {'; '.join(said)}."
     first = next(iter(models.values()))
-    yield scorecard_sentence(saved_scorecard(first))
+    yield scorecard_sentence(saved_scorecard(first)).partition(". ")[0] + "."
     if first.has_table("split_counts"):
-        yield splitting.pool(first.load_table("split_counts")).sentence()
+        found = splitting.pool(first.load_table("split_counts"))
+        yield (
+            f"{found.split_share:.1%} of solo features split in a joint dictionary, "
+            f"{found.null_share:.1%} in another solo one."
+        )
 
 
 def _fidelity(models: Mapping[str, Run]) -> Iterator[str]:
@@ -144,36 +148,47 @@ def _ground_truth(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
         *said, _ = synthsaebench_sentences(scores, changes)
         yield f"In SynthSAEBench-16k: {' '.join(said)}"
     if model.has_table("ground_truth"):
-        *_, last = ground_truth_sentences(model.load_table("ground_truth"))
-        yield f"In a world of 128 atoms: {last}"
+        scores = model.load_table("ground_truth")
+        rank = scores.mean_abs_phi.corr(scores.recovered, method="spearman")
+        yield (
+            "In a world of 128 atoms, mean |φ| and the share recovered have a rank correlation of "
+            f"{number(rank, 2)}; −1 is the paper's reading."
+        )
 
 
 def _judge(model: Run) -> Iterator[str]:
     """What the scores say, and how small a difference they can show."""
-    if not model.has_table("autointerp_compared"):
-        yield "Nothing of this run was judged."
+    judge = model.profile.autointerp.judge
+    compared = pd.DataFrame()
+    if model.has_table("autointerp_compared"):
+        compared = model.load_table("autointerp_compared")
+        compared = compared[(compared.judge == judge) & (compared.pairs == "matched")]
+        compared = compared[compared.n > 0]
+    if compared.empty:
+        yield "No score of this run counts: its judge did not pass its controls."
         return
-    compared, judge = model.load_table("autointerp_compared"), model.profile.autointerp.judge
-    yield judged_sentence(compared, judge).data
-    mine = compared[(compared.judge == judge) & (compared.pairs == "matched")]
-    mine = mine[mine.against == "frontier"]
-    for row in mine[mine.score == "fuzzing"].to_dict("records"):
-        reach = number((row["high"] - row["low"]) / 2, 2)
-        yield f"At equal L2 a difference below {reach} could not be seen."
-    for row in mine[mine.score == "detection"].to_dict("records"):
-        yield f"Detection {_moved(row['delta'], row['low'], row['high'], signed)} there."
+    paper = load_published()["gpt2-large.fuzz_paired_delta"]
+    yield f"The paper's fuzzing scores differ by {signed(paper)}."
+    for score in ("fuzzing", "detection"):
+        said = [
+            f"{_moved(row['delta'], row['low'], row['high'], signed)} {_AGAINST[row['against']]}"
+            for row in compared[compared.score == score].to_dict("records")
+        ]
+        yield f"By the {judge} judge, {score} {' and '.join(said)}."
+    least = (compared[compared.score == "fuzzing"].eval("high - low") / 2).min()
+    yield f"A difference of fuzzing below {number(least, 2)} it could not have seen."
 
 
 def _competitors(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
     """Other methods against the same complaint, against solo and at equal L2."""
-    against = {
-        "against solo": model.load_table("grid"),
-        "at equal L2": setting_table(model.load_table("frontier_pairs")),
+    tables = {
+        "solo": model.load_table("grid"),
+        "frontier": setting_table(model.load_table("frontier_pairs")),
     }
     for kind, name in _METHODS.items():
         said = [
-            f"{_moved(*(row[c] for c in _PHI))} {words}"
-            for words, rows in against.items()
+            f"{_moved(*(row[c] for c in _PHI))} {_AGAINST[against]}"
+            for against, rows in tables.items()
             for row in rows[rows.kind == kind].to_dict("records")
         ]
         yield (

@@ -8,7 +8,7 @@ import pandas as pd
 import yaml
 
 from metasae_lib.measure.synthsaebench import MEASURES, settings
-from metasae_lib.show.text import between, number, signed
+from metasae_lib.show.text import between, enumerated, number, signed
 from metasae_lib.study import PublishedError, repository_folders
 
 _NAMES = dict(zip(MEASURES, ("F1", "MCC", "uniqueness", "variance explained"), strict=True))
@@ -23,12 +23,13 @@ def synthsaebench_rows(scores: pd.DataFrame) -> pd.DataFrame:
     for setting, same in scores.groupby(settings(scores), sort=False):
         row = {"arm": setting, "seeds": str(len(same)), "samples": same.samples.iloc[0]}
         shown = {name: _spread(same[key].mean(), same[key].std()) for key, name in _NAMES.items()}
-        rows.append(row | shown | {"L2": same.l2.mean(), "L0": same.l0.mean()})
+        means = {"L2": same.l2.mean(), "L0": same.l0.mean(), "dead": same.dead.mean()}
+        rows.append(row | shown | means)
     published = _published()
     for value in published["values"]:
         row = {"arm": f"{value['arm']}, published", "seeds": None, "samples": published["samples"]}
         shown = {name: _spread(*value[key]) for key, name in _NAMES.items()}
-        rows.append(row | shown | {"L2": None, "L0": value["l0"]})
+        rows.append(row | shown | {"L2": None, "L0": value["l0"], "dead": None})
     return pd.DataFrame(rows)
 
 
@@ -56,6 +57,14 @@ def synthsaebench_sentences(scores: pd.DataFrame, changes: pd.DataFrame) -> list
             continue
         said = f"F1 by {_change(f1)} and MCC by {_change(mcc)}"
         sentences.append(f"{words} a joint dictionary changes {said}: {_verdict(mcc)}.")
+    rivals = scores[scores.kind == "frontier"]
+    dead = rivals.groupby(settings(rivals)).dead.mean()
+    if (dead > 0).any():
+        found = enumerated(f"{number(count)} in {name}" for name, count in dead[dead > 0].items())
+        sentences.append(
+            f"Solo dictionaries of smaller k have dead features ({found}): at equal L2 the rival "
+            "is in part a smaller dictionary."
+        )
     ours, theirs = scores.samples.iloc[0], _published()["samples"]
     return [
         *sentences,
