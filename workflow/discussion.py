@@ -175,7 +175,8 @@ def _judge(model: Run) -> Iterator[str]:
             for row in compared[compared.score == score].to_dict("records")
         ]
         yield f"By the {judge} judge, {score} {' and '.join(said)}."
-    least = (compared[compared.score == "fuzzing"].eval("high - low") / 2).min()
+    fuzzing = compared[compared.score == "fuzzing"]
+    least = float((fuzzing.high - fuzzing.low).min()) / 2
     yield f"A difference of fuzzing below {number(least, 2)} it could not have seen."
 
 
