@@ -107,7 +107,8 @@ def _replicates(models: Mapping[str, Run]) -> Iterator[str]:
             said.append(f"at λ₂ = 1 it {_moved(*(row[c] for c in _PHI))}")
         yield f"On {model_name(run)} {'; '.join(said)}."
     first = next(iter(models.values()))
-    yield scorecard_sentence(saved_scorecard(first)).partition(". ")[0] + "."
+    judged, _, _ = scorecard_sentence(saved_scorecard(first)).partition(". ")
+    yield judged.replace("this run", first.name) + "."
     if first.has_table("split_counts"):
         found = splitting.pool(first.load_table("split_counts"))
         yield (
@@ -136,7 +137,8 @@ def _fidelity(models: Mapping[str, Run]) -> Iterator[str]:
         f"Beyond what worse reconstruction does, mean |φ| falls on {less} of {len(models)} models; "
         f"for the same L2 a smaller k lowers it more on {more}."
     )
-    yield elasticity_sentence(next(iter(models.values())))
+    first = next(iter(models.values()))
+    yield elasticity_sentence(first).replace("In this run", f"In {first.name}")
 
 
 def _ground_truth(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
@@ -208,7 +210,7 @@ def _competitors(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
 def _balance(
     announcement: Mapping[str, Any], speaking: Mapping[str, Run], models: Mapping[str, Run]
 ) -> Iterator[str]:
-    """Every announced claim on the side on which its interval speaks."""
+    """Every announced claim of the paper on the side on which its interval speaks."""
     ways = [effects_by_way(run) for run in models.values()]
     solo, equal = (
         sum(way in found and found[way]["high"] < 0 for found in ways)
@@ -221,7 +223,9 @@ def _balance(
     )
     answers, sides = Counter[str](), {announced.FOR: "", announced.AGAINST: ""}
     for name, run in speaking.items():
-        claimed = sorted(announcement["runs"][name]["claims"], key=itemgetter("against"))
+        claimed = [claim for claim in announcement["runs"][name]["claims"]
+                   if claim["row"].get("kind") not in COMPETITORS]  # fmt: skip
+        claimed.sort(key=itemgetter("against"))
         for against, claims in groupby(claimed, itemgetter("against")):
             found: dict[str, list[str]] = {answer: [] for answer in announced.ANSWERS}
             for claim in claims:
@@ -233,14 +237,14 @@ def _balance(
             for answer in sides.keys() & {answer for answer, said in found.items() if said}:
                 sides[answer] += f"\n- {run.name}, against {against}: {'; '.join(found[answer])}"
     counts = (f"{n} {answer}" for answer, n in answers.items() if n)
-    yield f"Of {answers.total()} announced claims: {enumerated(counts)}."
+    yield f"Of its {answers.total()} announced claims: {enumerated(counts)}."
     for answer, said in sides.items():
         yield f"\n\n**{answer.capitalize()}:**\n{said or 'none'}"
 
 
 def _next(paper_profile: Profile, model: Run) -> Iterator[str]:
     """What this run is too small for, and what it would cost."""
-    yield scale_of_run(model)
+    yield scale_of_run(model).replace("This", model.name, 1)
     yield (
         f"So the paper's own shapes first: all {len(paper_profile.arms())} arms of "
         f"{paper_profile.name} take {number(hours(paper_profile, 'h100'), 2)} hours of an H100, by "
