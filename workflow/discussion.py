@@ -29,8 +29,14 @@ from metasae_lib.show import (
 )
 from metasae_lib.show.published import grid_id
 from metasae_lib.show.scorecard import saved_scorecard
-from metasae_lib.show.sentences import effects_by_way, model_name, moves
-from metasae_lib.show.text import between, enumerated, number, percent, signed
+from metasae_lib.show.sentences import (
+    effects_by_way,
+    model_name,
+    moves,
+    recovery_rank,
+    with_ends,
+)
+from metasae_lib.show.text import enumerated, number, percent, signed
 from metasae_lib.study import COMPETITORS
 from metasae_lib.study.plan import hours
 
@@ -150,8 +156,7 @@ def _ground_truth(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
         *said, _ = synthsaebench_sentences(scores, changes)
         yield f"In SynthSAEBench-16k: {' '.join(said)}"
     if model.has_table("ground_truth"):
-        scores = model.load_table("ground_truth")
-        rank = scores.mean_abs_phi.corr(scores.recovered, method="spearman")
+        rank = recovery_rank(model.load_table("ground_truth"))
         yield (
             "In a world of 128 atoms, mean |φ| and the share recovered have a rank correlation of "
             f"{number(rank, 2)}; −1 is the paper's reading."
@@ -231,11 +236,12 @@ def _balance(
             for claim in claims:
                 change, low, high, _ = announced.found(run, claim) or (math.nan,) * 4
                 what, _, unit = claim["what"].partition(", ")
-                size = f"{change:+.2g}{_UNITS[unit]}".replace("-", "−")
+                size = f"{signed(change, '+.2g')}{_UNITS[unit]}"
                 found[announced.judged(claim["says"], low, high)].append(f"{what} {size}")
             answers.update({answer: len(said) for answer, said in found.items()})
-            for answer in sides.keys() & {answer for answer, said in found.items() if said}:
-                sides[answer] += f"\n- {run.name}, against {against}: {'; '.join(found[answer])}"
+            for answer in sides:
+                if said := "; ".join(found[answer]):
+                    sides[answer] += f"\n- {run.name}, against {against}: {said}"
     counts = (f"{n} {answer}" for answer, n in answers.items() if n)
     yield f"Of its {answers.total()} announced claims: {enumerated(counts)}."
     for answer, said in sides.items():
@@ -262,5 +268,4 @@ def _next(paper_profile: Profile, model: Run) -> Iterator[str]:
 
 def _moved(change: float, low: float, high: float, show: Callable[[float], str] = percent) -> str:
     """Which way something goes, with its size and interval."""
-    ends = "" if math.isnan(low) else f"; {between(low, high, show)}"
-    return f"{moves(low, high)} ({show(change)}{ends})"
+    return f"{moves(low, high)} ({with_ends(change, low, high, show)})"

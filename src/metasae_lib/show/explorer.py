@@ -222,7 +222,8 @@ def write(
         for block in range(math.ceil(n / _BLOCK)):
             features = list(itertools.islice(cards, _BLOCK))
             _write(folder, f"{arm.name}/block-{block}", {"features": features})
-        texts |= {c.segment: [c.text, c.origin] for shown in arm.contexts for c in shown}
+        new = (c for shown in arm.contexts for c in shown if c.segment not in texts)
+        texts.update((c.segment, [c.text, c.origin]) for c in new)
     names = {arm["name"] for arm in listed}
     for name, other in ((one["name"], one["other"]) for one in listed):
         if other not in names | {None}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,11 @@ def moves(low: float, high: float) -> str:
     return "rises" if low > 0 else "falls" if high < 0 else "does not clearly move"
 
 
+def with_ends(change: float, low: float, high: float, show: Callable[[float], str] = number) -> str:
+    """A change with the ends of its interval, where it has one."""
+    return show(change) + ("" if math.isnan(low) else f"; {between(low, high, show)}")
+
+
 def _moves(changes: pd.DataFrame, measure: str) -> str:
     """What the joint arms do to a measure, against solo and at equal L2, in a clause."""
     mine = changes[(changes.measure == measure) & (changes.setting == "joint")]
@@ -231,8 +236,7 @@ def _moves(changes: pd.DataFrame, measure: str) -> str:
     for row in mine.to_dict("records"):
         low, high = row["low"], row["high"]
         against = "against solo" if row["against"] == "solo" else "against solo at equal L2"
-        ends = "" if math.isnan(low) else f"; {between(low, high)}"
-        said.append(f"{moves(low, high)} {against} ({number(row['change'])}{ends})")
+        said.append(f"{moves(low, high)} {against} ({with_ends(row['change'], low, high)})")
     return " and ".join(said)
 
 
@@ -377,6 +381,11 @@ def in_short(run: Run, card: pd.DataFrame) -> dict[str, Any]:
     return {"sentences": sentences, "verdicts": card.group.value_counts().to_dict()}
 
 
+def recovery_rank(scores: pd.DataFrame) -> float:
+    """Rank correlation of mean |φ| and the share of atoms recovered, over all dictionaries."""
+    return scores.mean_abs_phi.corr(scores.recovered, method="spearman")
+
+
 def ground_truth_sentences(scores: pd.DataFrame) -> list[str]:
     """Whether joint training recovers more atoms, and whether mean |φ| tells, as sentences.
 
@@ -389,8 +398,7 @@ def ground_truth_sentences(scores: pd.DataFrame) -> list[str]:
     scatter = scores[scores.lambda2 == 0].recovered.std()
     clear = "more" if gain > 2 * scatter else "fewer"
     verdict = clear if abs(gain) > 2 * scatter else "no clear difference"
-    correlation = scores.mean_abs_phi.corr(scores.recovered, method="spearman")
-    rank = f"{correlation:+.2f}".replace("-", "−")
+    rank = signed(recovery_rank(scores), "+.2f")
     misled = joint[(joint.mean_abs_phi < solo.mean_abs_phi) & (joint.recovered < solo.recovered)]
     return [
         f"At its best setting here (λ₂ = {best:g}) joint training recovers "

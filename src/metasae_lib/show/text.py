@@ -38,12 +38,12 @@ def number(value: Any, digits: int = 3) -> str:
 
 def percent(value: float) -> str:
     """A change in percent with its sign: `−7.5%`."""
-    return f"{value:+.1f}%".replace("-", "−")
+    return f"{signed(value, '+.1f')}%"
 
 
-def signed(value: float) -> str:
-    """A change of a score with its sign: `+0.0175`."""
-    return f"{value:+.4f}".replace("-", "−")
+def signed(value: float, form: str = "+.4f") -> str:
+    """A change with its sign, a true minus: `+0.0175`, as those of scores are shown."""
+    return f"{value:{form}}".replace("-", "−")
 
 
 def between(low: float, high: float, show: Callable[[float], str] = number) -> str:
