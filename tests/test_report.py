@@ -205,6 +205,9 @@ def test_collapsed_dictionaries_judge_nothing(full: Run) -> None:
     assert scorecard.collapsed(full) == ""
     phi = full.load_table("phi")
     n = full.profile.dictionary.n_features
+    other = phi.iloc[[0]].assign(arm="jumprelu-k16-seed0", kind="jumprelu", alive=1)
+    full.save_table("phi", pd.concat([phi, other]), "only the ablation mostly dead")
+    assert scorecard.collapsed(full) == ""
     phi.loc[0, "alive"] = n // 2 - 1
     full.save_table("phi", phi, "one arm mostly dead")
     assert f"only {n // 2 - 1}" in scorecard.collapsed(full)

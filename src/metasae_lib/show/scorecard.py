@@ -121,10 +121,15 @@ def table_1(run: Run) -> Markdown:
 
 
 def collapsed(run: Run) -> str:
-    """That most features of an arm never fire, in words; empty where they do."""
+    """That most features never fire of an arm that results compare, in words; empty if they do.
+
+    Results compare joint with solo, and with solo at smaller k. What other methods and the
+    ablation leave dead says nothing of these.
+    """
     if not run.has_table("phi"):
         return ""
-    alive, n = run.load_table("phi").alive, run.profile.dictionary.n_features
+    phi, n = run.load_table("phi"), run.profile.dictionary.n_features
+    alive = phi[phi.kind.isin(["solo", "joint", "frontier"])].alive
     if alive.min() >= n / 2:
         return ""
     return f"of {n:,} features only {alive.min():,} to {alive.max():,} ever fire"
