@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from test_report import fill
 from metasae_lib import Profile, Run
 from metasae_lib.show import in_short, run_scorecard
 from metasae_lib.show.scorecard import saved_scorecard, scorecard_rows
+from metasae_lib.show.sentences import answer
 from metasae_lib.study.kept import KeptRun, keep
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -83,6 +85,13 @@ def test_kept_runs_stand_beside_fresh_ones_and_are_marked(
     page = (tmp_path / "together" / "co-occurrence.md").read_text()
     assert mark in page and "smollm2-135m: verdict" in page
     assert (tmp_path / "together" / "co-occurrence-effects-smollm2-135m.png").exists()
+
+
+def test_the_readme_says_what_the_run_of_its_picture_found() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (folder,) = re.findall(r"\((results/[^/]+)/effect\.png\)", readme)
+    said = answer(KeptRun(REPOSITORY / folder))
+    assert f"**{said[0].upper()}{said[1:]}.**" in " ".join(readme.split())
 
 
 def test_a_fresh_run_is_held_against_the_kept_one(fresh: Run, kept: KeptRun) -> None:
