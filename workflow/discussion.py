@@ -195,7 +195,9 @@ def _competitors(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
     }
     for kind, name in _METHODS.items():
         said = [
-            f"{_moved(*(row[c] for c in _PHI))} {_AGAINST[against]}"
+            "has no solo rival of its L2"  # beyond the solo curve
+            if math.isnan(row["d_mean_abs_phi_pct"])
+            else f"{_moved(*(row[c] for c in _PHI))} {_AGAINST[against]}"
             for against, rows in tables.items()
             for row in rows[rows.kind == kind].to_dict("records")
         ]
