@@ -208,6 +208,8 @@ def test_collapsed_dictionaries_judge_nothing(full: Run) -> None:
     other = phi.iloc[[0]].assign(arm="jumprelu-k16-seed0", kind="jumprelu", alive=1)
     full.save_table("phi", pd.concat([phi, other]), "only the ablation mostly dead")
     assert scorecard.collapsed(full) == ""
+    full.save_table("phi", other, "an arm that no result compares, alone")
+    assert scorecard.collapsed(full) == ""
     phi.loc[0, "alive"] = n // 2 - 1
     full.save_table("phi", phi, "one arm mostly dead")
     assert f"only {n // 2 - 1}" in scorecard.collapsed(full)

@@ -195,9 +195,7 @@ def _competitors(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
     }
     for kind, name in _METHODS.items():
         said = [
-            "has no solo rival of its L2"  # beyond the solo curve
-            if math.isnan(row["d_mean_abs_phi_pct"])
-            else f"{_moved(*(row[c] for c in _PHI))} {_AGAINST[against]}"
+            f"{_moved(*(row[c] for c in _PHI))} {_AGAINST[against]}"
             for against, rows in tables.items()
             for row in rows[rows.kind == kind].to_dict("records")
         ]
@@ -269,5 +267,7 @@ def _next(paper_profile: Profile, model: Run) -> Iterator[str]:
 
 
 def _moved(change: float, low: float, high: float, show: Callable[[float], str] = percent) -> str:
-    """Which way something goes, with its size and interval."""
+    """Which way something goes, with its size and interval; nan: beyond the solo curve."""
+    if math.isnan(change):
+        return f"has {announced.NOTHING}"
     return f"{moves(low, high)} ({with_ends(change, low, high, show)})"

@@ -130,7 +130,7 @@ def collapsed(run: Run) -> str:
         return ""
     phi, n = run.load_table("phi"), run.profile.dictionary.n_features
     alive = phi[phi.kind.isin(["solo", "joint", "frontier"])].alive
-    if alive.min() >= n / 2:
+    if not (alive < n / 2).any():
         return ""
     return f"of {n:,} features only {alive.min():,} to {alive.max():,} ever fire"
 

@@ -259,8 +259,8 @@ def judged_sentence(compared: pd.DataFrame, judge: str) -> Markdown:
         )
     if not parts:
         return Markdown("The profile's judge did not pass its controls: there is no result here.")
-    said = "; ".join(parts)
-    return Markdown(f"By the {judge} judge, joint fuzzing scores {said}. The paper has +0.0175.")
+    said, paper = "; ".join(parts), signed(load_published()["gpt2-large.fuzz_paired_delta"])
+    return Markdown(f"By the {judge} judge, joint fuzzing scores {said}. The paper has {paper}.")
 
 
 def conclusion(run: Run) -> list[str]:
