@@ -12,6 +12,7 @@ from metasae_lib.measure.thresholds import RULES, Calibrator
 from metasae_lib.study.arms import ArmSpec
 from metasae_lib.study.profile import Profile
 from metasae_lib.train.dictionary import BatchTopK, normalise
+from metasae_lib.train.replay import Replay
 from metasae_lib.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(
@@ -68,9 +69,40 @@ def test_training_steps_are_the_same(kind: str) -> None:
         trainer.primary.silent[:100] = 1000
         trainer.primary.W_enc_T[:100] *= 1e-3
         trainer.primary._low.copy_(trainer.primary.W_enc_T)
-    for _ in range(12):
+    for _ in range(24):  # the third time on, what has been recorded
         z = normalise(torch.randn(256, 64, generator=generator))[0]
         losses = [trainer.step(z.to(trainer.primary.b_dec.device)) for trainer in trainers]
         assert int(losses[0].dead) == int(losses[1].dead) >= 90
         assert losses[1].l2.item() == pytest.approx(losses[0].l2.item(), rel=1e-4)
         assert losses[1].aux.item() == pytest.approx(losses[0].aux.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["joint", "jumprelu"])
+def test_what_was_recorded_goes_on_as_what_was_not(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from a checkpoint, in which a dictionary has other features dead than before."""
+    training = {"batch_tokens": 256, "n_primary_steps": 4, "n_meta_steps": 2}
+    profile = Profile.load("tiny", {"training": training})
+    spec = ArmSpec(kind, 0, *((0.3, 1.0) if kind == "joint" else ()))
+    device = torch.device("cuda")
+    batches = normalise(torch.randn(40, 256, 64, generator=torch.Generator().manual_seed(0)))[0]
+    batches = batches.to(device)
+    plain, recorded, resumed = (Trainer(spec, profile, 64, device) for _ in range(3))
+    for step, z in enumerate(batches):
+        if step == 20:
+            state = {name: tensor.cpu() for name, tensor in recorded.state().items()}
+            for z_before in batches[30:]:
+                resumed.step(z_before)  # so that there are graphs before the state is taken over
+            resumed.restore(state)
+        with monkeypatch.context() as patch:
+            patch.setattr(Replay, "__call__", lambda _, key, function, *inputs: function(*inputs))
+            plain.step(z)
+        for trainer in (recorded, resumed)[: 1 + (step >= 20)]:
+            trainer.step(z)
+    assert any(recorded.primary._replay._graphs.values())
+    expected = plain.state()
+    for trainer in (recorded, resumed):
+        for name, tensor in trainer.state().items():
+            if name not in ("history", "progress"):
+                torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)

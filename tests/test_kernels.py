@@ -139,8 +139,9 @@ def test_update_rows(with_extra: bool, with_pull: bool, ends: list[int]) -> None
 
     position = torch.full((n,), -1, dtype=torch.int32)
     m = 3 if with_extra else 0
-    position[torch.tensor([0, 5, 74])[:m]] = torch.arange(m, dtype=torch.int32)
-    extra = Extra(position, draw(m, d), draw(m, d), draw(m))
+    features = torch.tensor([0, 5, 74])[:m]
+    position[features] = torch.arange(m, dtype=torch.int32)
+    extra = Extra(features, position, draw(m, d), draw(m, d), draw(m))
     pull = Pull(draw(n, d), draw(n)) if with_pull else None
     start = [draw(n, d).square() / 9 for _ in range(4)]
     results = []

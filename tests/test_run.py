@@ -301,7 +301,11 @@ def test_cache_folder_follows_the_environment(
 def test_commit_outside_of_git_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     commit.cache_clear()
+    monkeypatch.delenv("METASAE_COMMIT", raising=False)
     assert commit() == "unknown"
+    commit.cache_clear()
+    monkeypatch.setenv("METASAE_COMMIT", "1234abcd")  # said by who copied the sources there
+    assert commit() == "1234abcd"
     commit.cache_clear()
 
 

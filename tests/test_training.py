@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -652,7 +652,8 @@ def test_a_step_on_a_gpu_does_not_wait(kind: str, monkeypatch: pytest.MonkeyPatc
     settings = {"batch_tokens": 64, "n_primary_steps": 2, "n_meta_steps": 1, "k_aux": 8,
                 "arms": ["solo"]}  # fmt: skip
     profile = Profile.load("tiny", {"dictionary": sizes, "training": settings})
-    monkeypatch.setattr(Learner, "_bound", lambda self: 70)
+    monkeypatch.setattr(Learner, "_room", lambda self: 70)
+    monkeypatch.setattr(Learner, "_hear", lambda self, soon: None)
     trainer = Trainer(spec, profile, 24, torch.device("meta"))
     assert trainer.primary.kernels is kernels.plain
     for _ in range(HISTORY_EVERY - 1):
@@ -664,28 +665,39 @@ def test_a_step_on_a_gpu_does_not_wait(kind: str, monkeypatch: pytest.MonkeyPatc
 def test_the_list_of_dead_features_can_be_padded() -> None:
     """As on a GPU: the same step as with the list itself."""
     learners = []
-    for pad in (False, True):
+    for _ in range(2):
         learner = Learner(BatchTopK(24, 96, 4), Settings(1e-2, dtype=torch.float32, k_aux=8))
         learner.kernels = kernels.plain
         learner.silent[:30] = 100
         learner.sae.W_enc.data[:, :30] *= 1e-3
-        found = learner._dead
-
-        def padded(found: Any = found) -> tuple[Tensor, int]:
-            dead, count = found()
-            return torch.cat([dead, dead.new_full((34,), -1)]), count
-
-        if pad:
-            learner._dead = padded  # type: ignore[method-assign]
         learners.append(learner)
     generator = torch.Generator().manual_seed(3)
     for _ in range(4):
         z = normalise(torch.randn(50, 24, generator=generator))[0]
-        plain, padded_ = (learner.step(z) for learner in learners)
-        assert plain.dead == padded_.dead == 30
-        assert plain.aux.item() == pytest.approx(padded_.aux.item(), rel=1e-6)
+        (plain, _), (padded, _) = (
+            learner._step(z, None, room) for learner, room in zip(learners, (None, 64), strict=True)
+        )
+        assert plain.dead == padded.dead == 30
+        assert plain.aux.item() == pytest.approx(padded.aux.item(), rel=1e-6)
     for one, other in zip(learners[0].state().values(), learners[1].state().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dead_after", [1, 2, 3, 6])
+def test_there_is_room_for_all_dead_features(dead_after: int) -> None:
+    """Although what is known of them is some steps old, as on a GPU."""
+    n, rooms = 4096, set()
+    learner = Learner(
+        BatchTopK(24, n, 4), Settings(0.1, dtype=torch.float32, dead_after=dead_after)
+    )
+    learner.kernels = kernels.plain
+    generator = torch.Generator().manual_seed(3)
+    for size in (8, 8, 600, 8, 8, 8, 8, 300, 8, 8, 8, 8, 8):  # few fire, then many, then few
+        rooms.add(room := learner._room())
+        losses, soon = learner._step(torch.randn(size, 24, generator=generator), None, room)
+        assert losses.dead <= room <= n
+        learner._soon_dead.append((soon, SimpleNamespace(synchronize=lambda: None)))  # type: ignore[arg-type]
+    assert len(rooms) > 1 or dead_after == 1
 
 
 def test_a_loss_that_was_not_finite_is_found_later() -> None:

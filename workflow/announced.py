@@ -35,23 +35,26 @@ def page(
 
     announced: `book/claims.yml`. profiles: of the runs that it names. runs: by name, fresh or kept.
     """
-    date, commit = (announced["announced"].get(key) for key in ("date", "commit"))
-    parts = [
-        f"Announced on {date}, in {where.file('book/claims.yml', commit)}."
-        if commit
-        else "Not announced yet: until a commit is named here, this list may change."
-    ]
+    parts = [_when(announced["announced"], where)]
     there = made(profiles, runs)
     for name, section in announced["runs"].items():
         run, seen_in = runs[name] if name in there else None, runs.get(section["seen_in"])
         seeds = len(profiles[name].training.seeds)
         rows = [_row(claim, run, seen_in, seeds) for claim in section["claims"]]
-        when = f" Made: {kept_mark(run)}." if isinstance(run, KeptRun) else ""
+        later = f" {_when(section['announced'], where)}" if "announced" in section else ""
+        when = f"{later} Made: {kept_mark(run)}." if isinstance(run, KeptRun) else later
         seen = f" What it will see is told from `{section['seen_in']}`." if seen_in else ""
         caption = f"Claims that {name} judges"
         shown = table(pd.DataFrame(rows), caption, f"tab-announced-{name}")
         parts += [f"## {name}", f"{seeds} seeds.{seen}{when}", shown.data]
     return "\n\n".join(parts)
+
+
+def _when(announced: Mapping[str, Any], where: Citation) -> str:
+    if not announced.get("commit"):
+        return "Not announced yet: until a commit is named here, this list may change."
+    file = where.file("book/claims.yml", announced["commit"])
+    return f"Announced on {announced['date']}, in {file}."
 
 
 def made(profiles: Mapping[str, Profile], runs: Mapping[str, Run]) -> list[str]:

@@ -96,12 +96,10 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     said = discussion.page(announcement, judging, kept | runs, _profile(root, PAPER))
     (generated / "discussion.md").write_text(said + "\n", encoding="utf-8")
     # What is claimed of language models, a world of known atoms cannot answer. Runs that were
-    # announced stand first.
-    shown = {
-        name: run for name, run in sorted(shown.items(), key=lambda item: item[0] not in made)
-        if not run.profile.synthetic
-    }  # fmt: skip
-    smaller = {announcement["runs"][name]["seen_in"] for name in made}
+    # announced stand first, as they were.
+    first = [*filter(shown.__contains__, made), *shown]
+    shown = {name: shown[name] for name in first if not shown[name].profile.synthetic}
+    smaller = {announcement["runs"][name]["seen_in"] for name in made} - set(made)
     landing.write(published, shown, generated, where, smaller)
     (generated / "texts.md").write_text(_texts(), encoding="utf-8")
     claims = together.write(shown, staging, root / "notebooks", where, smaller)

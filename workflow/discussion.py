@@ -63,6 +63,7 @@ def page(
         name: runs[source]
         for name, part in announcement["runs"].items()
         if (source := name if name in made else part["seen_in"]) in runs
+        and (name in made or source not in made)
     }
     models = {name: run for name, run in speaking.items() if run.has_table("effects")}
     worlds = [run for name, run in speaking.items() if profiles[name].synthetic]

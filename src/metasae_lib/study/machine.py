@@ -30,11 +30,12 @@ def _printed(*command: str) -> str | None:
 
 @cache
 def commit() -> str:
-    """Commit of the sources, "+changes" on a dirty tree, "unknown" outside of git."""
+    """Commit of the sources, "+changes" on a dirty tree. Outside of git, as on a machine that they
+    were copied to, what METASAE_COMMIT says, or "unknown"."""
     git = ("git", "-C", str(Path(__file__).parent))
     head, changes = _printed(*git, "rev-parse", "HEAD"), _printed(*git, "status", "--porcelain")
     if head is None or changes is None:
-        return "unknown"
+        return os.environ.get("METASAE_COMMIT", "unknown")
     return head + ("+changes" if changes else "")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from metasae_lib.train import kernels
 from metasae_lib.train.dictionary import Dictionary, JumpReLU
 from metasae_lib.train.kernels.common import Adam, Batch, Extra, Pull, Rows, adam_step
+from metasae_lib.train.replay import Replay
 
 _LAG = 2  # steps after which a GPU's count of dead features is read
 _PAD = 64  # the list of dead features has a multiple of this length: a product is prepared by shape
@@ -91,6 +92,9 @@ class Learner:
         self.bracket = 0
         self.ends = np.array(settings.prefixes or [sae.n_features])
         self._low = self.W_enc_T.to(settings.dtype)
+        self._replay = Replay()
+        self._clock = torch.zeros((), device=self.b_dec.device)
+        self._lag = max(1, min(_LAG, settings.dead_after - 1))
         self._soon_dead: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def errors(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,17 +106,34 @@ class Learner:
     def step(self, z: Tensor, pull: Pull | None = None) -> Losses:
         """One step of Adam on a batch. z: (b, d) float32, normalised. pull: on decoder rows.
 
-        Nothing is changed when the loss is not finite (known at once on a CPU only).
+        Nothing is changed when the loss is not finite (known at once on a CPU only). On a GPU the
+        next step overwrites the losses.
         """
+        on_cpu = z.device.type == "cpu"
+        room = None if on_cpu else self._room()
+
+        def step(z: Tensor, *pull: Tensor) -> tuple[Losses, Tensor]:
+            return self._step(z, Pull(*pull) if pull else None, room)
+
+        losses, soon = self._replay(("step", room), step, z, *(pull or ()))
+        if not on_cpu:
+            self._hear(soon)
+        if not on_cpu or math.isfinite(losses.l2):
+            self.step_count += 1
+        return losses
+
+    def _step(self, z: Tensor, pull: Pull | None, room: int | None) -> tuple[Losses, Tensor]:
+        """The losses, and how many features may be dead some steps later."""
         b, d = z.shape
         centred, pre = self._products(z)
         codes = self._select(pre)
         error, square, dots = self._residual(codes, z)
         l2 = square.sum(dtype=torch.float64) / (b * d)
         if l2.device.type == "cpu" and not math.isfinite(l2.item()):
-            return Losses(l2, l2, math.nan, 0)
+            return Losses(l2, l2, math.nan, 0), l2
         self.silent.add_(1).masked_fill_(self.kernels.fired(codes), 0)
-        dead, n_dead = self._dead()
+        dead, n_dead = self._dead(room)
+        soon = l2 if room is None else (self.silent >= self.settings.dead_after - self._lag).sum()
         extra, aux, e_hat = self._aux(pre, centred, error[-1], dead)
         if self.settings.as_released:
             # The residual that AuxK rebuilds depends on z_hat as well: d(e - e_hat)²/dz_hat.
@@ -123,8 +144,7 @@ class Learner:
             error, _, dots = self._residual(codes, target)
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
         beta1, beta2 = self.settings.betas
-        self.step_count += 1
-        adam = Adam(self.settings.learning_rate, beta1, beta2, self.step_count)
+        adam = Adam(self.settings.learning_rate, beta1, beta2, self._number())
         scale = -2 / (len(error) * b * d)
         l0 = self._fit_thresholds(pre, codes, error[-1], scale, adam)
         g_b = scale * error[0].sum(0)
@@ -132,7 +152,7 @@ class Learner:
         unit = not self.settings.as_released
         g_b += self.kernels.update_rows(self.rows, self._low, batch, extra, pull, adam, unit)
         adam_step(self.b_dec, *self.moments_b, g_b, adam)
-        return Losses(l2, aux, l0, n_dead)
+        return Losses(l2, aux, l0, n_dead), soon
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on."""
@@ -144,6 +164,7 @@ class Learner:
         for name, tensor in self._kept.items():
             tensor.copy_(state[name])
         self._low.copy_(self.W_enc_T)
+        self._clock.fill_(self.step_count)
         self._soon_dead.clear()
 
     def _products(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,33 +188,38 @@ class Learner:
         """Learn what decides which activations are kept, if anything does. Returns L0."""
         return self.sae.k
 
-    def _dead(self) -> tuple[Tensor, int | Tensor]:
-        """The dead features, padded with -1, and how many they are."""
+    def _number(self) -> int | Tensor:
+        """Which step this is, from 1; a GPU counts for itself."""
+        return self.step_count + 1 if self._clock.device.type == "cpu" else self._clock.add_(1)
+
+    def _dead(self, room: int | None) -> tuple[Tensor, int | Tensor]:
+        """The dead features, padded with -1 to `room` places, and how many they are."""
         dead = self.silent >= self.settings.dead_after
         count: int | Tensor = dead.sum()
-        if dead.device.type == "cpu":
-            bound = count = int(count)
-        else:
-            bound = self._bound()
-        size = min(-(-bound // _PAD) * _PAD, dead.shape[0])
-        return torch.nonzero_static(dead, size=size, fill_value=-1)[:, 0], count
+        if room is None:
+            count = int(count)
+            room = min(-(-count // _PAD) * _PAD, len(dead))
+        return torch.nonzero_static(dead, size=room, fill_value=-1)[:, 0], count
 
-    def _bound(self) -> int:
-        """No fewer than the dead features, without waiting for the step that the GPU is at.
+    def _room(self) -> int:
+        """Places for the dead features of the next step, without waiting for the one before.
 
-        A feature that is dead now was silent for nearly as long a few steps ago: what was counted
-        then has reached the host.
+        A feature that is dead then was silent for nearly as long a few steps ago: what was counted
+        there has reached the host. Of few different sizes, since each has a graph of its own.
         """
-        lag = min(_LAG, self.settings.dead_after - 1)
-        soon = (self.silent >= self.settings.dead_after - lag).sum()
-        event = torch.cuda.Event()
-        self._soon_dead.append((soon.to("cpu", non_blocking=True), event))
+        if len(self._soon_dead) < self._lag:  # the first steps
+            bound = int((self.silent >= self.settings.dead_after - 1).sum())
+        else:
+            count, event = self._soon_dead.popleft()
+            event.synchronize()
+            bound = int(count)
+        unit = max(_PAD, 1 << max(bound.bit_length() - 3, 0))
+        return min(-(-bound // unit) * unit, len(self.silent))
+
+    def _hear(self, soon: Tensor) -> None:
+        """Let a count come to the host while the GPU goes on."""
+        self._soon_dead.append((soon.to("cpu", non_blocking=True), event := torch.cuda.Event()))
         event.record()
-        if len(self._soon_dead) <= lag:  # the first steps
-            return int(soon)
-        count, event = self._soon_dead.popleft()
-        event.synchronize()
-        return int(count)
 
     def _aux(
         self, pre: Tensor, centred: Tensor, error: Tensor, dead: Tensor
@@ -207,7 +233,7 @@ class Learner:
         position = torch.full((n + 1,), -1, dtype=torch.int32, device=dead.device)
         if m == 0 or self.settings.aux_weight == 0:
             none = error.new_empty(0, d)
-            return Extra(position[:n], none, none, none[:, 0]), error.new_zeros(()), None
+            return Extra(dead, position[:n], none, none, none[:, 0]), error.new_zeros(()), None
         position[dead] = torch.arange(m, dtype=torch.int32, device=dead.device)
         acts = self.kernels.row_topk(pre, dead, self.settings.k_aux)
         rows = self.W_dec[dead].to(acts.dtype)
@@ -217,6 +243,7 @@ class Learner:
         g_bias = self.kernels.where_kept(g_pre, acts)
         scale = 2 * self.settings.aux_weight / (b * d)
         extra = Extra(
+            dead,
             position[:n],
             (acts.T @ low).to(error.dtype).mul_(scale),
             (g_pre.T @ centred).to(error.dtype).mul_(scale),

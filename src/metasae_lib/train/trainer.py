@@ -27,6 +27,7 @@ from metasae_lib.train.learner import (
     one_thread_if_small,
 )
 from metasae_lib.train.penalty import decomposability, orthogonality, penalty_pull
+from metasae_lib.train.replay import Replay
 
 HISTORY_EVERY = 10  # steps between two rows of an arm's history
 #: Columns of an arm's history, and their types.
@@ -73,6 +74,7 @@ class Trainer:
         self.rows: list[tuple[float, ...]] = []
         self.seconds = 0.0
         self._meta_l2: float | Tensor = math.nan
+        self._replay = Replay()
         self._unread: list[Tensor] = []  # L2 of steps that the host has not looked at
 
     def step(self, z: Tensor) -> Losses:
@@ -88,10 +90,10 @@ class Trainer:
             self.step_count += 1
             n_primary, n_meta = self.phases
             if self.meta is not None and self.step_count % n_primary == 0:
-                rows, _ = self._rows()
+                rows, _ = self._rows(self.primary.W_dec)
                 for _ in range(n_meta):
                     self._meta_l2 = self._check(self.meta.step(rows), rows).l2
-        self._unread.append(losses.l2)
+        self._unread.append(losses.l2.clone())
         self.seconds += time.perf_counter() - started
         if self.step_count % HISTORY_EVERY == 0:
             self._read()
@@ -149,16 +151,20 @@ class Trainer:
             return None, math.nan
         if self.spec.lambda2 == 0 and (self.step_count + 1) % HISTORY_EVERY:
             return None, math.nan  # nothing pulls, and no row of the history asks for p_i
-        assert self.spec.sigma_sq is not None
-        rows, scale = self._rows()
+        pulled: tuple[Pull, Tensor] = self._replay("pull", self._felt, self.primary.W_dec)
+        return pulled
+
+    def _felt(self, W_dec: Tensor) -> tuple[Pull, Tensor]:
+        assert self.meta is not None and self.spec.sigma_sq is not None
+        rows, scale = self._rows(W_dec)
         error, square = self.meta.errors(rows)
         square = square * scale * scale
         factor = penalty_pull(square, self.spec.lambda2 or 0.0, self.spec.sigma_sq)
         return Pull(error, factor * scale), decomposability(square, self.spec.sigma_sq).mean()
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
+    def _rows(self, W_dec: Tensor) -> tuple[Tensor, Tensor]:
         """The decoder's rows as inputs of the meta dictionary, and what each was divided by."""
-        return self.primary.kernels.normalise_rows(self.primary.W_dec, EPS)
+        return self.primary.kernels.normalise_rows(W_dec, EPS)
 
     def _check(self, losses: Losses, inputs: Tensor) -> Losses:
         """On a CPU, stop at the first loss that is not finite."""

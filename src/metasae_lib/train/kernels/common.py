@@ -57,6 +57,7 @@ class Batch(NamedTuple):
 class Extra(NamedTuple):
     """A gradient that some rows of the dictionary receive besides that of the L2 loss."""
 
+    features: Tensor  # (m,) int64: the rows, or -1 for none, whose gradient is zero
     position: Tensor  # (n,) int32: row of the matrices below that belongs to a feature, or -1
     W_dec: Tensor  # (m, d) float32: gradient of the decoder rows
     W_enc_T: Tensor  # (m, d) float32: gradient of the encoder
@@ -71,15 +72,18 @@ class Pull(NamedTuple):
 
 
 class Adam(NamedTuple):
-    """One step of ``torch.optim.Adam`` (no weight decay); ``step`` counts from 1."""
+    """One step of ``torch.optim.Adam`` (no weight decay); ``step`` counts from 1.
+
+    On a GPU it is a tensor there, so that a step that is recorded once can be any step.
+    """
 
     learning_rate: float
     beta1: float
     beta2: float
-    step: int
+    step: int | Tensor
     eps: float = 1e-8
 
-    def rates(self) -> tuple[float, float]:
+    def rates(self) -> tuple[Any, Any]:
         """(learning rate / bias correction of m, 1 / sqrt of the bias correction of v)."""
         return (
             self.learning_rate / (1 - self.beta1**self.step),
@@ -92,4 +96,8 @@ def adam_step(w: Tensor, m: Tensor, v: Tensor, g: Tensor, adam: Adam) -> None:
     rate, root = adam.rates()
     m.lerp_(g, 1 - adam.beta1)
     v.mul_(adam.beta2).addcmul_(g, g, value=1 - adam.beta2)
-    w.addcdiv_(m, (v.sqrt() * root).add_(adam.eps), value=-rate)
+    scale = (v.sqrt() * root).add_(adam.eps)
+    if isinstance(rate, Tensor):
+        w.sub_(m / scale * rate)
+    else:
+        w.addcdiv_(m, scale, value=-rate)

@@ -5,6 +5,12 @@ Each stands for the function of the same name in :mod:`metasae_lib.train.kernels
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +25,20 @@ from metasae_lib.train.kernels.common import (
     adam_step,
     groups,
 )
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that goes over large matrices element by element; on a GPU in as few passes as can
+    be (torch.compile, where there is the C compiler that it needs)."""
+    compilers = os.environ.get("CC", "cc"), "gcc", "clang"
+    compiled = torch.compile(function, dynamic=False) if any(map(shutil.which, compilers)) else None
+
+    @wraps(function)
+    def run(first: Tensor, *others: Any) -> Any:
+        chosen = compiled if compiled is not None and first.is_cuda else function
+        return chosen(first, *others)
+
+    return run
 
 
 def normalise_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -47,20 +67,28 @@ def top_mask(values: Tensor, k: int) -> Tensor:
 def batch_topk(pre: Tensor, k: int, bracket: int = 0) -> tuple[DenseCodes, int]:
     """The bracket is not used. Nothing waits for the host, and no sum runs over all b n entries: of
     the entries equal to the last value kept, rows are counted whole and one row entry by entry."""
-    positive = pre.relu()
     k = min(k, pre.numel())
-    cut = positive.flatten().topk(k, sorted=False).values.min()
-    above, tied = positive > cut, positive == cut
-    room = k - above.sum()
-    upto = tied.sum(1).cumsum(0)  # tied entries to the end of each row
+    cut = pre.flatten().topk(k, sorted=False).values.min().clamp(min=0)
+    above, tied = _count(pre, cut)
+    room, upto = k - above, tied.cumsum(0)  # upto: tied entries to the end of each row
     last = (upto < room).sum().clamp(max=len(pre) - 1).view(1)  # the row in which there is no more
-    rows = torch.arange(len(pre), device=pre.device)
-    keep = above | (tied & (rows < last).unsqueeze(1))
-    ends = tied.index_select(0, last)
+    ends = pre.index_select(0, last) == cut
     before = upto.index_select(0, last) - ends.sum(1)
-    some = ends & (ends.cumsum(1) + before.unsqueeze(1) <= room)
-    keep.index_copy_(0, last, keep.index_select(0, last) | some)
-    return DenseCodes(torch.where(keep, positive, 0)), bracket
+    return DenseCodes(_kept(pre, cut, last, ends.cumsum(1) + before.unsqueeze(1) <= room)), bracket
+
+
+@fused
+def _count(pre: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries above the cut, and of each row those at it."""
+    return (pre > cut).sum(), (pre == cut).sum(1)
+
+
+@fused
+def _kept(pre: Tensor, cut: Tensor, last: Tensor, some: Tensor) -> Tensor:
+    """What is above the cut, or at it in a row before `last`, or there where `some` has it."""
+    rows = torch.arange(len(pre), device=pre.device).unsqueeze(1)
+    tied = (pre == cut) & ((rows < last) | ((rows == last) & some))
+    return torch.where((pre > cut) | tied, pre, 0)
 
 
 def above_threshold(pre: Tensor, threshold: Tensor) -> DenseCodes:
@@ -68,7 +96,12 @@ def above_threshold(pre: Tensor, threshold: Tensor) -> DenseCodes:
 
 
 def fired(codes: DenseCodes) -> Tensor:
-    return (codes.acts > 0).any(0)
+    return _any(codes.acts)
+
+
+@fused
+def _any(acts: Tensor) -> Tensor:
+    return (acts > 0).any(0)
 
 
 def row_topk(pre: Tensor, features: Tensor, k: int) -> Tensor:
@@ -103,7 +136,12 @@ def residual(
     dots = torch.empty_like(acts)
     for part, felt in zip(parts, error, strict=True):
         torch.mm(felt.to(acts.dtype), weights[part].T, out=dots[:, part])
-    return error, square, torch.where(acts > 0, dots, 0)
+    return error, square, _where_active(acts, dots)
+
+
+@fused
+def _where_active(acts: Tensor, dots: Tensor) -> Tensor:
+    return torch.where(acts > 0, dots, 0)
 
 
 def update_rows(
@@ -116,32 +154,49 @@ def update_rows(
     unit: bool = True,
 ) -> Tensor:
     """Holds the (n, d) gradients."""
-    W_enc_T, W_dec, m_enc, v_enc, m_dec, v_dec = weights
+    W_enc_T, W_dec = weights[:2]
     codes, dots, z, error, ends, b_dec, scale = batch
-    dtype = codes.acts.dtype
-    products = torch.empty_like(W_dec, dtype=dtype)
-    for part, felt in zip(groups(ends), error, strict=True):
-        torch.mm(codes.acts[:, part].T, felt.to(dtype), out=products[part])
-    g_dec = scale * products.to(W_dec.dtype)
-    g_enc = scale * (dots.T @ z.to(dtype)).to(W_dec.dtype)
+    parts = [
+        _product(codes.acts[:, part].T, felt.to(codes.acts.dtype), W_dec.dtype)
+        for part, felt in zip(groups(ends), error, strict=True)
+    ]
+    g_dec = parts[0] if len(parts) == 1 else torch.cat(parts)
+    g_enc = _product(dots.T, z.to(dots.dtype), W_dec.dtype)
     g_pre = scale * dots.sum(0, dtype=W_dec.dtype)
-    g_enc = g_enc - g_pre.unsqueeze(1) * b_dec
-    if extra.W_dec.shape[0]:
-        has = (extra.position >= 0).unsqueeze(1)
-        at = extra.position.clamp(min=0).long()
-        g_dec = g_dec + torch.where(has, extra.W_dec[at], 0)
-        g_enc = g_enc + torch.where(has, extra.W_enc_T[at], 0)
-        g_pre = g_pre + torch.where(has[:, 0], extra.pre[at], 0)
+    g_b = -(g_pre @ W_enc_T)
+    if len(extra.W_dec):  # of centred inputs, and multiplied by what is still to come here
+        at = extra.features.clamp(min=0)
+        g_b -= extra.pre @ W_enc_T[at]
+        for g, more in (g_dec, extra.W_dec), (g_enc, extra.W_enc_T):
+            g.index_add_(0, at, more, alpha=1 / scale)
+    _move_rows(*weights, low, g_enc, g_dec, g_pre, b_dec, pull, scale, adam, unit)
+    return g_b
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in another type than that of its factors; a GPU does not round in between."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+@fused
+def _move_rows(
+    W_enc_T: Tensor, W_dec: Tensor, m_enc: Tensor, v_enc: Tensor, m_dec: Tensor, v_dec: Tensor,
+    low: Tensor, g_enc: Tensor, g_dec: Tensor, g_pre: Tensor, b_dec: Tensor,
+    pull: Pull | None, scale: float, adam: Adam, unit: bool,
+) -> None:  # fmt: skip
+    """What is left of a step once its products are there: of W_enc and W_dec only rows meet."""
+    g_enc = g_enc * scale - g_pre.unsqueeze(1) * b_dec
+    g_dec = g_dec * scale
     if pull is not None:
         g_dec = g_dec + pull.scale.unsqueeze(1) * pull.direction
-    g_b = -(g_pre @ W_enc_T)
     g_dec = g_dec - (g_dec * W_dec).sum(1, keepdim=True) * W_dec
     adam_step(W_enc_T, m_enc, v_enc, g_enc, adam)
     low.copy_(W_enc_T)
     adam_step(W_dec, m_dec, v_dec, g_dec, adam)
     if unit:
         W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-    return g_b
 
 
 def near_threshold(
