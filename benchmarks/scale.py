@@ -52,7 +52,7 @@ from metasae_lib.study import ArmSpec, Role
 from metasae_lib.study.machine import made_with
 from metasae_lib.subject import Residuals
 from metasae_lib.train import Arm, BatchTopK, normalise
-from metasae_lib.train.learner import workspace
+from metasae_lib.train.replay import Workspace
 from metasae_lib.train.trainer import Trainer
 from metasae_lib.train.training import arm_bytes, step_bytes
 
@@ -94,7 +94,7 @@ def steps(kind: str) -> Callable[[Point, str], Unit]:
     """Ten training steps of every arm, all from one batch, with the meta phase after them."""
 
     def prepare(point: Point, runs_dir: str) -> Unit:
-        shared, profile = workspace(), point.profile()
+        shared, profile = Workspace(), point.profile()
         specs = [ArmSpec(kind, seed, *((0.3, 1.0) if kind == "joint" else ()))
                  for seed in range(point.arms)]  # fmt: skip
         trainers = [Trainer(spec, profile, D, torch.device("cpu"), shared) for spec in specs]

@@ -27,7 +27,7 @@ from metasae_lib.study.arms import ArmSpec
 from metasae_lib.subject.activations import BatchStream
 from metasae_lib.subject.model import Subject, compute_device, load_subject
 from metasae_lib.train.dictionary import normalise
-from metasae_lib.train.learner import workspace
+from metasae_lib.train.replay import Workspace
 from metasae_lib.train.trainer import Trainer
 
 SOLO, CONTROL, JOINT = (
@@ -55,7 +55,7 @@ def synchronise(device: torch.device) -> None:
 
 def train(run: Run, subject: Subject, arms: Sequence[ArmSpec], steps: int) -> tuple[float, float]:
     """Seconds of the language model with the stream, and of the arms, for some steps."""
-    device, matrices, profile = compute_device(run.profile), workspace(), run.profile
+    device, matrices, profile = compute_device(run.profile), Workspace(), run.profile
     trainers = [Trainer(arm, profile, subject.d_model, device, matrices) for arm in arms]
     stream = BatchStream(run, subject)
     model = training = 0.0

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 from metasae_lib.train import kernels
 from metasae_lib.train.dictionary import Dictionary, JumpReLU
 from metasae_lib.train.kernels.common import Adam, Batch, Extra, Pull, Rows, adam_step
-from metasae_lib.train.replay import Replay
+from metasae_lib.train.replay import Replay, Workspace
 
 _LAG = 2  # steps after which a GPU's count of dead features is read
 _PAD = 64  # the list of dead features has a multiple of this length: a product is prepared by shape
@@ -53,17 +52,6 @@ class Losses:
     dead: int | Tensor
 
 
-Workspace = Callable[..., Tensor]
-
-
-def workspace() -> Workspace:
-    """Large matrices that are overwritten at every step, shared by the arms of a group.
-
-    Called as `torch.empty`; of one shape, type and device there is one matrix.
-    """
-    return cache(torch.empty)
-
-
 class Learner:
     """One BatchTopK dictionary with its optimiser, and one hand-written training step.
 
@@ -79,7 +67,7 @@ class Learner:
     ) -> None:
         self.sae, self.settings = sae, settings
         self.kernels = kernels.compiled if sae.W_dec.device.type == "cpu" else kernels.plain
-        self.workspace = matrices or workspace()
+        self.workspace = matrices or Workspace()
         self.W_enc_T = sae.W_enc.data.T
         self.W_dec, self.b_dec = sae.W_dec.data, sae.b_dec.data
         weights = self.W_enc_T, self.W_dec
@@ -92,7 +80,7 @@ class Learner:
         self.bracket = 0
         self.ends = np.array(settings.prefixes or [sae.n_features])
         self._low = self.W_enc_T.to(settings.dtype)
-        self._replay = Replay()
+        self._replay = Replay(self.workspace)
         self._clock = torch.zeros((), device=self.b_dec.device)
         self._lag = max(1, min(_LAG, settings.dead_after - 1))
         self._soon_dead: deque[tuple[Tensor, torch.cuda.Event]] = deque()

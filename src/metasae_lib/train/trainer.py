@@ -23,11 +23,10 @@ from metasae_lib.train.learner import (
     Learner,
     Losses,
     Settings,
-    Workspace,
     one_thread_if_small,
 )
 from metasae_lib.train.penalty import decomposability, orthogonality, penalty_pull
-from metasae_lib.train.replay import Replay
+from metasae_lib.train.replay import Replay, Workspace
 
 HISTORY_EVERY = 10  # steps between two rows of an arm's history
 #: Columns of an arm's history, and their types.
@@ -74,7 +73,7 @@ class Trainer:
         self.rows: list[tuple[float, ...]] = []
         self.seconds = 0.0
         self._meta_l2: float | Tensor = math.nan
-        self._replay = Replay()
+        self._replay = Replay(self.primary.workspace)
         self._unread: list[Tensor] = []  # L2 of steps that the host has not looked at
 
     def step(self, z: Tensor) -> Losses:

@@ -27,7 +27,8 @@ from metasae_lib.subject import BatchStream, Residuals, SampleStream
 from metasae_lib.subject.model import compute_device, free_memory, release_subject
 from metasae_lib.train.dictionary import BatchTopK, Dictionary, normalise
 from metasae_lib.train.given import check_given, given_files, load_given
-from metasae_lib.train.learner import Losses, workspace
+from metasae_lib.train.learner import Losses
+from metasae_lib.train.replay import Workspace
 from metasae_lib.train.start import Name, Start
 from metasae_lib.train.trainer import (
     HISTORY,
@@ -199,7 +200,7 @@ def _train_group(
 ) -> None:
     """Train arms side by side: each batch is read once and given to all that are at its step."""
     steps, training = run.profile.steps, run.profile.training
-    matrices, trainers = workspace(), []
+    matrices, trainers = Workspace(), []
     for place in places:
         trainer = Trainer(place.spec, run.profile, stream.residuals.d, device, matrices)
         if path := latest_checkpoint(place.state.folder, steps):
