@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from metasae_lib.measure.thresholds import RULES, Calibrator
 from metasae_lib.study.arms import ArmSpec
 from metasae_lib.study.profile import Profile
 from metasae_lib.train.dictionary import BatchTopK, normalise
-from metasae_lib.train.replay import Replay
+from metasae_lib.train.replay import Replay, Workspace
 from metasae_lib.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(
@@ -77,32 +78,37 @@ def test_training_steps_are_the_same(kind: str) -> None:
         assert losses[1].aux.item() == pytest.approx(losses[0].aux.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["joint", "jumprelu"])
-def test_what_was_recorded_goes_on_as_what_was_not(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also from a checkpoint, in which a dictionary has other features dead than before."""
+def test_what_was_recorded_goes_on_as_what_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms side by side, which share memory; their histories; and what follows a checkpoint."""
     training = {"batch_tokens": 256, "n_primary_steps": 4, "n_meta_steps": 2}
     profile = Profile.load("tiny", {"training": training})
-    spec = ArmSpec(kind, 0, *((0.3, 1.0) if kind == "joint" else ()))
-    device = torch.device("cuda")
-    batches = normalise(torch.randn(40, 256, 64, generator=torch.Generator().manual_seed(0)))[0]
-    batches = batches.to(device)
-    plain, recorded, resumed = (Trainer(spec, profile, 64, device) for _ in range(3))
-    for step, z in enumerate(batches):
+    specs = [ArmSpec("joint", 0, 0.3, 1.0), ArmSpec("solo", 1), ArmSpec("jumprelu", 0)]
+    batches = torch.randn(40, 256, 64, generator=torch.Generator().manual_seed(0))
+    device, shared = torch.device("cuda"), Workspace()
+    plain, recorded, resumed = (
+        [Trainer(spec, profile, 64, device, shared) for spec in specs] for _ in range(3)
+    )
+    for step, z in enumerate(normalise(batches.to(device))[0]):
         if step == 20:
-            state = {name: tensor.cpu() for name, tensor in recorded.state().items()}
-            for z_before in batches[30:]:
-                resumed.step(z_before)  # so that there are graphs before the state is taken over
-            resumed.restore(state)
+            for before, after in zip(recorded, resumed, strict=True):
+                for other in batches[:7].to(device):  # other graphs, and other features dead
+                    after.step(other)
+                after.restore({name: tensor.cpu() for name, tensor in before.state().items()})
         with monkeypatch.context() as patch:
             patch.setattr(Replay, "__call__", lambda _, key, function, *inputs: function(*inputs))
-            plain.step(z)
-        for trainer in (recorded, resumed)[: 1 + (step >= 20)]:
+            for trainer in plain:
+                trainer.step(z)
+        for trainer in [*recorded, *(resumed if step >= 20 else [])]:
             trainer.step(z)
-    assert any(recorded.primary._replay._graphs.values())
-    expected = plain.state()
-    for trainer in (recorded, resumed):
-        for name, tensor in trainer.state().items():
-            if name not in ("history", "progress"):
-                torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
+    for expected, *others in zip(plain, recorded, resumed, strict=True):
+        history = expected.history().drop(columns="seconds")
+        for trainer in others:
+            assert any(trainer.primary._replay._graphs.values())
+            pd.testing.assert_frame_equal(
+                trainer.history().drop(columns="seconds"), history, rtol=1e-3, atol=1e-4
+            )
+            for name, tensor in trainer.state().items():
+                if name not in ("history", "progress"):
+                    torch.testing.assert_close(
+                        tensor, expected.state()[name], atol=1e-4, rtol=1e-3, msg=name
+                    )

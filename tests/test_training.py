@@ -29,8 +29,9 @@ from metasae_lib.train import kernels, training
 from metasae_lib.train import trainer as training_loop
 from metasae_lib.train.dictionary import BatchTopK, JumpReLU, denormalise, normalise
 from metasae_lib.train.kernels.common import Pull
-from metasae_lib.train.learner import JumpReLULearner, Learner, Settings
+from metasae_lib.train.learner import JumpReLULearner, Learner, Losses, Settings
 from metasae_lib.train.penalty import decomposability_penalty, orthogonality, penalty_pull
+from metasae_lib.train.replay import Replay
 from metasae_lib.train.start import Start
 from metasae_lib.train.trainer import HISTORY_EVERY, Trainer
 
@@ -698,6 +699,45 @@ def test_there_is_room_for_all_dead_features(dead_after: int) -> None:
         assert losses.dead <= room <= n
         learner._soon_dead.append((soon, SimpleNamespace(synchronize=lambda: None)))  # type: ignore[arg-type]
     assert len(rooms) > 1 or dead_after == 1
+
+
+def test_nothing_is_used_that_a_recorded_graph_may_have_overwritten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU: what one call gave is gone once another of the same workspace is made."""
+    settings = {"batch_tokens": 64, "n_primary_steps": 2, "n_meta_steps": 2, "dtype": "float32"}
+    profile = Profile.load("tiny", {"training": settings})
+    given: list[Tensor] = []
+
+    def call(_: Replay, key: object, function: Any, *inputs: Tensor) -> Any:
+        places = [x.clone() for x in inputs]
+        for tensor in given:
+            tensor.fill_(-1)
+        outputs = function(*places)
+        flat = tree_leaves(outputs, is_leaf=lambda x: isinstance(x, Losses))
+        losses = [x for one in flat if isinstance(one, Losses) for x in vars(one).values()]
+        given[:] = [x for x in [*flat, *losses] if isinstance(x, Tensor)]
+        return outputs
+
+    histories, states = [], []
+    for poisoned in (False, True):
+        specs = ArmSpec("joint", 0, 0.3, 1.0), ArmSpec("solo", 0), ArmSpec("jumprelu", 0)
+        trainers = [Trainer(spec, profile, 24, torch.device("cpu")) for spec in specs]
+        generator = torch.Generator().manual_seed(0)
+        with monkeypatch.context() as patch:
+            if poisoned:
+                patch.setattr(Replay, "__call__", call)
+            for _ in range(HISTORY_EVERY):
+                z = normalise(torch.randn(64, 24, generator=generator))[0]
+                for trainer in trainers:
+                    trainer.step(z)
+        histories.append([t.history().drop(columns="seconds") for t in trainers])
+        states.append([t.state() for t in trainers])
+    assert given
+    for expected, found in zip(*histories, strict=True):
+        pd.testing.assert_frame_equal(found, expected)
+    for before, after in zip(*states, strict=True):
+        assert all(torch.equal(before[k], after[k]) for k in before if "." in k)
 
 
 def test_a_loss_that_was_not_finite_is_found_later() -> None:

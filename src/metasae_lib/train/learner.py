@@ -51,6 +51,11 @@ class Losses:
     l0: float | Tensor
     dead: int | Tensor
 
+    def clone(self) -> Losses:
+        """The same, in memory of their own."""
+        values = self.l2, self.aux, self.l0, self.dead
+        return Losses(*(x.clone() if isinstance(x, Tensor) else x for x in values))  # type: ignore[arg-type]
+
 
 class Learner:
     """One BatchTopK dictionary with its optimiser, and one hand-written training step.
@@ -94,8 +99,7 @@ class Learner:
     def step(self, z: Tensor, pull: Pull | None = None) -> Losses:
         """One step of Adam on a batch. z: (b, d) float32, normalised. pull: on decoder rows.
 
-        Nothing is changed when the loss is not finite (known at once on a CPU only). On a GPU the
-        next step overwrites the losses.
+        Nothing is changed when the loss is not finite (known at once on a CPU only).
         """
         on_cpu = z.device.type == "cpu"
         room = None if on_cpu else self._room()
@@ -108,7 +112,7 @@ class Learner:
             self._hear(soon)
         if not on_cpu or math.isfinite(losses.l2):
             self.step_count += 1
-        return losses
+        return losses.clone()
 
     def _step(self, z: Tensor, pull: Pull | None, room: int | None) -> tuple[Losses, Tensor]:
         """The losses, and how many features may be dead some steps later."""

@@ -39,8 +39,9 @@ class Replay:
     """Calls a function of tensors, from the second time on as one graph of its kernels.
 
     The function may change tensors in place, as long as it is the same ones each time, and must not
-    wait for the GPU. What it returns is overwritten by the next call. On a CPU, and inside a
-    function that is itself being recorded, it is simply called.
+    wait for the GPU. What it returns may be overwritten by the next call of any function that
+    shares its workspace. On a CPU, and inside a function that is itself being recorded, it is
+    simply called.
     """
 
     def __init__(self, workspace: Workspace) -> None:

@@ -92,7 +92,7 @@ class Trainer:
                 rows, _ = self._rows(self.primary.W_dec)
                 for _ in range(n_meta):
                     self._meta_l2 = self._check(self.meta.step(rows), rows).l2
-        self._unread.append(losses.l2.clone())
+        self._unread.append(losses.l2)
         self.seconds += time.perf_counter() - started
         if self.step_count % HISTORY_EVERY == 0:
             self._read()
@@ -150,8 +150,8 @@ class Trainer:
             return None, math.nan
         if self.spec.lambda2 == 0 and (self.step_count + 1) % HISTORY_EVERY:
             return None, math.nan  # nothing pulls, and no row of the history asks for p_i
-        pulled: tuple[Pull, Tensor] = self._replay("pull", self._felt, self.primary.W_dec)
-        return pulled
+        pull, penalty = self._replay("pull", self._felt, self.primary.W_dec)
+        return pull, penalty.clone()
 
     def _felt(self, W_dec: Tensor) -> tuple[Pull, Tensor]:
         assert self.meta is not None and self.spec.sigma_sq is not None
