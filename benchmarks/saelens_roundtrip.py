@@ -94,13 +94,15 @@ def compared(sae: Dictionary, x: Tensor, folder: Path) -> dict[str, Any]:
     scale = torch.ones(1) if folder.parent.name == "exported" else length
     expected = theirs["acts"] * scale if mode == "threshold" else theirs["acts"]
     differ = (expected - acts).abs() > 1e-4 * acts.abs().clamp(min=float(acts[acts > 0].mean()))
+    same = ~differ.any(1)  # such a one adds to its token what the other side leaves out
+    off = theirs["x_hat"][same] - x_hat[same]
     sums = Reconstruction(Moments(x.shape[1]))
     sums.moments.add(tokens.z)
     sums.add(u, sae.decode(acts), int((acts > 0).sum()), tokens.unit(sae))
     explained = json.loads((folder / "explained.json").read_text())
     return {
         "acts differ": int(differ.sum()) / int((acts > 0).sum()),
-        "output differs": float((theirs["x_hat"] - x_hat).norm() / x_hat.norm()),
+        "output differs": float(off.norm() / x_hat[same].norm()),
         "L0": sums.l0,
         **{f"EV {when}": value for when, value in explained.items()},
         "1 - FVU here": 1 - sums.fvu,
