@@ -10,6 +10,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -288,6 +289,21 @@ def test_plan_against_hand_counts(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "0.91 GB of memory, with Adam" in out and "1.68 GB of memory" in out
     assert "a100" not in out
+
+
+def test_steps_of_a_planned_gpu_are_those_that_were_measured() -> None:
+    measured = pd.read_csv(REPOSITORY / "book" / "scale" / "gpu.csv")
+    assert len(measured) == 12
+    for row in measured.to_dict("records"):
+        n = row["n"]
+        sizes = {"n_features": n, "k": row["k"], "n_meta_features": round(0.09 * n), "meta_k": 8}
+        profile = Profile.load(
+            "tiny", {"dictionary": sizes, "training": {"batch_tokens": row["batch"]}}
+        )
+        shape = ModelShape(n_layers=5, d_model=row["d"], block_parameters=1, vocabulary=9)
+        costs = machines()["h200"].costs(profile, shape)
+        planned = 1e3 * (costs.solo if row["arm"] == "solo" else costs.joint)
+        assert planned == pytest.approx(row["ms"], rel=0.25), row
 
 
 def test_stages_are_sums_of_units() -> None:

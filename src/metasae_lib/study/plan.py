@@ -33,10 +33,16 @@ class Costs:
 
 @dataclass(frozen=True)
 class Machine:
-    """Assumed sustained speeds of one device: teraFLOP/s, billions of counts/s, gigabytes."""
+    """Sustained speeds of one device: teraFLOP/s, milliseconds, billions of counts/s, gigabytes.
+
+    meta: of what the penalty adds to a step. start: what the step of a dictionary takes however
+    small it is, and a penalty again.
+    """
 
     model: float
     dictionary: float
+    meta: float
+    start: float
     counts: float
     memory: float
 
@@ -49,15 +55,16 @@ class Machine:
         product = 2 * d * profile.dictionary.n_features
         # A primary step: six products a token. With a penalty, the meta-SAE sees the n decoder
         # rows: two products for its output at every primary step, six for a step of its own.
-        solo = 6 * product * training.batch_tokens
+        solo = self.start / 1e3 + 6 * product * training.batch_tokens / dictionary
         share = training.n_meta_steps / training.n_primary_steps
-        joint = solo + (2 + 6 * share) * product * profile.dictionary.n_meta_features
+        products = (2 + 6 * share) * product * profile.dictionary.n_meta_features
+        joint = solo + self.start / 1e3 + products / (self.meta * 1e12)
         counts = profile.dictionary.k**2 / 2 / (self.counts * 1e9)
         return Costs(
             block / model,
             2 * d * shape.vocabulary / model,
-            solo / dictionary,
-            joint / dictionary,
+            solo,
+            joint,
             product / dictionary,
             product / dictionary + counts,
             2 * product / dictionary,
@@ -66,19 +73,20 @@ class Machine:
 
 
 def machines() -> dict[str, Machine]:
-    """What plans assume: a third of the peak in bf16 for the model, less for dictionaries.
+    """What plans assume: a third of the peak in bf16 for the model.
 
-    A dictionary's step moves matrices of batch × n more than it multiplies them. `cpu` is two
-    cores without matrix units, with this machine's memory; its dictionaries were measured, with
-    kernels that leave out most of the products counted here. What this machine does with a
-    profile is measured by `measure.speed`.
+    The steps of an `h200` were measured (book/scale/gpu.csv), those of the other GPUs follow from
+    them; a penalty moves matrices more than it multiplies them. `cpu` is two cores without matrix
+    units, with this machine's memory; its dictionaries were measured, with kernels that leave out
+    most of the products counted here. What this machine does with a profile is measured by
+    `measure.speed`.
     """
     here = hardware()["memory_gib"] * 2**30 / 1e9
     return {
-        "h100": Machine(model=300, dictionary=100, counts=10, memory=80),
-        "h200": Machine(model=300, dictionary=130, counts=10, memory=141),
-        "a100": Machine(model=100, dictionary=50, counts=5, memory=80),
-        "cpu": Machine(model=0.25, dictionary=0.4, counts=0.2, memory=here),
+        "h100": Machine(model=300, dictionary=300, meta=60, start=0.42, counts=10, memory=80),
+        "h200": Machine(model=300, dictionary=365, meta=75, start=0.42, counts=10, memory=141),
+        "a100": Machine(model=100, dictionary=120, meta=35, start=0.5, counts=5, memory=80),
+        "cpu": Machine(model=0.25, dictionary=0.4, meta=0.4, start=0, counts=0.2, memory=here),
     }
 
 
@@ -154,7 +162,8 @@ def plan_text(profile: Profile, names: Sequence[str], here: Costs | None = None)
             *(["Measured: here, a few of each unit at the profile's sizes."] if here else []),
             *(
                 [
-                    f"Assumed, sustained, for the model and for the dictionaries: {rates}.",
+                    f"Assumed, sustained, for the model and for the dictionaries: {rates}"
+                    + ("; its steps were measured." if list(assumed) == ["h200"] else "."),
                     "Products of the dictionaries are counted dense.",
                 ]
                 if rates

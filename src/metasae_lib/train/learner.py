@@ -85,7 +85,7 @@ class Learner:
         self.bracket = 0
         self.ends = np.array(settings.prefixes or [sae.n_features])
         self._low = self.W_enc_T.to(settings.dtype)
-        self._replay = Replay(self.workspace)
+        self._replay = Replay(self.workspace, self.b_dec.device)
         self._clock = torch.zeros((), device=self.b_dec.device)
         self._lag = max(1, min(_LAG, settings.dead_after - 1))
         self._soon_dead: deque[tuple[Tensor, torch.cuda.Event]] = deque()

@@ -38,19 +38,19 @@ class _Recorded(NamedTuple):
 class Replay:
     """Calls a function of tensors, from the second time on as one graph of its kernels.
 
-    The function may change tensors in place, as long as it is the same ones each time, and must not
-    wait for the GPU. What it returns may be overwritten by the next call of any function that
-    shares its workspace. On a CPU, and inside a function that is itself being recorded, it is
-    simply called.
+    The function may read other tensors than its inputs, and change them in place, as long as it is
+    the same ones each time; it must not wait for the GPU. What it returns may be overwritten by the
+    next call of any function that shares its workspace. On a CPU, and inside a function that is
+    itself being recorded, it is simply called.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
+    def __init__(self, workspace: Workspace, device: torch.device) -> None:
+        self._workspace, self._on_gpu = workspace, device.type == "cuda"
         self._graphs: dict[Hashable, _Recorded | None] = {}
 
     def __call__(self, key: Hashable, function: Callable[..., Any], *inputs: Tensor) -> Any:
         """function(*inputs). key: says what else the kernels and their sizes depend on."""
-        if not inputs[0].is_cuda or torch.cuda.is_current_stream_capturing():
+        if not self._on_gpu or torch.cuda.is_current_stream_capturing():
             return function(*inputs)
         key = key, *(x.shape for x in inputs)
         if key not in self._graphs:  # kernels are compiled and workspaces made outside of graphs

@@ -73,7 +73,7 @@ class Trainer:
         self.rows: list[tuple[float, ...]] = []
         self.seconds = 0.0
         self._meta_l2: float | Tensor = math.nan
-        self._replay = Replay(self.primary.workspace)
+        self._replay = Replay(self.primary.workspace, device)
         self._unread: list[Tensor] = []  # L2 of steps that the host has not looked at
 
     def step(self, z: Tensor) -> Losses:
@@ -89,7 +89,7 @@ class Trainer:
             self.step_count += 1
             n_primary, n_meta = self.phases
             if self.meta is not None and self.step_count % n_primary == 0:
-                rows, _ = self._rows(self.primary.W_dec)
+                rows, _ = self._rows()
                 for _ in range(n_meta):
                     self._meta_l2 = self._check(self.meta.step(rows), rows).l2
         self._unread.append(losses.l2)
@@ -150,20 +150,20 @@ class Trainer:
             return None, math.nan
         if self.spec.lambda2 == 0 and (self.step_count + 1) % HISTORY_EVERY:
             return None, math.nan  # nothing pulls, and no row of the history asks for p_i
-        pull, penalty = self._replay("pull", self._felt, self.primary.W_dec)
+        pull, penalty = self._replay("pull", self._felt)
         return pull, penalty.clone()
 
-    def _felt(self, W_dec: Tensor) -> tuple[Pull, Tensor]:
+    def _felt(self) -> tuple[Pull, Tensor]:
         assert self.meta is not None and self.spec.sigma_sq is not None
-        rows, scale = self._rows(W_dec)
+        rows, scale = self._rows()
         error, square = self.meta.errors(rows)
         square = square * scale * scale
         factor = penalty_pull(square, self.spec.lambda2 or 0.0, self.spec.sigma_sq)
         return Pull(error, factor * scale), decomposability(square, self.spec.sigma_sq).mean()
 
-    def _rows(self, W_dec: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self) -> tuple[Tensor, Tensor]:
         """The decoder's rows as inputs of the meta dictionary, and what each was divided by."""
-        return self.primary.kernels.normalise_rows(W_dec, EPS)
+        return self.primary.kernels.normalise_rows(self.primary.W_dec, EPS)
 
     def _check(self, losses: Losses, inputs: Tensor) -> Losses:
         """On a CPU, stop at the first loss that is not finite."""

@@ -313,10 +313,12 @@ def _groups(
 
 
 def arm_bytes(profile: Profile, d_in: int, spec: ArmSpec) -> int:
-    """Memory that one arm holds between steps: weights, two moments each, the products' copy."""
+    """Memory that one arm holds between steps: weights, two moments each, the products' copy; on a
+    GPU what a penalty pulls with, where its graph leaves it and where the step's finds it."""
     sizes = profile.dictionary
     features = sizes.n_features + (sizes.n_meta_features if spec.has_meta else 0)
-    return features * d_in * (6 * 4 + 2)
+    pull = sizes.n_features * 2 * 4 if spec.has_meta else 0
+    return (features * (6 * 4 + 2) + pull) * d_in
 
 
 def step_bytes(profile: Profile, d_in: int) -> int:
