@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,16 @@ from metasae_lib.train.kernels.common import (
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that goes over large matrices element by element; on a GPU in as few passes as can
     be (torch.compile, where there is the C compiler that it needs)."""
-    compilers = os.environ.get("CC", "cc"), "gcc", "clang"
-    compiled = torch.compile(function, dynamic=False) if any(map(shutil.which, compilers)) else None
+
+    @cache  # when it is first asked for: importing the compiler takes seconds
+    def compiled() -> Callable[..., Any]:
+        compilers = os.environ.get("CC", "cc"), "gcc", "clang"
+        there = any(map(shutil.which, compilers))
+        return torch.compile(function, dynamic=False) if there else function
 
     @wraps(function)
     def run(first: Tensor, *others: Any) -> Any:
-        chosen = compiled if compiled is not None and first.is_cuda else function
-        return chosen(first, *others)
+        return (compiled() if first.is_cuda else function)(first, *others)
 
     return run
 
