@@ -401,6 +401,15 @@ def test_text_of_the_web_is_escaped() -> None:
     assert "<small>State of the Union (public domain); hf:&lt;b&gt;</small>" in shown
 
 
+def test_a_shown_feature_may_have_no_explanation() -> None:
+    """Beside one that has, which makes NaN of the missing one."""
+    scored = [{"feature": i, "explanation": text, "fuzzing": 0, "spearman": 0, "detection": 0}
+              for i, text in enumerate(("about rain", None))]  # fmt: skip
+    contexts: Any = SimpleNamespace(top=lambda feature, count: [])
+    shown = examples.examples_page(contexts, pd.DataFrame(scored), 1)
+    assert "0</strong>: about rain<" in shown and "1</strong>: no explanation<" in shown
+
+
 def test_a_score_without_a_control_is_not_believed() -> None:
     table = judged().assign(spearman=math.nan)
     verdict = controls.judge_verdict(table, "spearman", "form")

@@ -105,10 +105,15 @@ def _read(questions: Sequence[Question], answers: Answers) -> list[Value | None]
     return [parse(q, answer) for q, answer in zip(questions, answers(questions), strict=True)]
 
 
-def in_words(explanation: str | None) -> str | None:
-    """A lexical explanation as a judge that reads words gets it: its heaviest tokens."""
+def in_words(explanation: object) -> str | None:
+    """A lexical explanation as a judge that reads words gets it: its heaviest tokens.
+
+    None if there is no explanation: a table has NaN there.
+    """
+    if not isinstance(explanation, str):
+        return None
     try:
-        return ", ".join(list(json.loads(explanation or "")["tokens"])[:6]) or None
+        return ", ".join(list(json.loads(explanation)["tokens"])[:6]) or None
     except (ValueError, KeyError, TypeError):
         return explanation
 
