@@ -224,8 +224,8 @@ figures.clustered(links)
 # the rates explain.
 
 # %% mystnb={"figure": {"name": "fig-rates", "caption": "Appendix B. Left: share of living features that fire less often than a given rate, every arm, at the calibrated thresholds. Right: mean |φ| of the pairs whose rarer feature fires at a given rate (tenths of the features), solo and joint, beside independent features of the same rates (dashed). Rare features have small |φ| by necessity; an effect on features must show at equal rates."}, "image": {"alt": "Left, cumulative curves of firing rates on a logarithmic axis, one per arm; right, curves of mean absolute phi against firing rate for the solo and the joint arm, with dashed pink curves for independent features."}}
-rates = pd.concat(pd.DataFrame({"arm": name, "rate": counts[name].rates}) for name in arms)
-rates = about.merge(rates, on="arm")
+firing = pd.concat(pd.DataFrame({"arm": name, "rate": counts[name].rates}) for name in arms)
+rates = about.merge(firing, on="arm")
 by_rate = pd.concat(
     show.by_rarer(summaries[name].by_rate).assign(arm=name, kind=arms[name].spec.kind)
     for name in (solo, joint)
@@ -281,7 +281,7 @@ figures.elasticity(elasticity)
 run.save_table("thresholds", thresholds, "Appendix A: thresholds and rates of two arms' features")
 run.save_table("structure", structure, "Pairs above chance and clusters, every arm")
 run.save_table("links", links, "Features in clusters by the φ of a link, every arm")
-run.save_table("firing_rates", rates, "Appendix B: firing rate of every feature of every arm")
+run.save_table("firing_rates", firing, "Appendix B: firing rate of every feature of every arm")
 run.save_table("phi_by_rate", by_rate, "mean |φ| and its null by the rarer feature's firing rate")
 run.save_table("phi_histogram", shape, "Appendix C: density of φ over all pairs, every arm")
 run.save_table("norms", norm_table, "Appendix D: quantiles, mean and std of the residual's norm")

@@ -225,8 +225,8 @@ display(
 )
 
 # %% tags=["hide-input"]
-matches = measure.partners(cross, 2).round(4)
-run.save_table("matches", matches, "Strongest φ partners, all pairs")
+matches = measure.partners(cross, 1).round(4)
+run.save_table("matches", matches, "Strongest φ partner of every feature, all pairs")
 run.save_table("split_counts", split_counts, "Splits and merges in every pair of dictionaries")
 run.save_table("split_choices", choices, "Splits and merges when one clause of the rule changes")
 run.save_table("splitting", candidates, "Splitting candidates: solo features, joint partners, φ")
