@@ -70,7 +70,7 @@ def test_training_steps_are_the_same(kind: str) -> None:
         trainer.primary.silent[:100] = 1000
         trainer.primary.W_enc_T[:100] *= 1e-3
         trainer.primary._low.copy_(trainer.primary.W_enc_T)
-    for _ in range(24):  # the third time on, what has been recorded
+    for _ in range(24):  # from the second time on what has been recorded
         z = normalise(torch.randn(256, 64, generator=generator))[0]
         losses = [trainer.step(z.to(trainer.primary.b_dec.device)) for trainer in trainers]
         assert int(losses[0].dead) == int(losses[1].dead) >= 90

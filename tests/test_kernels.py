@@ -137,11 +137,8 @@ def test_update_rows(with_extra: bool, with_pull: bool, ends: list[int]) -> None
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    position = torch.full((n,), -1, dtype=torch.int32)
     m = 3 if with_extra else 0
-    features = torch.tensor([0, 5, 74])[:m]
-    position[features] = torch.arange(m, dtype=torch.int32)
-    extra = Extra(features, position, draw(m, d), draw(m, d), draw(m))
+    extra = Extra(torch.tensor([0, 5, 74])[:m], draw(m, d), draw(m, d), draw(m))
     pull = Pull(draw(n, d), draw(n)) if with_pull else None
     start = [draw(n, d).square() / 9 for _ in range(4)]
     results = []

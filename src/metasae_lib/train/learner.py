@@ -220,13 +220,10 @@ class Learner:
 
         Dense products over the dead columns: k_aux is not small against them.
         """
-        (b, d), n, m = error.shape, self.sae.n_features, dead.shape[0]
-        # The last place takes what pads the list of dead features.
-        position = torch.full((n + 1,), -1, dtype=torch.int32, device=dead.device)
-        if m == 0 or self.settings.aux_weight == 0:
+        b, d = error.shape
+        if len(dead) == 0 or self.settings.aux_weight == 0:
             none = error.new_empty(0, d)
-            return Extra(dead, position[:n], none, none, none[:, 0]), error.new_zeros(()), None
-        position[dead] = torch.arange(m, dtype=torch.int32, device=dead.device)
+            return Extra(dead[:0], none, none, none[:, 0]), error.new_zeros(()), None
         acts = self.kernels.row_topk(pre, dead, self.settings.k_aux)
         rows = self.W_dec[dead].to(acts.dtype)
         e_hat = acts @ rows
@@ -236,7 +233,6 @@ class Learner:
         scale = 2 * self.settings.aux_weight / (b * d)
         extra = Extra(
             dead,
-            position[:n],
             (acts.T @ low).to(error.dtype).mul_(scale),
             (g_pre.T @ centred).to(error.dtype).mul_(scale),
             g_bias.mul_(scale),

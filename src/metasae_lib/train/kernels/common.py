@@ -57,8 +57,7 @@ class Batch(NamedTuple):
 class Extra(NamedTuple):
     """A gradient that some rows of the dictionary receive besides that of the L2 loss."""
 
-    features: Tensor  # (m,) int64: the rows, or -1 for none, whose gradient is zero
-    position: Tensor  # (n,) int32: row of the matrices below that belongs to a feature, or -1
+    features: Tensor  # (m,) int64: whose rows they are, or -1 for none, whose gradient is zero
     W_dec: Tensor  # (m, d) float32: gradient of the decoder rows
     W_enc_T: Tensor  # (m, d) float32: gradient of the encoder
     pre: Tensor  # (m,) float32: gradient of the pre-activations, summed over the batch

@@ -217,7 +217,11 @@ def update_rows(
     bits = bits_of(
         low if low.dtype == torch.bfloat16 else low.new_empty(0, 0, dtype=torch.bfloat16)
     )
-    arguments = weights, batch, extra, pull or none, rates, unit, bits, partial
+    # The last place takes what pads the list of features.
+    position = torch.full((n + 1,), -1, dtype=torch.int32)
+    position[extra.features] = torch.arange(len(extra.features), dtype=torch.int32)
+    placed = tuple(map(_as_arrays, (position[:n], *extra[1:])))
+    arguments = weights, batch, placed, pull or none, rates, unit, bits, partial
     _run(loops.update_rows, operations, *arguments)
     return torch.from_numpy(partial.sum(0))
 

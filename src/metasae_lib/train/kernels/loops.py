@@ -271,7 +271,7 @@ def update_rows(
     W_enc_T, W_dec, m_enc, v_enc, m_dec, v_dec = weights
     codes, dots, z, error, ends, b_dec, scale = batch
     acts, col_ptr, entries, rows = codes.acts, codes.col_ptr, codes.entries, codes.rows
-    _, position, extra_dec, extra_enc, extra_pre = extra
+    position, extra_dec, extra_enc, extra_pre = extra
     direction, pull_scale = pull
     n, d = W_dec.shape
     scale_ = np.float32(scale)

@@ -167,7 +167,7 @@ def update_rows(
     g_enc = _product(dots.T, z.to(dots.dtype), W_dec.dtype)
     g_pre = scale * dots.sum(0, dtype=W_dec.dtype)
     g_b = -(g_pre @ W_enc_T)
-    if len(extra.W_dec):  # of centred inputs, and multiplied by what is still to come here
+    if len(extra.features):  # of centred inputs, and multiplied by what is still to come here
         at = extra.features.clamp(min=0)
         g_b -= extra.pre @ W_enc_T[at]
         for g, more in (g_dec, extra.W_dec), (g_enc, extra.W_enc_T):
