@@ -85,7 +85,7 @@ thresholds = pd.concat(
     )
     for name in (solo, joint)
 )
-thresholds = about.merge(thresholds, on="arm")
+thresholds = about.merge(thresholds.round(9), on="arm")
 figures.threshold_calibration(thresholds)
 
 # %% [markdown]
@@ -224,7 +224,9 @@ figures.clustered(links)
 # the rates explain.
 
 # %% mystnb={"figure": {"name": "fig-rates", "caption": "Appendix B. Left: share of living features that fire less often than a given rate, every arm, at the calibrated thresholds. Right: mean |φ| of the pairs whose rarer feature fires at a given rate (tenths of the features), solo and joint, beside independent features of the same rates (dashed). Rare features have small |φ| by necessity; an effect on features must show at equal rates."}, "image": {"alt": "Left, cumulative curves of firing rates on a logarithmic axis, one per arm; right, curves of mean absolute phi against firing rate for the solo and the joint arm, with dashed pink curves for independent features."}}
-firing = pd.concat(pd.DataFrame({"arm": name, "rate": counts[name].rates}) for name in arms)
+firing = pd.concat(
+    pd.DataFrame({"arm": name, "rate": counts[name].rates.round(9)}) for name in arms
+)
 rates = about.merge(firing, on="arm")
 by_rate = pd.concat(
     show.by_rarer(summaries[name].by_rate).assign(arm=name, kind=arms[name].spec.kind)

@@ -115,7 +115,7 @@ passes = any(interpret.is_able(verdicts, auto.judge, name) for name in verdicts.
 first = pairs[(pairs.joint_arm == joint) & (pairs.against == "solo")].reset_index(drop=True)
 asked = {auto.judge: pairs} if passes and auto.judge != "lexical" else {}
 asked["lexical"] = first
-scores = interpret.score_pairs(run, contexts, asked, judges)
+scores = interpret.score_pairs(run, contexts, asked, judges).round(4)
 unread = scores.groupby(["judge", "arm"])[["asked", "unreadable"]].sum().reset_index()
 show.table(unread, "Questions asked, and answers that could not be read", "tab-unreadable")
 
