@@ -27,7 +27,7 @@ from metasae_lib.study.errors import ArtefactError
 from metasae_lib.study.files import atomic_write, cache_folder, to_json
 from metasae_lib.study.machine import commit
 from metasae_lib.study.progress import progress
-from metasae_lib.study.run import Artefact
+from metasae_lib.study.run import Artefact, locked
 
 
 def finished(run: Run) -> Artefact:
@@ -98,6 +98,24 @@ def test_artefact_is_complete_only_when_finished(run: Run) -> None:
         "more/scan.bin": {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()},
     }
     assert {"seconds", "commit", "hardware", "libraries", "date"} <= info.keys()
+
+
+def test_no_second_is_counted_for_two_artefacts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("metasae_lib.study.run.time.monotonic", lambda: now)
+    first, second = (run.artefact("outer", {"i": i}) for i in range(2))
+    with locked([first, second]):
+        now += 1
+        inner = run.artefact("inner", {})
+        with inner.lock():
+            now += 2
+            inner.finish()
+        now += 4
+        first.finish()
+        now += 8
+        second.finish()
+    assert [one.info["seconds"] for one in (inner, first, second)] == [2, 1 + 4, 8]
+    assert run.provenance()["run_seconds"] == 15
 
 
 @pytest.mark.parametrize(

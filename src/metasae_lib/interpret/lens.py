@@ -70,7 +70,7 @@ def logit_lens(run: Run, arms: Mapping[str, Arm]) -> dict[str, Lens]:
                 values, ids = (torch.cat(each) for each in zip(*found, strict=True))
                 with atomic_write(artefact.folder / "lens.npz") as path:
                     np.savez(path, ids=ids.int().cpu(), values=values.cpu())
-                artefact.finish(shared_by=len(missing))
+                artefact.finish()
 
     inputs = {"model": fingerprint(run.profile), "tokens": len(tokenizer), "count": COUNT}
     made = run.made("lens", by_arm(arms, inputs), _VERSION, make)

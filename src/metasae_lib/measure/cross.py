@@ -71,7 +71,7 @@ def cross_scan(
                     np.save(path, cross.n11)
                 with atomic_write(missing[pair].folder / "n1.npz") as path:
                     np.savez(path, a=cross.n1_a, b=cross.n1_b)
-                missing[pair].finish({"n_tokens": cross.n_tokens}, shared_by=len(missing))
+                missing[pair].finish({"n_tokens": cross.n_tokens})
 
     on = scan_inputs(run, residuals)
     inputs = {(a, b): {"a": used[a].folder.name, "b": used[b].folder.name, **on} for a, b in pairs}

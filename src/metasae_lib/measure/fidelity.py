@@ -227,7 +227,7 @@ def _measured(run: Run, arms: Mapping[str, Arm]) -> dict[str, Artefact]:
             (l2, by_batch), (ce, by_row) = errors[name], entropies[name]
             measured = {"fidelity": {**l2, **ce, "dead": dead}}
             by_text = {"by_text": {"l2": by_batch, "ce": by_row}}
-            artefact.finish(measured | by_text, shared_by=len(missing))
+            artefact.finish(measured | by_text)
 
     on = {**scan_inputs(run, residuals), "ce_rows": run.profile.evaluation.ce_rows}
     return run.made("fidelity", by_arm(arms, on), VERSION, make)

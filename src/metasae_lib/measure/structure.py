@@ -212,7 +212,7 @@ def shifted_counts(run: Run, arms: Mapping[str, Arm]) -> dict[str, Counts]:
             for name, counter in count({name: arms[name].sae for name in group}).items():
                 cross = counter.cross_counts()
                 save_counts(missing[name], "n11", Counts(cross.n11, cross.n1_a, cross.n_tokens))
-                missing[name].finish({"n_tokens": cross.n_tokens}, shared_by=len(missing))
+                missing[name].finish({"n_tokens": cross.n_tokens})
 
     inputs = by_arm(arms, scan_inputs(run, residuals))
     made = run.made("shifted-counts", inputs, _VERSION, make)

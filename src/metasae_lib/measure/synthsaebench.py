@@ -113,7 +113,7 @@ def score_arms(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:
 
     def make(missing: dict[str, Artefact]) -> None:
         for name, found in _scores(run, {name: arms[name] for name in missing}).items():
-            missing[name].finish({"scores": found}, shared_by=len(missing))
+            missing[name].finish({"scores": found})
 
     training, held_out = run.profile.training, run.profile.text.roles["scan"]
     on = {"held_out": held_out, "batch": training.batch_tokens, "dtype": training.dtype}

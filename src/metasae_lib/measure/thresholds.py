@@ -267,7 +267,7 @@ def calibrate_arms(run: Run, arms: Mapping[str, Arm]) -> dict[str, Calibration]:
 
     def make(missing: dict[str, Artefact]) -> None:
         for name, result in _calibrate(run, residuals, {n: arms[n] for n in missing}).items():
-            _save(missing[name], result, len(missing))
+            _save(missing[name], result)
 
     inputs = by_arm(arms, calibration_inputs(run, residuals))
     artefacts = run.made("thresholds", inputs, VERSION, make)
@@ -333,12 +333,12 @@ def _calibrate(run: Run, residuals: Residuals, arms: Mapping[str, Arm]) -> dict[
     return results
 
 
-def _save(artefact: Artefact, result: Calibration, n_arms: int) -> None:
+def _save(artefact: Artefact, result: Calibration) -> None:
     arrays: dict[str, Any] = {rule: theta.numpy() for rule, theta in result.thresholds.items()}
     with atomic_write(artefact.folder / "thresholds.npz") as path:
         np.savez(path, selected=result.selected, cutoffs=result.cutoffs, **arrays)
     about = {"n_tokens": result.n_tokens, "off_by": result.off_by}
-    artefact.finish(about, shared_by=n_arms)
+    artefact.finish(about)
 
 
 def _load(artefact: Artefact) -> Calibration:

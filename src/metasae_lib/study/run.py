@@ -37,13 +37,15 @@ class Artefact:
     Use: `with a.lock(): if not a.complete: ...write into a.folder...; a.finish()`.
     """
 
+    _given = 0.0  # seconds that the finished artefacts of this process were given
+
     def __init__(
         self, artefacts: Path, stage: str, inputs: Mapping[str, Any], version: int
     ) -> None:
         self.stage, self.version, self.inputs = stage, version, json.loads(to_json(inputs))
         self.key = artefact_key(stage, self.inputs, version)
         self.folder = artefacts / f"{stage}-{self.key}"
-        self._started = time.monotonic()
+        self._started = self._clock()
         self._checked = False
         files.make_folder(self.folder)
 
@@ -71,15 +73,18 @@ class Artefact:
             raise ArtefactError(f"{self.folder.name} is not finished: run the step that makes it")
         return self._read()
 
-    def finish(self, extra: Mapping[str, Any] | None = None, shared_by: int = 1) -> None:
+    def finish(self, extra: Mapping[str, Any] | None = None) -> None:
         """Declare the folder's files final: sizes, hashes and provenance, written last.
 
         The entries of `extra` stand beside the others in `info`. `seconds` counts from the
-        opening of the lock, divided among `shared_by` artefacts that one pass makes; a stage that
-        resumes may give its own total in `extra`.
+        opening of the lock, less what other artefacts of the process were given since: of those
+        that one pass makes the first gets all of it, and their sum is right. A stage that resumes
+        may give its own total in `extra`.
         """
         for left_over in self.folder.rglob(".*.tmp*"):
             left_over.unlink()
+        seconds = self._clock() - self._started
+        Artefact._given += seconds
         info = {
             "stage": self.stage,
             "key": self.key,
@@ -90,7 +95,7 @@ class Artefact:
                 for path in self.folder.rglob("*")
                 if path.is_file() and path.name != "artefact.json"
             },
-            "seconds": round((time.monotonic() - self._started) / shared_by, 3),
+            "seconds": round(seconds, 3),
         }
         files.write_json(self.folder / "artefact.json", info | made_with() | dict(extra or {}))
         self._checked = True
@@ -108,9 +113,13 @@ class Artefact:
             raise files.may_not_write(path) from None
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            self._started, self._checked = time.monotonic(), False
+            self._started, self._checked = self._clock(), False
             files.make_folder(self.folder)
             yield
+
+    def _clock(self) -> float:
+        """Seconds that were given to no artefact, so that none is counted twice."""
+        return time.monotonic() - Artefact._given
 
     def _read(self) -> dict[str, Any]:
         try:
