@@ -139,7 +139,9 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
         )
     ),
     "fidelity": lambda: figures.fidelity(
-        ARMS.assign(l2=[0.1, 0.11, 0.12, 0.1], ce_overhead_pct=2.0)
+        ARMS.assign(
+            arm="critic-steps100to10-" + ARMS.arm, l2=[0.1, 0.11, 0.12, 0.1], ce_overhead_pct=2.0
+        )
     ),
     "time_spent": lambda: figures.time_spent(
         pd.DataFrame({"stage": ["a", "b"], "seconds": [1.0, 70.0]})
@@ -292,6 +294,8 @@ def test_figure_is_labelled_legible_and_leaves_nothing_open(name: str) -> None:
         if ax.get_label() == "<colorbar>":
             continue
         assert ax.get_xlabel()
+        left, bottom, right, top = ax.xaxis.label.get_window_extent().extents
+        assert left >= 0 and bottom >= 0 and right <= figure.bbox.x1 and top <= figure.bbox.y1
         assert (
             ax.get_ylabel()
             or not ax.get_yaxis().get_tick_params()["labelleft"]

@@ -93,11 +93,16 @@ def test_overrides_reach_the_run(tmp_path: Path) -> None:
         (0.3, "0.3"), (1.0, "1"), (-7.5, "−7.5"), (0.09701, "0.097"), (2.27e-3, "2.27e−3"),
         (5e-16, "5e−16"), (209e6, "209,000,000"), (1234.5, "1,234"), (51.62, "51.6"), (0, "0"),
         (None, "—"), (math.nan, "—"), ("Adam", "Adam"), (True, "yes"), (np.bool_(False), "no"),
-        (math.inf, "∞"), (np.int64(12), "12"), (np.float32(0.5), "0.5"),
+        (math.inf, "∞"), (np.int64(12), "12"), (np.float32(0.5), "0.5"), (999.7, "1,000"),
     ],
 )  # fmt: skip
 def test_numbers(value: object, text: str) -> None:
     assert formats.number(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(180.3, "180"), (-99.6, "−100"), (99.4, "99")])
+def test_numbers_of_two_digits(value: float, text: str) -> None:
+    assert formats.number(value, 2) == text
 
 
 def test_tables_are_numbered_and_keep_their_bars() -> None:

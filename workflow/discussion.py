@@ -237,7 +237,7 @@ def _balance(
             for claim in claims:
                 change, low, high, _ = announced.found(run, claim) or (math.nan,) * 4
                 what, _, unit = claim["what"].partition(", ")
-                size = f"{signed(change, '+.2g')}{_UNITS[unit]}"
+                size = f"{'+' * (change > 0)}{number(change, 2)}{_UNITS[unit]}"
                 found[announced.judged(claim["says"], low, high)].append(f"{what} {size}")
             answers.update({answer: len(said) for answer, said in found.items()})
             for answer in sides:

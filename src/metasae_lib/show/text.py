@@ -15,7 +15,7 @@ from IPython.display import Markdown
 def number(value: Any, digits: int = 3) -> str:
     """A number as a reader wants it; words as they are, nothing as a dash.
 
-    `digits` significant ones, whole above 1,000; powers of ten below 0.01; a true minus sign.
+    `digits` significant ones, whole where that is more; powers of ten below 0.01; a true minus.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "—"
@@ -26,9 +26,9 @@ def number(value: Any, digits: int = 3) -> str:
     size = abs(value)
     if math.isinf(value):
         text = "∞" if value > 0 else "-∞"
-    elif float(value).is_integer() or 1000 <= size < 1e9:
+    elif float(value).is_integer() or 10**digits <= round(size) < 1e9:
         text = f"{value:,.0f}"
-    elif 0.01 <= size < 1000:
+    elif 0.01 <= size < 1e9:
         text = f"{value:.{digits}g}"
     else:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")

@@ -29,12 +29,14 @@ KINDS = {
     "matryoshka": ("#882255", ">"),
     "frontier": ("#7A5195", "d"),
     "as-released": ("#8C6D31", "*"),
+    "batchtopk": ("#4D4D4D", "<"),
+    "critic": ("#A0522D", "8"),
     "random": ("#A6761D", "p"),
     "dense": (GREY, "h"),
     "paper": (RED, "D"),
     "null": (PINK, "v"),
 }
-_OTHERS = [("#4D4D4D", "<"), ("#A0522D", ">")]
+_OTHERS = [("#5C6B00", "H"), ("#3D5A80", "H")]
 _SERIES = [(BLUE, "o"), (GREEN, "s"), (PINK, "^"), (ORANGE, "D"), (SKY, "v"), (RED, "P")]
 DASHES = (0, (4, 3))
 ROW = 0.24  # inches that a labelled row needs

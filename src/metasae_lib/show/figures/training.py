@@ -132,14 +132,14 @@ def _along_training(ax: Axes, frame: pd.DataFrame, column: str, label: str) -> N
 
 @style.styled(8.0, 3.6, ncols=2, sharey=True)
 def fidelity(axes: NDArray[Any], frame: pd.DataFrame) -> None:
-    """What each arm loses: L2 on held-out tokens and the CE overhead. Columns: arm, kind, l2,
-    ce_overhead_pct."""
+    """What each arm loses: L2 on held-out tokens and CE, in percent of the model's. Columns: arm,
+    kind, l2, ce_overhead_pct."""
     frame = frame.assign(y=style.label_rows(axes[0], list(frame.arm), 3.6, 1.4))
     for _, part, look in style.by_kind(frame):
         axes[0].plot(part.l2, part.y, **look)
         axes[1].plot(part.ce_overhead_pct, part.y, **look)
     axes[0].set_xlabel("L2 (share of unit variance)")
-    axes[1].set_xlabel("CE overhead (% of the model's CE)")
+    axes[1].set_xlabel("CE overhead (%)")
     style.legend_below(axes[1], 4)
 
 
