@@ -770,6 +770,15 @@ def test_thoughts_without_room_for_them_are_named_too(server: Server) -> None:
         dict(judge_at(server).ask([detection(k) for k in range(50)]))
 
 
+def test_long_words_on_a_server_that_is_slow_are_asked_for_once(server: Server) -> None:
+    server.said = lambda prompt: ("They are words. And", "length")  # type: ignore[method-assign]
+    server.fault = lambda prompt, attempt: "hang" if server.asked[-1]["max_tokens"] > 999 else ""  # type: ignore[method-assign]
+    asked = [Question("explain", "", (example(f"text number {k}"),) * 2) for k in range(3)]
+    answers = dict(judge_at(server, timeout=0.5).ask(asked))
+    assert answers == dict.fromkeys(range(3), "They are words. And")
+    assert server.attempts.total() == 4
+
+
 def test_one_answer_that_is_cut_off_in_thoughts_is_none(server: Server) -> None:
     server.said = lambda prompt: (  # type: ignore[method-assign]
         ("yes", "stop") if number(prompt) == 0 else ("<think>No", "length")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.sparse import csc_array, diags_array
 
 from metasae_lib.measure.counting import CooccurrenceCounter, Counts
 from metasae_lib.measure.cross import firing
@@ -31,6 +32,7 @@ from metasae_lib.train import Arm
 
 VERSION = 1  # of the stage
 _MIN_FIRINGS = 100  # firings that another choice of pairs asks of both features
+_ROWS = 512  # of the counts of a pair that are made at a time
 _FREQUENT = 0.01  # share of features, the most frequent, that one choice of pairs leaves out
 
 
@@ -149,13 +151,14 @@ def _first_position(
         inputs = tokens.of(arm.sae).to(arm.sae.b_dec.device)
         pre = pre_activations(arm.sae, inputs, product_dtype(run))
         assert arm.sae.threshold is not None
-        fired = (pre > arm.sae.threshold).double().cpu().numpy()
-        weighted = fired * (sign * times[:, None])
-        other = Counts(
-            counts[name].n11 + np.rint(weighted.T @ fired).astype(np.int64),
-            counts[name].n1 + np.rint(weighted.sum(axis=0)).astype(np.int64),
-            counts[name].n_tokens + sign * int(times.sum()),
-        )
+        fired = csc_array((pre > arm.sae.threshold).cpu().numpy()).astype(np.int64)
+        weighted = diags_array(sign * times, dtype=np.int64) @ fired
+        n11 = np.array(counts[name].n11)
+        for first in range(0, len(n11), _ROWS):  # a second matrix of its size would not fit
+            part = slice(first, first + _ROWS)
+            n11[part] += (weighted[:, part].T @ fired).toarray()
+        n_tokens = counts[name].n_tokens + sign * int(times.sum())
+        other = Counts(n11, counts[name].n1 + weighted.sum(axis=0), n_tokens)
         for which, of in (("base", counts[name]), (variant, other)):
             rows.append(_row(name, "position 0", which, of))
     return rows

@@ -158,8 +158,9 @@ class HttpJudge:
     def _with_room(self, client: openai.OpenAI, question: Question, short: Any) -> Any:
         """A first answer that was cut off, again: with room, if it is thoughts that need it."""
         self._room, long = _THINKING, short
-        with suppress(openai.APIError):
-            long = self._choice(client, question.messages, question.max_tokens)
+        with suppress(openai.APIError):  # once: a slow server goes on with what nobody waits for
+            once = client.with_options(max_retries=0)
+            long = self._choice(once, question.messages, question.max_tokens)
         said = (long.message.content or "").strip()
         if short.message.content and said == after_thinking(said):
             self._room = 0
