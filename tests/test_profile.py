@@ -340,6 +340,13 @@ def test_costs_are_measured_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.splitlines()[2].split() == ["here"] and "Measured: here" in out
 
 
+def test_nothing_is_measured_where_no_arm_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metasae_lib.measure.speed._block", None)  # the first that is measured
+    profile = Profile.load("gemma-2-9b", {"dictionary.n_features": 2**21})
+    with pytest.raises(ProfileError, match="of memory are needed, more than here has: set"):
+        measured_costs(profile, shape_of(profile))
+
+
 def test_what_does_not_fit_says_what_would() -> None:
     profile = Profile.load("gemma-2-9b")
     small = replace(machines()["h100"].costs(profile, shape_of(profile)), memory=24)

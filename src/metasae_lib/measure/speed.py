@@ -20,7 +20,7 @@ from metasae_lib.measure.scan import ArmScan
 from metasae_lib.measure.thresholds import Calibrator
 from metasae_lib.study import ArmSpec, Profile, Run
 from metasae_lib.study.known import ModelShape
-from metasae_lib.study.plan import Costs, machines
+from metasae_lib.study.plan import Costs, check_memory, machines
 from metasae_lib.subject.head import Head
 from metasae_lib.subject.model import compute_device, load_subject
 from metasae_lib.train import Arm, normalise
@@ -34,14 +34,16 @@ def measured_costs(profile: Profile, shape: ModelShape) -> Costs:
 
     The language model is the profile's own, or for one of a hub random blocks with as many weights;
     its dictionaries are untrained.
-    Takes seconds, up to minutes for the shapes of large models on a CPU.
+    Takes seconds, up to minutes for the shapes of large models on a CPU; ProfileError before that
+    where the memory does not hold one arm.
     """
     device = compute_device(profile)
-    block, head = (each(profile, shape, device) for each in (_block, _head))
-    solo, joint = _steps(profile, shape, device)
     memory = machines()["cpu"].memory
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+    check_memory(profile, {"here": memory})
+    block, head = (each(profile, shape, device) for each in (_block, _head))
+    solo, joint = _steps(profile, shape, device)
     return Costs(block, head, solo, joint, *_passes(profile, shape, device), memory)
 
 

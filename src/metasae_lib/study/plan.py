@@ -110,18 +110,14 @@ def plan_text(profile: Profile, names: Sequence[str], here: Costs | None = None)
     assumed = {name: machines()[name] for name in names}
     chosen = {"here": here} if here else {}
     chosen |= {name: machine.costs(profile, shape) for name, machine in assumed.items()}
+    memory = {name: costs.memory for name, costs in chosen.items()}
+    check_memory(profile, memory)
     fitting, times = {}, []
     for name, costs in chosen.items():
         at_once = arms_at_once(profile, size, costs.memory)
         if min(at_once) > 0:
             fitting[name] = at_once
             times.append(stage_seconds(profile, shape, costs, at_once[0]))
-    if not fitting:
-        least = size["model"] + size["batch"] + max(size["training"], size["counting"])
-        raise ProfileError(
-            f"profile {profile.name}: about {_size(least / 0.9)} of memory are needed, more than "
-            f"{' or '.join(chosen)} has: {_smaller(profile, size, chosen)}"
-        )
     rows = [
         ["", *fitting],
         *([stage, *(_time(column[stage]) for column in times)] for stage in times[0]),
@@ -152,7 +148,7 @@ def plan_text(profile: Profile, names: Sequence[str], here: Costs | None = None)
             "",
             *(row[0].ljust(width) + "".join(cell.rjust(11) for cell in row[1:]) for row in rows),
             *(
-                f"{name}: too little memory; {_smaller(profile, size, {name: chosen[name]})}"
+                f"{name}: too little memory; {_smaller(profile, memory[name])}"
                 for name in chosen
                 if name not in fitting
             ),
@@ -182,14 +178,24 @@ def hours(profile: Profile, machine: str) -> float:
     return sum(stage_seconds(profile, shape, costs, trained).values()) / 3600
 
 
-def _smaller(profile: Profile, size: Mapping[str, int], chosen: Mapping[str, Costs]) -> str:
-    """What to change so that the largest of some machines holds one arm."""
-    room = 0.9 * max(costs.memory for costs in chosen.values()) * 1e9 - size["model"]
+def check_memory(profile: Profile, memory: Mapping[str, float]) -> None:
+    """Raise ProfileError if no machine, of so many gigabytes each, holds one arm."""
+    size = sizes(profile, shape_of(profile))
+    if not any(min(arms_at_once(profile, size, room)) > 0 for room in memory.values()):
+        least = size["model"] + size["batch"] + max(size["training"], size["counting"])
+        raise ProfileError(
+            f"profile {profile.name}: about {_size(least / 0.9)} of memory are needed, more than "
+            f"{' or '.join(memory)} has: {_smaller(profile, max(memory.values()))}"
+        )
+
+
+def _smaller(profile: Profile, memory: float) -> str:
+    """What to change so that so many gigabytes hold one arm."""
     shape = shape_of(profile)
     for n in (profile.dictionary.n_features >> i for i in range(1, 8)):
         dictionary = profile.dictionary.model_copy(update={"n_features": n})
         smaller = sizes(profile.model_copy(update={"dictionary": dictionary}), shape)
-        if smaller["batch"] + max(smaller["training"], smaller["counting"]) <= room:
+        if min(arms_at_once(profile, smaller, memory)) > 0:
             return f"set dictionary.n_features to {n:,}, or choose a larger machine"
     return "choose a larger machine"
 
