@@ -281,13 +281,14 @@ def test_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plan_against_hand_counts(capsys: pytest.CaptureFixture[str]) -> None:
     """100M tokens · 20 blocks · (2·12·1280² + 4·128·1280) · 128/127 at 300 TFLOP/s: 269 s.
-    An arm: 16 bytes · 2 · 1280 · (20,480 + 1,800) = 0.91 GB; counts 4 · 20,480² = 1.68 GB."""
+    An arm: 1280 · (26 bytes · (20,480 + 1,800) + 8 · 20,480) = 0.95 GB, two weights with moments in
+    float32, one again in bf16, and a pull twice; counts 4 · 20,480² = 1.68 GB."""
     assert main(["plan", "gpt2-large", "--gpu", "h100"]) == 0
     out = capsys.readouterr().out
     assert "4 min" in next(
         line for line in out.splitlines() if line.startswith("residuals, training")
     )
-    assert "0.91 GB of memory, with Adam" in out and "1.68 GB of memory" in out
+    assert "0.95 GB of memory, with Adam" in out and "1.68 GB of memory" in out
     assert "a100" not in out
 
 
@@ -319,7 +320,15 @@ def test_stages_are_sums_of_units() -> None:
         },
     )  # fmt: skip
     costs = Costs(
-        block=1, head=5, solo=2, joint=3, calibration=7, scan=11, reconstruction=13, memory=8
+        block=1,
+        head=5,
+        solo=2,
+        joint=3,
+        calibration=7,
+        scan=11,
+        reconstruction=13,
+        memory=8,
+        gpu=False,
     )
     shape = ModelShape(n_layers=5, d_model=64, block_parameters=1, vocabulary=9)
     found = stage_seconds(profile, shape, costs, 2)
@@ -333,7 +342,7 @@ def test_stages_are_sums_of_units() -> None:
 def test_costs_are_measured_here(capsys: pytest.CaptureFixture[str]) -> None:
     profile = Profile.load("tiny")
     costs = measured_costs(profile, shape_of(profile))
-    assert all(0 < value < 1 for value in astuple(costs)[:-1])
+    assert all(0 < value < 1 for value in astuple(costs)[:-2])
     assert costs.memory == machines()["cpu"].memory
     assert main(["plan", "tiny", "--gpu", "here"]) == 0
     out = capsys.readouterr().out
@@ -343,13 +352,13 @@ def test_costs_are_measured_here(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_is_measured_where_no_arm_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metasae_lib.measure.speed._block", None)  # the first that is measured
     profile = Profile.load("gemma-2-9b", {"dictionary.n_features": 2**21})
-    with pytest.raises(ProfileError, match="of memory are needed, more than here has: set"):
+    with pytest.raises(ProfileError, match="of memory are needed, more than here has: "):
         measured_costs(profile, shape_of(profile))
 
 
 def test_what_does_not_fit_says_what_would() -> None:
     profile = Profile.load("gemma-2-9b")
-    small = replace(machines()["h100"].costs(profile, shape_of(profile)), memory=24)
+    small = replace(machines()["h100"].costs(profile, shape_of(profile)), memory=48)
     with pytest.raises(
         ProfileError, match=r"here has: set dictionary.n_features to ([\d,]+)"
     ) as no:

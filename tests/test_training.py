@@ -429,6 +429,53 @@ def test_starts_have_arms_of_their_own(tmp_path: Path) -> None:
     assert arms["solo-seed0"].folder != plain.folder
 
 
+PEAK = """
+import sys
+import torch
+from metasae_lib import Profile
+from metasae_lib.study import ArmSpec, plan
+from metasae_lib.train import normalise
+from metasae_lib.train.trainer import Trainer
+
+def memory(what):
+    with open("/proc/self/status") as lines:
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what))
+
+def train(n, d, tokens):
+    sizes = {"n_features": n, "n_meta_features": n // 11, "k": 64, "meta_k": 8}
+    training = {"batch_tokens": tokens, "n_primary_steps": 2, "n_meta_steps": 1, "dead_after": 2}
+    training |= {"train_tokens": 10 * tokens, "k_aux": d // 2, "dtype": "bfloat16"}
+    profile = Profile.load("tiny", {"dictionary": sizes, "training": training})
+    spec = ArmSpec("solo", 0) if sys.argv[1] == "solo" else ArmSpec("joint", 0, *profile.selected)
+    z = normalise(torch.randn(tokens, d))[0]
+    trainer = Trainer(spec, profile, d, torch.device("cpu"))
+    for _ in range(4):
+        trainer.primary.silent.fill_(9)
+        trainer.primary.W_enc_T[n // 20 :] = 0  # never fire
+        trainer.primary._low[n // 20 :] = 0
+        losses = trainer.step(z)
+    assert losses.dead > 0.9 * n
+    d_in = profile, d
+    return plan.arm_bytes(*d_in, spec, False) + plan.step_bytes(*d_in, False)
+
+train(256, 64, 256)  # everything is compiled
+before = memory("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+planned = train(8192, 1024, 2048)
+print((memory("VmHWM") - before) / planned)
+"""
+
+
+@pytest.mark.parametrize("arm", ["solo", "joint"])
+def test_training_takes_the_memory_that_is_planned(arm: str) -> None:
+    """Of an arm nearly all of whose features are dead, which takes the most."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, arm], capture_output=True, text=True, check=True
+    )
+    assert 0.8 < float(done.stdout) < 1.1
+
+
 @pytest.mark.usefixtures("synthetic")
 def test_groups_and_added_arms_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

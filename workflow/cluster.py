@@ -56,12 +56,12 @@ def _planned(profile: Profile, gpu: bool) -> tuple[int, int]:
     shape, arms = profile.shape, len(profile.arms())
     if shape is None:
         return UNKNOWN_MB, MOST_MINUTES
-    machine, size = machines()[GPU if gpu else "cpu"], sizes(profile, shape)
-    trained = max(1, arms_at_once(profile, size, machine.memory)[0])
+    machine, size = machines()[GPU if gpu else "cpu"], sizes(profile, shape, gpu)
+    trained = max(1, arms_at_once(profile, shape, machine)[0])
     # Without a GPU all arms are in the host's memory; with one they pass through it one by one.
     largest = max(size["training"], size["counting"])
     passing = largest * (1 if gpu else arms)
-    host = size["loading"] + size["model"] + size["batch"] + passing
+    host = size["loading"] + size["model"] + size["step"] + passing
     seconds = sum(stage_seconds(profile, shape, machine.costs(profile, shape), trained).values())
     return math.ceil(FACTOR * host / 1e6), math.ceil(FACTOR * seconds / 60)
 

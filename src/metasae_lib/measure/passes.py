@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from metasae_lib.study import MeasureError, Run, progress
+from metasae_lib.study.plan import MEMORY_SHARE
 from metasae_lib.subject import Residuals
 from metasae_lib.subject.model import free_memory
 from metasae_lib.train import Arm, Dictionary
 from metasae_lib.train.dictionary import Space, enter
-from metasae_lib.train.training import MEMORY_SHARE
 
 GROUP = 8192  # tokens whose pre-activations are made at once
 T = TypeVar("T")

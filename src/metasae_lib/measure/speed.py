@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,14 @@ def measured_costs(profile: Profile, shape: ModelShape) -> Costs:
     where the memory does not hold one arm.
     """
     device = compute_device(profile)
-    memory = machines()["cpu"].memory
+    here = machines()["cpu"]
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 1e9
-    check_memory(profile, {"here": memory})
+        here = replace(here, memory=memory, gpu=True)
+    check_memory(profile, {"here": here})
     block, head = (each(profile, shape, device) for each in (_block, _head))
     solo, joint = _steps(profile, shape, device)
-    return Costs(block, head, solo, joint, *_passes(profile, shape, device), memory)
+    return Costs(block, head, solo, joint, *_passes(profile, shape, device), here.memory, here.gpu)
 
 
 def _seconds(unit: Callable[[], object]) -> float:

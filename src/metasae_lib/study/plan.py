@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from metasae_lib.study.arms import ArmSpec
 from metasae_lib.study.errors import ProfileError
 from metasae_lib.study.known import ModelShape
 from metasae_lib.study.machine import hardware
 from metasae_lib.study.profile import Profile
 from metasae_lib.study.sections import FIDELITY_TOKENS
 
+MEMORY_SHARE = 0.8  # of the free memory that training, or counts of pairs, may plan with
+
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of the units that stages are made of, and the memory of the machine in gigabytes.
+    """Seconds of the units that stages are made of; the machine's memory in gigabytes, and whether
+    it is that of a GPU.
 
     block, head: a token in one block of the language model, and its cross-entropy from the last
     hidden state. solo, joint: a training step, with its share of the meta phase. calibration, scan,
@@ -29,6 +33,7 @@ class Costs:
     scan: float
     reconstruction: float
     memory: float
+    gpu: bool
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Machine:
     start: float
     counts: float
     memory: float
+    gpu: bool = True
 
     def costs(self, profile: Profile, shape: ModelShape) -> Costs:
         """Of products counted dense, two operations a multiply-add."""
@@ -69,6 +75,7 @@ class Machine:
             product / dictionary + counts,
             2 * product / dictionary,
             self.memory,
+            self.gpu,
         )
 
 
@@ -86,7 +93,9 @@ def machines() -> dict[str, Machine]:
         "h100": Machine(model=300, dictionary=300, meta=60, start=0.42, counts=10, memory=80),
         "h200": Machine(model=300, dictionary=365, meta=75, start=0.42, counts=10, memory=141),
         "a100": Machine(model=100, dictionary=120, meta=35, start=0.5, counts=5, memory=80),
-        "cpu": Machine(model=0.25, dictionary=0.4, meta=0.4, start=0, counts=0.2, memory=here),
+        "cpu": Machine(
+            model=0.25, dictionary=0.4, meta=0.4, start=0, counts=0.2, memory=here, gpu=False
+        ),
     }
 
 
@@ -106,18 +115,18 @@ def plan_text(profile: Profile, names: Sequence[str], here: Costs | None = None)
     names: of :func:`machines`. here: what was measured on this machine, the first column.
     """
     shape = shape_of(profile)
-    size, n_arms = sizes(profile, shape), len(profile.arms())
     assumed = {name: machines()[name] for name in names}
     chosen = {"here": here} if here else {}
     chosen |= {name: machine.costs(profile, shape) for name, machine in assumed.items()}
-    memory = {name: costs.memory for name, costs in chosen.items()}
-    check_memory(profile, memory)
+    check_memory(profile, chosen)
     fitting, times = {}, []
     for name, costs in chosen.items():
-        at_once = arms_at_once(profile, size, costs.memory)
+        at_once = arms_at_once(profile, shape, costs)
         if min(at_once) > 0:
             fitting[name] = at_once
             times.append(stage_seconds(profile, shape, costs, at_once[0]))
+    size = sizes(profile, shape, any(chosen[name].gpu for name in fitting))
+    n_arms = len(profile.arms())
     rows = [
         ["", *fitting],
         *([stage, *(_time(column[stage]) for column in times)] for stage in times[0]),
@@ -133,7 +142,7 @@ def plan_text(profile: Profile, names: Sequence[str], here: Costs | None = None)
         "language model": f"{_size(size['model'])} of memory",
         "... while it is loaded": f"up to {_size(size['loading'])} of host memory",
         "one arm in training": f"{_size(size['training'])} of memory, with Adam",
-        "one batch": f"{_size(size['batch'])} of memory",
+        "a training step": f"{_size(size['step'])} of memory besides",
         "counts of one arm": f"{_size(size['counts'])} of memory",
         "cached residuals": f"{_size(size['cache'])} of disk",
         "arms and counts": f"{_size(size['results'])} of disk",
@@ -148,7 +157,7 @@ def plan_text(profile: Profile, names: Sequence[str], here: Costs | None = None)
             "",
             *(row[0].ljust(width) + "".join(cell.rjust(11) for cell in row[1:]) for row in rows),
             *(
-                f"{name}: too little memory; {_smaller(profile, memory[name])}"
+                f"{name}: too little memory; {_smaller(profile, chosen[name])}"
                 for name in chosen
                 if name not in fitting
             ),
@@ -174,46 +183,73 @@ def hours(profile: Profile, machine: str) -> float:
     """Hours of all stages of a profile on one of :func:`machines`, by what it assumes."""
     shape = shape_of(profile)
     costs = machines()[machine].costs(profile, shape)
-    trained, _ = arms_at_once(profile, sizes(profile, shape), costs.memory)
+    trained, _ = arms_at_once(profile, shape, costs)
     return sum(stage_seconds(profile, shape, costs, trained).values()) / 3600
 
 
-def check_memory(profile: Profile, memory: Mapping[str, float]) -> None:
-    """Raise ProfileError if no machine, of so many gigabytes each, holds one arm."""
-    size = sizes(profile, shape_of(profile))
-    if not any(min(arms_at_once(profile, size, room)) > 0 for room in memory.values()):
-        least = size["model"] + size["batch"] + max(size["training"], size["counting"])
+def check_memory(profile: Profile, candidates: Mapping[str, Machine | Costs]) -> None:
+    """Raise ProfileError if none of some machines holds one arm."""
+    shape = shape_of(profile)
+    if not any(min(arms_at_once(profile, shape, one)) > 0 for one in candidates.values()):
+        largest = max(candidates.values(), key=lambda one: one.memory)
+        size = sizes(profile, shape, largest.gpu)
+        least = size["model"] + max(size["step"] + size["training"], size["counting"])
         raise ProfileError(
-            f"profile {profile.name}: about {_size(least / 0.9)} of memory are needed, more than "
-            f"{' or '.join(memory)} has: {_smaller(profile, max(memory.values()))}"
+            f"profile {profile.name}: about {_size(least / MEMORY_SHARE)} of memory are needed, "
+            f"more than {' or '.join(candidates)} has: {_smaller(profile, largest)}"
         )
 
 
-def _smaller(profile: Profile, memory: float) -> str:
-    """What to change so that so many gigabytes hold one arm."""
-    shape = shape_of(profile)
+def _smaller(profile: Profile, machine: Machine | Costs) -> str:
+    """What to change so that a machine holds one arm."""
     for n in (profile.dictionary.n_features >> i for i in range(1, 8)):
         dictionary = profile.dictionary.model_copy(update={"n_features": n})
-        smaller = sizes(profile.model_copy(update={"dictionary": dictionary}), shape)
-        if min(arms_at_once(profile, smaller, memory)) > 0:
+        smaller = profile.model_copy(update={"dictionary": dictionary})
+        if min(arms_at_once(smaller, shape_of(profile), machine)) > 0:
             return f"set dictionary.n_features to {n:,}, or choose a larger machine"
     return "choose a larger machine"
 
 
-def arms_at_once(profile: Profile, size: Mapping[str, int], memory: float) -> tuple[int, int]:
-    """Arms trained and arms counted at once: those that fit in nine tenths of the memory
-    (gigabytes), beside model and batch."""
-    room = 0.9 * memory * 1e9 - size["model"] - size["batch"]
-    trained, counted = (int(room // size[use]) for use in ("training", "counting"))
+def arms_at_once(profile: Profile, shape: ModelShape, machine: Machine | Costs) -> tuple[int, int]:
+    """Arms trained and arms counted at once: those that fit beside the model in what may be
+    planned with."""
+    size = sizes(profile, shape, machine.gpu)
+    room = MEMORY_SHARE * machine.memory * 1e9 - size["model"]
+    trained, counted = int((room - size["step"]) // size["training"]), int(room // size["counting"])
     return min(len(profile.arms()), trained), min(len(profile.arms()), counted)
 
 
-def sizes(profile: Profile, shape: ModelShape) -> dict[str, int]:
-    """Bytes of memory of the model, loaded and while it is loaded, of a batch and of an arm; of
-    disk for the cached residuals and for all arms."""
-    n, n_meta = profile.dictionary.n_features, profile.dictionary.n_meta_features
+def arm_bytes(profile: Profile, d_in: int, spec: ArmSpec, gpu: bool) -> int:
+    """Memory that one arm holds between steps: weights, two moments each, the products' copy; on a
+    GPU what a penalty pulls with, where its graph leaves it and where the step's finds it."""
+    sizes = profile.dictionary
+    features = sizes.n_features + (sizes.n_meta_features if spec.has_meta else 0)
+    pull = sizes.n_features * 2 * 4 if gpu and spec.has_meta else 0
+    return (features * (6 * 4 + 2) + pull) * d_in
+
+
+def step_bytes(profile: Profile, d_in: int, gpu: bool) -> int:
+    """Memory that a step needs besides, shared by the arms of a group, when all features are dead.
+
+    Pre-activations, as much twice for the dead features' part of them and its gradient, rows of
+    these with their gradients, a pull on the decoder, the meta dictionary's pre-activations, and
+    what has the size of a batch. With `arm_bytes`, the peak on two cores is 0.91 to 1.08 of this at
+    d 1,280 and 3,584 and n 8,192 to 32,768. A GPU, whose plain products hold more and whose graphs
+    keep what they pass on, is given twice that; it was not measured.
+    """
+    sizes, training = profile.dictionary, profile.training
+    width, n = 2 if training.dtype == "bfloat16" else 4, sizes.n_features
+    low = 3 * training.batch_tokens * n + n * sizes.n_meta_features + 2 * n * d_in
+    exact = 3 * n * d_in + 8 * training.batch_tokens * d_in
+    return (width * low + 4 * exact) * (2 if gpu else 1)
+
+
+def sizes(profile: Profile, shape: ModelShape, gpu: bool) -> dict[str, int]:
+    """Bytes of memory of the model, loaded and while it is loaded, of an arm and a step in
+    training, and of an arm that is counted; of disk for the cached residuals and for all arms."""
+    n, n_meta, d = profile.dictionary.n_features, profile.dictionary.n_meta_features, shape.d_model
     element = 2 if profile.model.dtype == "bfloat16" else 4
-    weights, counts = 4 * 2 * shape.d_model * (n + n_meta), 4 * n**2  # float32 and int32
+    weights, counts = 4 * 2 * d * (n + n_meta), 4 * n**2  # float32 and int32
     kept, roles = profile.activations.kept, profile.text.roles
     cached = sum(tokens for role, tokens in roles.items() if kept(role))
     return {
@@ -221,12 +257,12 @@ def sizes(profile: Profile, shape: ModelShape) -> dict[str, int]:
         # As trained: the file, in float32 at worst, and its copy. Processed: folding and centring
         # in float32 hold 3.5 of it (measured on GPT-2 large's shapes: 4.7 and 10.9 GB).
         "loading": shape.parameters * (14 if profile.model.weights == "processed" else 4 + element),
-        # The pre-activations in float32, their gradient, and a bf16 copy.
-        "batch": 10 * profile.training.batch_tokens * n,
-        "training": 4 * weights,  # with gradients and two Adam moments
+        "training": max(arm_bytes(profile, d, arm, gpu) for arm in profile.arms()),
+        "step": step_bytes(profile, d, gpu),
         "counts": counts,
-        "counting": weights + counts,
-        "cache": cached * shape.d_model * element,
+        # With the pre-activations of a batch: in float32, compared, and a bf16 copy.
+        "counting": weights + counts + 10 * profile.training.batch_tokens * n,
+        "cache": cached * d * element,
         "results": len(profile.arms()) * (3 * weights + counts),  # with moments
     }
 

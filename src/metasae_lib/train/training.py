@@ -22,6 +22,7 @@ from metasae_lib.study import (
     distributed,
     progress,
 )
+from metasae_lib.study.plan import MEMORY_SHARE, arm_bytes, step_bytes
 from metasae_lib.study.run import locked
 from metasae_lib.subject import BatchStream, Residuals, SampleStream
 from metasae_lib.subject.model import compute_device, free_memory, release_subject
@@ -40,7 +41,6 @@ from metasae_lib.train.trainer import (
 )
 
 VERSION = 2  # of the stage: raise it when the same inputs give other weights
-MEMORY_SHARE = 0.7  # of the free memory that training, or counts of pairs, may plan with
 
 
 @dataclass(frozen=True)
@@ -294,15 +294,16 @@ def _groups(
     TrainingError if one arm alone does not fit.
     """
     # Processes without a GPU share one memory.
-    sharing = 1 if device.type == "cuda" else distributed.world_size()
+    on_gpu = device.type == "cuda"
+    sharing = 1 if on_gpu else distributed.world_size()
     free = distributed.least(free_memory(device) // sharing)
-    budget = MEMORY_SHARE * free - step_bytes(profile, d_in)
+    budget = MEMORY_SHARE * free - step_bytes(profile, d_in, on_gpu)
     group: list[_Place] = []
     held = [0] * distributed.world_size()
     for place in places:
-        size = arm_bytes(profile, d_in, place.spec)
+        size = arm_bytes(profile, d_in, place.spec, on_gpu)
         if size > budget:
-            raise TrainingError(_too_large(profile, d_in, place.spec, free))
+            raise TrainingError(_too_large(profile, d_in, place.spec, free, on_gpu))
         if held[len(group) % len(held)] + size > budget:
             yield group
             group, held = [], [0] * len(held)
@@ -312,33 +313,12 @@ def _groups(
         yield group
 
 
-def arm_bytes(profile: Profile, d_in: int, spec: ArmSpec) -> int:
-    """Memory that one arm holds between steps: weights, two moments each, the products' copy; on a
-    GPU what a penalty pulls with, where its graph leaves it and where the step's finds it."""
-    sizes = profile.dictionary
-    features = sizes.n_features + (sizes.n_meta_features if spec.has_meta else 0)
-    pull = sizes.n_features * 2 * 4 if spec.has_meta else 0
-    return (features * (6 * 4 + 2) + pull) * d_in
-
-
-def step_bytes(profile: Profile, d_in: int) -> int:
-    """Memory that a step needs besides, shared by all arms of a group.
-
-    The pre-activations, as much again for the dead features' part of them and its gradient, and
-    what has the size of a batch or (for a meta dictionary) of the decoder.
-    """
-    sizes, training = profile.dictionary, profile.training
-    width = 2 if training.dtype == "bfloat16" else 4
-    inputs = max(training.batch_tokens, sizes.n_features)
-    features = training.batch_tokens * sizes.n_features + sizes.n_features * sizes.n_meta_features
-    return 4 * width * features + 8 * 4 * inputs * d_in
-
-
-def _too_large(profile: Profile, d_in: int, spec: ArmSpec, free: int) -> str:
+def _too_large(profile: Profile, d_in: int, spec: ArmSpec, free: int, on_gpu: bool) -> str:
     """Why an arm cannot be trained here, and the largest sizes that could be."""
 
     def need(smaller: Profile) -> float:
-        return (arm_bytes(smaller, d_in, spec) + step_bytes(smaller, d_in)) / MEMORY_SHARE
+        held = arm_bytes(smaller, d_in, spec, on_gpu) + step_bytes(smaller, d_in, on_gpu)
+        return held / MEMORY_SHARE
 
     fitting = []
     for section, key in (("training", "batch_tokens"), ("dictionary", "n_features")):
