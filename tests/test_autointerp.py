@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metasae_lib import show
 from metasae_lib.interpret import comparison, controls
 from metasae_lib.interpret import scores as scoring
 from metasae_lib.interpret.examples import Example
@@ -408,6 +409,25 @@ def test_a_shown_feature_may_have_no_explanation() -> None:
     contexts: Any = SimpleNamespace(top=lambda feature, count: [])
     shown = examples.examples_page(contexts, pd.DataFrame(scored), 1)
     assert "0</strong>: about rain<" in shown and "1</strong>: no explanation<" in shown
+
+
+def test_sentences_against_lists_where_a_judge_scored_few() -> None:
+    """Two features have both fuzzing scores (differences 0.1 and 0.3), one has both detections."""
+    nan = math.nan
+    both = pd.DataFrame(
+        {
+            "feature": [1, 2, 3] * 2,
+            "explainer": ["sentence"] * 3 + ["list"] * 3,
+            "explanation": list("abcdef"),
+            "fuzzing": [0.2, 0.4, nan, 0.1, 0.1, 0.5],
+            "spearman": [0.2, nan, nan, nan, 0.1, nan],
+            "detection": [nan, 0.5, nan, 0.5, 0.75, 0.5],
+        }
+    )
+    said = show.sentences_and_lists(both).data.splitlines()[0]
+    reach = 0.1 * scipy.stats.t.ppf(0.975, 1)
+    ends = f"−{reach - 0.2:.3f} to +{0.2 + reach:.3f}"
+    assert f"fuzzing +0.200 ({ends}), spearman of no feature with both, detection −0.250" in said
 
 
 def test_a_score_without_a_control_is_not_believed() -> None:

@@ -18,7 +18,16 @@ from metasae_lib.measure import Counts, PhiSummary, noise_floor, null_mean_abs, 
 from metasae_lib.measure.pairs import is_selected
 from metasae_lib.measure.statistics import paired_difference
 from metasae_lib.show.published import grid_id, load_published
-from metasae_lib.show.text import between, literal, number, percent, plain, section, table
+from metasae_lib.show.text import (
+    between,
+    literal,
+    number,
+    percent,
+    plain,
+    section,
+    signed,
+    table,
+)
 from metasae_lib.study import COMPETITORS, ArmSpec, MeasureError, Profile, Run, repository_folders
 from metasae_lib.study.kept import KeptRun, kept_runs
 from metasae_lib.train import Arm
@@ -368,12 +377,9 @@ def sentences_and_lists(both: pd.DataFrame) -> Markdown:
         name, both = next(iter(found.items()))
         whose = f" of the kept run {name}"
     wide = both.pivot(index="feature", columns="explainer")
-    change = {
-        name: paired_difference((wide[name].sentence - wide[name].list).dropna())
-        for name in ("fuzzing", "spearman", "detection")
-    }
     said = ", ".join(
-        f"{name} {e.difference:+.3f} ({e.low:+.3f} to {e.high:+.3f})" for name, e in change.items()
+        f"{name} {_moved(wide[name].sentence - wide[name].list)}"
+        for name in ("fuzzing", "spearman", "detection")
     )
     parts = {
         f"{name}, {column}": wide[column, name]
@@ -383,6 +389,16 @@ def sentences_and_lists(both: pd.DataFrame) -> Markdown:
     shown = pd.DataFrame(parts).reset_index().head(10)
     caption = f"A sentence against a token list over {len(wide)} features{whose}: {said}"
     return table(shown, caption, "tab-explainers", "wide")
+
+
+def _moved(differences: pd.Series) -> str:
+    """The mean of paired differences (nan: no pair) with its interval, as far as there are any."""
+    paired = differences.dropna()
+    if paired.empty:
+        return "of no feature with both"
+    effect = paired_difference(paired)
+    low, high = signed(effect.low, "+.3f"), signed(effect.high, "+.3f")
+    return signed(effect.difference, "+.3f") + (f" ({low} to {high})" if len(paired) > 1 else "")
 
 
 def _kept_with_sentences() -> Iterator[Run]:
