@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 
+from metasae_lib.measure import matching
 from metasae_lib.measure.matching import hungarian
 from metasae_lib.study.errors import MeasureError
 
@@ -38,6 +40,21 @@ def test_no_other_matching_has_a_larger_sum(n_a: int, n_b: int, seed: int) -> No
         for p in permutations(range(wide.shape[1]), len(wide))
     )
     assert cosines.sum() == pytest.approx(best, abs=1e-5)
+
+
+def test_cosines_are_made_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all of them in float64, of 30 and 40 rows; 7 do not divide either."""
+    monkeypatch.setattr(matching, "_ROWS", 7)
+    generator = np.random.default_rng(0)
+    W_a, W_b = generator.standard_normal((30, 5)), generator.standard_normal((40, 5))
+    cosine = (W_a / np.linalg.norm(W_a, axis=1, keepdims=True)) @ (
+        W_b / np.linalg.norm(W_b, axis=1, keepdims=True)
+    ).T
+    rows, cols, cosines = matching.hungarian(W_a, W_b)
+    np.testing.assert_array_equal((rows, cols), linear_sum_assignment(cosine, maximize=True))
+    np.testing.assert_allclose(cosines, cosine[rows, cols], atol=1e-6)
+    found = matching.pw_mcc(torch.from_numpy(W_a), torch.from_numpy(W_b))
+    assert found == pytest.approx((cosine.max(0).mean() + cosine.max(1).mean()) / 2, abs=1e-6)
 
 
 def test_rows_without_a_direction_and_other_widths_are_refused() -> None:
