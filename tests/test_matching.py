@@ -55,6 +55,8 @@ def test_cosines_are_made_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_allclose(cosines, cosine[rows, cols], atol=1e-6)
     found = matching.pw_mcc(torch.from_numpy(W_a), torch.from_numpy(W_b))
     assert found == pytest.approx((cosine.max(0).mean() + cosine.max(1).mean()) / 2, abs=1e-6)
+    found = matching.row_cosine(torch.from_numpy(W_a), torch.from_numpy(W_b[:30]))
+    assert found == pytest.approx(cosine.diagonal().mean(), abs=1e-12)
 
 
 def test_rows_without_a_direction_and_other_widths_are_refused() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from metasae_lib.study import MeasureError, Run
 from metasae_lib.train import Arm, BatchTopK
 
-_ROWS = 4096  # of a matrix of cosines that are held at once
+_ROWS = 4096  # that are compared at once
 
 
 def hungarian(W_a: Any, W_b: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -51,7 +51,10 @@ def hungarian(W_a: Any, W_b: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[A
 
 def row_cosine(W_a: Tensor, W_b: Tensor) -> float:
     """Mean cosine of row i of one decoder with row i of the other."""
-    return float(torch.cosine_similarity(W_a.double(), W_b.double(), dim=1).mean())
+    parts = zip(W_a.split(_ROWS), W_b.split(_ROWS), strict=True)
+    return float(
+        torch.cat([torch.cosine_similarity(a.double(), b.double()) for a, b in parts]).mean()
+    )
 
 
 def pw_mcc(W_a: Tensor, W_b: Tensor) -> float:
