@@ -40,6 +40,7 @@ SIZES = {
     "text.roles": {"train": 100_000, "calibration": 10_000, "scan": 10_000, "contexts": 10_000},
     "activations": {"cache": False, "chunk_rows": 33},  # about a batch
     "dictionary": {"n_features": 9216, "k": 29, "n_meta_features": 810, "meta_k": 8},
+    "training.arms": ["solo", "joint", "control"],
     "training.batch_tokens": 4096,
     "training.n_primary_steps": 10,
     "training.n_meta_steps": 5,

@@ -60,8 +60,8 @@ def _planned(profile: Profile, gpu: bool) -> tuple[int, int]:
     trained = max(1, arms_at_once(profile, shape, machine)[0])
     # Without a GPU all arms are in the host's memory; with one they pass through it one by one.
     largest = max(size["training"], size["counting"])
-    passing = largest * (1 if gpu else arms)
-    host = size["loading"] + size["model"] + size["step"] + passing
+    passing = largest if gpu else largest * arms + size["step"]
+    host = size["loading"] + size["model"] + passing
     seconds = sum(stage_seconds(profile, shape, machine.costs(profile, shape), trained).values())
     return math.ceil(FACTOR * host / 1e6), math.ceil(FACTOR * seconds / 60)
 

@@ -134,7 +134,8 @@ def _passes(
         for pre in pre_activations(sae, z, dtype).split(batch):
             calibrator.update(pre)
 
-    calibration = _seconds(calibrate)
+    calibration = _seconds(calibrate) / n_tokens
+    calibration += _seconds(calibrator.result) / calibrator.n_tokens  # it sorts what was kept
     found = calibrator.result()
     sae.threshold = found.threshold(profile.evaluation.threshold_rule).to(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -145,4 +146,4 @@ def _passes(
     both = _seconds(
         lambda: [reconstruct(sae, part, mode, dtype) for part in z.split(batch) for mode in MODES]
     )
-    return calibration / n_tokens, scanned / n_tokens, both / n_tokens
+    return calibration, scanned / n_tokens, both / n_tokens
