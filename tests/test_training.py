@@ -473,7 +473,7 @@ def test_training_takes_the_memory_that_is_planned(arm: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PEAK, arm], capture_output=True, text=True, check=True
     )
-    assert 0.8 < float(done.stdout) < 1.1
+    assert 0.8 < float(done.stdout) < 1.2
 
 
 @pytest.mark.usefixtures("synthetic")
