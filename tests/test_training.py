@@ -455,8 +455,7 @@ def train(n, d, tokens):
         trainer.primary._low[n // 20 :] = 0
         losses = trainer.step(z)
     assert losses.dead > 0.9 * n
-    d_in = profile, d
-    return plan.arm_bytes(*d_in, spec, False) + plan.step_bytes(*d_in, False)
+    return plan.arm_bytes(profile, d, spec, False) + plan.step_bytes(profile, d, False)
 
 train(256, 64, 256)  # everything is compiled
 before = memory("VmRSS")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations, product
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from metasae_lib.study import MeasureError, Run
 from metasae_lib.train import Arm, BatchTopK
 
-_ROWS = 4096  # that are compared at once
+_ROWS = 4096  # compared at once: cosines of all pairs are 17 GB at 65,536 features
 
 
 def hungarian(W_a: Any, W_b: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -41,10 +41,11 @@ def hungarian(W_a: Any, W_b: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[A
     for W in (a, b):
         if not W.isfinite().all() or (W.norm(dim=1) == 0).any():
             raise MeasureError("a decoder row is zero or not finite: it has no direction to match")
+    unit_a, unit_b = (W / W.norm(dim=1, keepdim=True) for W in (a, b))
     # SciPy works in float64 and would make one more copy to maximise.
     cost = np.empty((len(a), len(b)))
-    for part, cosines in _cosines(a, b):
-        np.negative(cosines.numpy(), out=cost[part])
+    for part, some in zip(torch.from_numpy(cost).split(_ROWS), unit_a.split(_ROWS), strict=True):
+        part.copy_(some @ unit_b.T).neg_()
     rows, cols = linear_sum_assignment(cost)
     return rows, cols, np.clip(-cost[rows, cols], -1, 1).astype(np.float32)
 
@@ -62,20 +63,13 @@ def pw_mcc(W_a: Tensor, W_b: Tensor) -> float:
 
     Rows in random directions have about √(2 ln n / d).
     """
-    of_a, of_b = [], torch.full([len(W_b)], -torch.inf, device=W_b.device)
-    for _, cosines in _cosines(W_a, W_b):
+    a, b = (torch.nn.functional.normalize(W.float(), dim=1) for W in (W_a, W_b))
+    of_a, of_b = [], b.new_full([len(b)], -torch.inf)
+    for some in a.split(_ROWS):
+        cosines = some @ b.T
         of_a.append(cosines.amax(dim=1))
-        torch.maximum(of_b, cosines.amax(dim=0), out=of_b)
-    return float(sum(nearest.double().mean() for nearest in (of_b, torch.cat(of_a)))) / 2
-
-
-def _cosines(W_a: Tensor, W_b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Cosines of some rows of one decoder with all of another, float32, and which rows these are:
-    all of them at once are 17 GB at 65,536 features."""
-    unit = torch.nn.functional.normalize(W_b.float(), dim=1).T
-    for start in range(0, len(W_a), _ROWS):
-        part = slice(start, start + _ROWS)
-        yield part, torch.nn.functional.normalize(W_a[part].float(), dim=1) @ unit
+        of_b = of_b.maximum(cosines.amax(dim=0))
+    return float(torch.cat(of_a).double().mean() + of_b.double().mean()) / 2
 
 
 def same_features(run: Run, arms: Mapping[str, Arm]) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from metasae_lib.measure.scan import ArmScan
 from metasae_lib.measure.thresholds import Calibrator
 from metasae_lib.study import ArmSpec, Profile, Run
 from metasae_lib.study.known import ModelShape
-from metasae_lib.study.plan import Costs, check_memory, machines
+from metasae_lib.study.plan import Costs, fitting_machines, machines
 from metasae_lib.subject.head import Head
 from metasae_lib.subject.model import compute_device, load_subject
 from metasae_lib.train import Arm, normalise
@@ -43,7 +43,7 @@ def measured_costs(profile: Profile, shape: ModelShape) -> Costs:
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 1e9
         here = replace(here, memory=memory, gpu=True)
-    check_memory(profile, {"here": here})
+    fitting_machines(profile, {"here": here})  # raises
     block, head = (each(profile, shape, device) for each in (_block, _head))
     solo, joint = _steps(profile, shape, device)
     return Costs(block, head, solo, joint, *_passes(profile, shape, device), here.memory, here.gpu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,7 @@ from metasae_lib.measure import Counts, PhiSummary, noise_floor, null_mean_abs, 
 from metasae_lib.measure.pairs import is_selected
 from metasae_lib.measure.statistics import paired_difference
 from metasae_lib.show.published import grid_id, load_published
-from metasae_lib.show.text import (
-    between,
-    literal,
-    number,
-    percent,
-    plain,
-    section,
-    signed,
-    table,
-)
+from metasae_lib.show.text import between, literal, number, percent, plain, section, signed, table
 from metasae_lib.study import COMPETITORS, ArmSpec, MeasureError, Profile, Run, repository_folders
 from metasae_lib.study.kept import KeptRun, kept_runs
 from metasae_lib.train import Arm
@@ -396,9 +388,9 @@ def _moved(differences: pd.Series) -> str:
     paired = differences.dropna()
     if paired.empty:
         return "of no feature with both"
-    effect = paired_difference(paired)
-    low, high = signed(effect.low, "+.3f"), signed(effect.high, "+.3f")
-    return signed(effect.difference, "+.3f") + (f" ({low} to {high})" if len(paired) > 1 else "")
+    effect, show = paired_difference(paired), partial(signed, form="+.3f")
+    interval = f" ({between(effect.low, effect.high, show)})" if len(paired) > 1 else ""
+    return show(effect.difference) + interval
 
 
 def _kept_with_sentences() -> Iterator[Run]:

@@ -118,13 +118,11 @@ def plan_text(profile: Profile, names: Sequence[str], here: Costs | None = None)
     assumed = {name: machines()[name] for name in names}
     chosen = {"here": here} if here else {}
     chosen |= {name: machine.costs(profile, shape) for name, machine in assumed.items()}
-    check_memory(profile, chosen)
-    fitting, times = {}, []
-    for name, costs in chosen.items():
-        at_once = arms_at_once(profile, shape, costs)
-        if min(at_once) > 0:
-            fitting[name] = at_once
-            times.append(stage_seconds(profile, shape, costs, at_once[0]))
+    fitting = fitting_machines(profile, chosen)
+    times = [
+        stage_seconds(profile, shape, chosen[name], trained)
+        for name, (trained, _) in fitting.items()
+    ]
     size = sizes(profile, shape, any(chosen[name].gpu for name in fitting))
     n_arms = len(profile.arms())
     rows = [
@@ -187,25 +185,33 @@ def hours(profile: Profile, machine: str) -> float:
     return sum(stage_seconds(profile, shape, costs, trained).values()) / 3600
 
 
-def check_memory(profile: Profile, candidates: Mapping[str, Machine | Costs]) -> None:
-    """Raise ProfileError if none of some machines holds one arm."""
+def fitting_machines(
+    profile: Profile, candidates: Mapping[str, Machine | Costs]
+) -> dict[str, tuple[int, int]]:
+    """What :func:`arms_at_once` gives for those of some machines that hold one arm.
+
+    Raises ProfileError if none does.
+    """
     shape = shape_of(profile)
-    if not any(min(arms_at_once(profile, shape, one)) > 0 for one in candidates.values()):
-        largest = max(candidates.values(), key=lambda one: one.memory)
-        size = sizes(profile, shape, largest.gpu)
-        least = size["model"] + max(size["step"] + size["training"], size["counting"])
-        raise ProfileError(
-            f"profile {profile.name}: about {_size(least / MEMORY_SHARE)} of memory are needed, "
-            f"more than {' or '.join(candidates)} has: {_smaller(profile, largest)}"
-        )
+    at_once = {name: arms_at_once(profile, shape, one) for name, one in candidates.items()}
+    if fitting := {name: arms for name, arms in at_once.items() if min(arms) > 0}:
+        return fitting
+    largest = max(candidates.values(), key=lambda one: one.memory)
+    size = sizes(profile, shape, largest.gpu)
+    least = max(size["step"] + size["training"], size["batch"] + size["counting"])
+    raise ProfileError(
+        f"profile {profile.name}: about {_size((size['model'] + least) / MEMORY_SHARE)} of memory "
+        f"are needed, more than {' or '.join(candidates)} has: {_smaller(profile, largest)}"
+    )
 
 
 def _smaller(profile: Profile, machine: Machine | Costs) -> str:
     """What to change so that a machine holds one arm."""
+    shape = shape_of(profile)
     for n in (profile.dictionary.n_features >> i for i in range(1, 8)):
         dictionary = profile.dictionary.model_copy(update={"n_features": n})
         smaller = profile.model_copy(update={"dictionary": dictionary})
-        if min(arms_at_once(smaller, shape_of(profile), machine)) > 0:
+        if min(arms_at_once(smaller, shape, machine)) > 0:
             return f"set dictionary.n_features to {n:,}, or choose a larger machine"
     return "choose a larger machine"
 
@@ -215,7 +221,8 @@ def arms_at_once(profile: Profile, shape: ModelShape, machine: Machine | Costs) 
     planned with."""
     size = sizes(profile, shape, machine.gpu)
     room = MEMORY_SHARE * machine.memory * 1e9 - size["model"]
-    trained, counted = int((room - size["step"]) // size["training"]), int(room // size["counting"])
+    trained = int((room - size["step"]) // size["training"])
+    counted = int((room - size["batch"]) // size["counting"])
     return min(len(profile.arms()), trained), min(len(profile.arms()), counted)
 
 
@@ -246,7 +253,8 @@ def step_bytes(profile: Profile, d_in: int, gpu: bool) -> int:
 
 def sizes(profile: Profile, shape: ModelShape, gpu: bool) -> dict[str, int]:
     """Bytes of memory of the model, loaded and while it is loaded, of an arm and a step in
-    training, and of an arm that is counted; of disk for the cached residuals and for all arms."""
+    training, of an arm that is counted, and of a batch then; of disk for the cached residuals and
+    for all arms."""
     n, n_meta, d = profile.dictionary.n_features, profile.dictionary.n_meta_features, shape.d_model
     element = 2 if profile.model.dtype == "bfloat16" else 4
     weights, counts = 4 * 2 * d * (n + n_meta), 4 * n**2  # float32 and int32
@@ -260,8 +268,9 @@ def sizes(profile: Profile, shape: ModelShape, gpu: bool) -> dict[str, int]:
         "training": max(arm_bytes(profile, d, arm, gpu) for arm in profile.arms()),
         "step": step_bytes(profile, d, gpu),
         "counts": counts,
-        # With the pre-activations of a batch: in float32, compared, and a bf16 copy.
-        "counting": weights + counts + 10 * profile.training.batch_tokens * n,
+        "counting": weights + counts,
+        # Its pre-activations: in float32, compared, and a bf16 copy. Of one arm at a time.
+        "batch": 10 * profile.training.batch_tokens * n,
         "cache": cached * d * element,
         "results": len(profile.arms()) * (3 * weights + counts),  # with moments
     }

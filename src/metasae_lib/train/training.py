@@ -293,8 +293,8 @@ def _groups(
 
     TrainingError if one arm alone does not fit.
     """
-    # Processes without a GPU share one memory.
     on_gpu = device.type == "cuda"
+    # Processes without a GPU share one memory.
     sharing = 1 if on_gpu else distributed.world_size()
     free = distributed.least(free_memory(device) // sharing)
     budget = MEMORY_SHARE * free - step_bytes(profile, d_in, on_gpu)
