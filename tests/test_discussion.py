@@ -43,13 +43,18 @@ def test_it_is_short_and_every_section_has_figures() -> None:
     assert not re.search(r"\bnan\b", text) and " ." not in text and " ;" not in text
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> Run:
-    """The reference run with made-up tables, in which L2 0.100 becomes 0.110."""
-    run = fill(Run.open(PROFILES["smollm2-135m-reference"], tmp_path))
+def made_up(name: str, folder: Path) -> Run:
+    """A run with made-up tables, in which L2 0.100 becomes 0.110."""
+    run = fill(Run.open(PROFILES[name], folder))
     run.save_table("scorecard", run_scorecard(run), "made up")
     run.save_table("frontier_pairs", run.load_table("grid"), "made up")
     return run
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Run:
+    """The reference run."""
+    return made_up("smollm2-135m-reference", tmp_path)
 
 
 def equal_l2(run: Run, low: float, high: float) -> None:
@@ -70,14 +75,25 @@ def test_the_interval_words_it(
     equal_l2(made, low, high)
     text = page([made])
     assert f"(a smaller k, equal L2), mean |φ| {says}" in text
-    assert f"mean |φ| falls on {less} of 1 models; for the same L2" in text
-    assert f"a smaller k lowers it more on {more}." in text
-    assert f"at equal L2 it falls on {less} of 1." in text
+    assert f"mean |φ| falls in {less} of 1 runs; for the same L2" in text
+    assert f"a smaller k lowers it more in {more}." in text
+    assert f"at equal L2 it falls in {less} of 1." in text
     claimed = "smollm2-135m-reference, against solo dictionaries of equal L2: mean |φ| "
     before, _, after = text.partition("**Against it:**")
     assert (claimed in before, claimed in after) == (high < 0, low > 0)
     # Made up: 0.110 / 0.100 and 0.111 / 0.101, 1.90 / 2.00 and 1.91 / 2.02 thousandths.
     assert "it falls (−5.2%;" in text and "for +10.0% of L2" in text
+
+
+def test_two_runs_of_one_model_are_told_apart(made: Run, tmp_path: Path) -> None:
+    longer = made_up("smollm2-135m-long", tmp_path)
+    equal_l2(made, -3.0, -1.0)
+    equal_l2(longer, 1.0, 3.0)
+    text = page([made, longer])
+    for name, says in ((made.name, "falls"), (longer.name, "rises")):
+        assert f"In {name}, against solo dictionaries that" in text
+        assert says in text.partition(f"In {name}, against solo")[2].partition("mean |φ| ")[2][:6]
+    assert "mean |φ| falls in 1 of 2 runs; for the same L2 a smaller k lowers it more in 1." in text
 
 
 def test_without_a_run_there_is_nothing_to_discuss() -> None:

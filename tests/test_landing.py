@@ -57,7 +57,7 @@ def test_a_scorecard_is_read_back_as_it_was(fresh: Run) -> None:
 def test_the_first_page_answers(fresh: Run, published: Any, tmp_path: Path) -> None:
     landing.write(published, {fresh.name: fresh}, tmp_path, WHERE)
     answer = (tmp_path / "answer.md").read_text()
-    assert answer.startswith("**On smollm2-135m mean |φ| falls under joint training (−5.2%, ")
+    assert answer.startswith("**In smollm2-135m mean |φ| falls under joint training (−5.2%, ")
     assert (tmp_path / landing.PICTURE).stat().st_size > 10_000
     claims = (tmp_path / "claims.md").read_text()
     assert "{bdg-success}`smollm2-135m: agrees`" in claims

@@ -31,7 +31,6 @@ from metasae_lib.show.published import grid_id
 from metasae_lib.show.scorecard import saved_scorecard
 from metasae_lib.show.sentences import (
     effects_by_way,
-    model_name,
     moves,
     recovery_rank,
     with_ends,
@@ -112,7 +111,7 @@ def _replicates(models: Mapping[str, Run]) -> Iterator[str]:
         ]
         for row in grid[grid.setting == f"joint-{heavy}"].to_dict("records"):
             said.append(f"at λ₂ = 1 it {_moved(*(row[c] for c in _PHI))}")
-        yield f"On {model_name(run)} {'; '.join(said)}."
+        yield f"In {run.name} {'; '.join(said)}."
     first = next(iter(models.values()))
     judged, _, _ = scorecard_sentence(saved_scorecard(first)).partition(". ")
     yield judged.replace("this run", first.name) + "."
@@ -136,13 +135,13 @@ def _fidelity(models: Mapping[str, Run]) -> Iterator[str]:
             less += ways["frontier"]["high"] < 0
             more += ways["frontier"]["low"] > 0
             yield (
-                f"On {model_name(run)}, against solo dictionaries that reconstruct as badly (a "
+                f"In {run.name}, against solo dictionaries that reconstruct as badly (a "
                 f"smaller k, equal L2), mean |φ| {equal}, and what is above the null of the same "
                 f"firing rates {excess}."
             )
     yield (
-        f"Beyond what worse reconstruction does, mean |φ| falls on {less} of {len(models)} models; "
-        f"for the same L2 a smaller k lowers it more on {more}."
+        f"Beyond what worse reconstruction does, mean |φ| falls in {less} of {len(models)} runs; "
+        f"for the same L2 a smaller k lowers it more in {more}."
     )
     first = next(iter(models.values()))
     yield elasticity_sentence(first).replace("In this run", f"In {first.name}")
@@ -223,9 +222,9 @@ def _balance(
         for way in ("seeds", "frontier")
     )
     yield (
-        f"For the paper speaks that by its own comparison mean |φ| falls on {solo} of {len(ways)} "
-        "models, all smaller than its own and trained for less; against it, that at equal L2 it "
-        f"falls on {equal} of {len(ways)}."
+        f"For the paper speaks that by its own comparison mean |φ| falls in {solo} of {len(ways)} "
+        "runs, all of models smaller than its own and trained for less; against it, that at equal "
+        f"L2 it falls in {equal} of {len(ways)}."
     )
     answers, sides = Counter[str](), {announced.FOR: "", announced.AGAINST: ""}
     for name, run in speaking.items():

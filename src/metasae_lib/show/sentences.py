@@ -321,13 +321,13 @@ def at_equal_l2(effect: Mapping[str, Any]) -> str:
 def answer(run: Run) -> str:
     """A run's answer in a clause: does mean |φ| fall, and does worse reconstruction explain it."""
     ways = effects_by_way(run)
-    model = model_name(run)
+    name = literal(run.name)
     if reason := collapsed(run):
-        return f"on {model} nothing can be said: {reason}"
+        return f"in {name} nothing can be said: {reason}"
     main = ways.get("seeds") or ways["features"]
     low, high = main["low"], main["high"]
     size = f"{percent(main['change_pct'])}, {between(low, high, percent)}"
-    said = f"on {model} mean |φ| {moves(low, high)} under joint training ({size})"
+    said = f"in {name} mean |φ| {moves(low, high)} under joint training ({size})"
     if "frontier" not in ways:
         return said
     curve = ways["frontier"]
