@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, cached_property, partial
 
 import numpy as np
 import pandas as pd
@@ -38,17 +38,24 @@ _VERSION = 1
 _PART_TOKENS = 8192
 _CHECKPOINT_SECONDS = 60
 _NO_HASH = np.uint64(2**64 - 1)  # of an empty place
+_Read = tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]]  # ids, pieces, sources
 
 
 class Contexts:
     """The contexts of one arm. `n_features`; `n_firing` (n,): segments in which each one fires."""
 
     def __init__(
-        self, artefact: Artefact, layout: Layout, tokens: Tokens, pieces: Pieces, seed: int
+        self,
+        artefact: Artefact,
+        layout: Layout,
+        tokens: Tokens,
+        pieces: Pieces,
+        read: Callable[[int], _Read],
+        seed: int,
     ) -> None:
         self.layout = layout
         self.pieces = pieces
-        self._tokens, self._rows, self._seed = tokens, tokens.rows("contexts"), seed
+        self._read, self._rows, self._seed = read, tokens.rows("contexts"), seed
         with np.load(artefact.folder / "examples.npz") as arrays:
             self.n_firing: Array = arrays["n_firing"]
             self._segment, self._strength = arrays["segment"], arrays["strength"]
@@ -188,11 +195,8 @@ class Contexts:
         return [self._example(segment, acts) for segment, acts in found if segment >= 0]
 
     def _example(self, segment: int, acts: Array) -> Example:
-        row, start = self.layout.place(segment)
-        stop = start + self.layout.window
-        ids = tuple(self._rows[row, start:stop].tolist())
-        sources = self._tokens.sources("contexts", row, start, stop)
-        return Example(ids, self.pieces(ids), tuple(acts.tolist()), segment, sources)
+        ids, pieces, sources = self._read(segment)
+        return Example(ids, pieces, tuple(acts.tolist()), segment, sources)
 
     def _bits(self, feature: int) -> Array:
         return np.unpackbits(self._fired[feature]).astype(bool)
@@ -226,7 +230,15 @@ def collect_contexts(
     inputs = by_arm(arms, scan_inputs(run, residuals) | sample)
     made = run.made("contexts", inputs, _VERSION, make)
     pieces = Pieces(tokens.tokenizer)
-    return {name: Contexts(one, layout, tokens, pieces, seed) for name, one in made.items()}
+    read = cache(partial(_read, layout, tokens, pieces))  # hundreds of features show a segment
+    return {name: Contexts(one, layout, tokens, pieces, read, seed) for name, one in made.items()}
+
+
+def _read(layout: Layout, tokens: Tokens, pieces: Pieces, segment: int) -> _Read:
+    row, start = layout.place(segment)
+    stop = start + layout.window
+    ids = tuple(tokens.rows("contexts")[row, start:stop].tolist())
+    return ids, pieces(ids), tokens.sources("contexts", row, start, stop)
 
 
 def _collect(run: Run, residuals: Residuals, collectors: Sequence[_Collector]) -> None:
