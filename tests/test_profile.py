@@ -21,6 +21,7 @@ from metasae_lib.study.errors import ProfileError
 from metasae_lib.study.known import ModelShape, model_shape
 from metasae_lib.study.plan import Costs, machines, plan_text, shape_of, stage_seconds
 from metasae_lib.study.profile import Profile
+from metasae_lib.train.learner import Learner, Losses
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROFILES = sorted(path.stem for path in (REPOSITORY / "profiles").glob("*.yml"))
@@ -347,6 +348,22 @@ def test_costs_are_measured_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny", "--gpu", "here"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[2].split() == ["here"] and "Measured: here" in out
+
+
+def test_steps_are_timed_with_dead_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training spends much of its time on AuxK, which a step without dead features has not."""
+    dead, step = [], Learner.step
+
+    def watched(learner: Learner, *given: Any) -> Losses:
+        losses = step(learner, *given)
+        dead.append(int(losses.dead) / learner.sae.n_features)
+        return losses
+
+    monkeypatch.setattr(Learner, "step", watched)
+    profile = Profile.load("tiny")
+    measured_costs(profile, shape_of(profile))
+    primary = [share for share in dead if share]  # meta dictionaries have none
+    assert primary == pytest.approx([0.2] * 8, abs=0.01)
 
 
 def test_nothing_is_measured_where_no_arm_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,11 @@ from metasae_lib.study.plan import Costs, fitting_machines, machines
 from metasae_lib.subject.head import Head
 from metasae_lib.subject.model import compute_device, load_subject
 from metasae_lib.train import Arm, normalise
+from metasae_lib.train.learner import Learner
 from metasae_lib.train.trainer import Trainer
 
 _REPEATS = 3  # of a unit, after a first call that warms up
+_DEAD = 0.2  # of the features, as on average over a training of the default profile
 
 
 def measured_costs(profile: Profile, shape: ModelShape) -> Costs:
@@ -108,6 +110,7 @@ def _steps(profile: Profile, shape: ModelShape, device: torch.device) -> tuple[f
     def step(spec: ArmSpec) -> float:
         trainer = Trainer(spec, profile, shape.d_model, device)
         trainer.phases = 10**9, 0  # a meta step is timed by itself
+        _let_die(trainer.primary, training.dead_after)
         seconds = _seconds(lambda: trainer.step(z))
         if (meta := trainer.meta) is None:
             return seconds
@@ -116,6 +119,15 @@ def _steps(profile: Profile, shape: ModelShape, device: torch.device) -> tuple[f
         return seconds + share * _seconds(lambda: meta.step(rows))
 
     return step(ArmSpec("solo", seed)), step(ArmSpec("joint", seed, *profile.selected))
+
+
+def _let_die(learner: Learner, dead_after: int) -> None:
+    """Make some features too weak to be selected, so that AuxK has its part of a step."""
+    state = learner.state()
+    dead = int(_DEAD * len(state["silent"]))
+    state["W_enc_T"][:dead] *= 1e-3
+    state["silent"][:dead] = dead_after
+    learner.restore(state)
 
 
 def _passes(
