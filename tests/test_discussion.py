@@ -78,7 +78,7 @@ def test_the_interval_words_it(
     assert f"mean |φ| falls in {less} of 1 runs; for the same L2" in text
     assert f"a smaller k lowers it more in {more}." in text
     assert f"at equal L2 it falls in {less} of 1." in text
-    claimed = "smollm2-135m-reference, against solo dictionaries of equal L2: mean |φ| "
+    claimed = "smollm2-135m-reference, at equal L2: mean |φ| "
     before, _, after = text.partition("**Against it:**")
     assert (claimed in before, claimed in after) == (high < 0, low > 0)
     # Made up: 0.110 / 0.100 and 0.111 / 0.101, 1.90 / 2.00 and 1.91 / 2.02 thousandths.
@@ -90,9 +90,11 @@ def test_two_runs_of_one_model_are_told_apart(made: Run, tmp_path: Path) -> None
     equal_l2(made, -3.0, -1.0)
     equal_l2(longer, 1.0, 3.0)
     text = page([made, longer])
-    for name, says in ((made.name, "falls"), (longer.name, "rises")):
-        assert f"In {name}, against solo dictionaries that" in text
-        assert says in text.partition(f"In {name}, against solo")[2].partition("mean |φ| ")[2][:6]
+    falls, rises = "falls (−2.0%; −3.0% to −1.0%)", "rises (+2.0%; +1.0% to +3.0%)"
+    both = f"{falls} in {made.name} and {rises} in {longer.name}."
+    assert (
+        f"equal L2), mean |φ| {both} What is above the null of the same firing rates {both}" in text
+    )
     assert "mean |φ| falls in 1 of 2 runs; for the same L2 a smaller k lowers it more in 1." in text
 
 

@@ -41,6 +41,10 @@ from metasae_lib.study.plan import hours
 
 _CHANGE, _PHI = ("change_pct", "low", "high"), ["d_mean_abs_phi_pct", "low", "high"]
 _AGAINST = {"solo": "against solo", "frontier": "at equal L2"}
+_CLAIMED = {  # of what a claim is held against
+    "the solo dictionary of its seed": _AGAINST["solo"],
+    "solo dictionaries of equal L2": _AGAINST["frontier"],
+}
 _MORE_SEEDS = 10
 _UNITS = {"": "", "%": "%", "percentage points": " points"}  # of claims
 _METHODS = dict(zip(COMPETITORS, ("OrtSAE", "Matryoshka"), strict=True))
@@ -125,20 +129,19 @@ def _replicates(models: Mapping[str, Run]) -> Iterator[str]:
 
 def _fidelity(models: Mapping[str, Run]) -> Iterator[str]:
     """At equal L2: all of mean |φ|, and what is above the null of the same firing rates."""
-    less = more = 0
-    for run in models.values():
-        ways = effects_by_way(run)
-        if {"frontier", "excess"} <= ways.keys():
-            equal, excess = (
-                _moved(*(ways[way][key] for key in _CHANGE)) for way in ("frontier", "excess")
-            )
-            less += ways["frontier"]["high"] < 0
-            more += ways["frontier"]["low"] > 0
-            yield (
-                f"In {run.name}, against solo dictionaries that reconstruct as badly (a "
-                f"smaller k, equal L2), mean |φ| {equal}, and what is above the null of the same "
-                f"firing rates {excess}."
-            )
+    ways = {name: effects_by_way(run) for name, run in models.items()}
+    told = {
+        "frontier": "Against solo dictionaries that reconstruct as badly (a smaller k, equal L2), "
+        "mean |φ|",
+        "excess": "What is above the null of the same firing rates",
+    }
+    for way, what in told.items():
+        changes = {name: found[way] for name, found in ways.items() if way in found}
+        said = [f"{_moved(*(row[k] for k in _CHANGE))} in {name}" for name, row in changes.items()]
+        if said:
+            yield f"{what} {enumerated(said)}."
+    ends = [found["frontier"] for found in ways.values() if "frontier" in found]
+    less, more = sum(row["high"] < 0 for row in ends), sum(row["low"] > 0 for row in ends)
     yield (
         f"Beyond what worse reconstruction does, mean |φ| falls in {less} of {len(models)} runs; "
         f"for the same L2 a smaller k lowers it more in {more}."
@@ -241,7 +244,7 @@ def _balance(
             answers.update({answer: len(said) for answer, said in found.items()})
             for answer in sides:
                 if said := "; ".join(found[answer]):
-                    sides[answer] += f"\n- {run.name}, against {against}: {said}"
+                    sides[answer] += f"\n- {run.name}, {_CLAIMED[against]}: {said}"
     counts = (f"{n} {answer}" for answer, n in answers.items() if n)
     yield f"Of its {answers.total()} announced claims: {enumerated(counts)}."
     for answer, said in sides.items():
