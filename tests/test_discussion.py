@@ -98,5 +98,14 @@ def test_two_runs_of_one_model_are_told_apart(made: Run, tmp_path: Path) -> None
     assert "mean |φ| falls in 1 of 2 runs; for the same L2 a smaller k lowers it more in 1." in text
 
 
+def test_a_run_beyond_the_solo_curve_counts_on_no_side(made: Run, tmp_path: Path) -> None:
+    longer = made_up("smollm2-135m-long", tmp_path)
+    equal_l2(made, 1.0, 3.0)
+    text = page([made, longer])
+    assert f"{longer.name} has nothing to compare with." in text
+    assert "mean |φ| falls in 0 of 1 runs; for the same L2 a smaller k lowers it more in 1." in text
+    assert "falls in 2 of 2 runs" in text and "at equal L2 it falls in 0 of 1." in text
+
+
 def test_without_a_run_there_is_nothing_to_discuss() -> None:
     assert "make book makes the default one" in page([])

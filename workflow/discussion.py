@@ -140,10 +140,12 @@ def _fidelity(models: Mapping[str, Run]) -> Iterator[str]:
         said = [f"{_moved(*(row[k] for k in _CHANGE))} in {name}" for name, row in changes.items()]
         if said:
             yield f"{what} {enumerated(said)}."
+    for name in (name for name, found in ways.items() if "frontier" not in found):
+        yield f"{name} has {announced.NOTHING}."
     ends = [found["frontier"] for found in ways.values() if "frontier" in found]
     less, more = sum(row["high"] < 0 for row in ends), sum(row["low"] > 0 for row in ends)
     yield (
-        f"Beyond what worse reconstruction does, mean |φ| falls in {less} of {len(models)} runs; "
+        f"Beyond what worse reconstruction does, mean |φ| falls in {less} of {len(ends)} runs; "
         f"for the same L2 a smaller k lowers it more in {more}."
     )
     first = next(iter(models.values()))
@@ -227,7 +229,7 @@ def _balance(
     yield (
         f"For the paper speaks that by its own comparison mean |φ| falls in {solo} of {len(ways)} "
         "runs, all of models smaller than its own and trained for less; against it, that at equal "
-        f"L2 it falls in {equal} of {len(ways)}."
+        f"L2 it falls in {equal} of {sum('frontier' in found for found in ways)}."
     )
     answers, sides = Counter[str](), {announced.FOR: "", announced.AGAINST: ""}
     for name, run in speaking.items():
