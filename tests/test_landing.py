@@ -58,6 +58,7 @@ def test_the_first_page_answers(fresh: Run, published: Any, tmp_path: Path) -> N
     landing.write(published, {fresh.name: fresh}, tmp_path, WHERE)
     answer = (tmp_path / "answer.md").read_text()
     assert answer.startswith("**In smollm2-135m mean |φ| falls under joint training (−5.2%, ")
+    assert ", with nothing to compare with at equal L2.**" in answer  # nothing is made up for that
     assert (tmp_path / landing.PICTURE).stat().st_size > 10_000
     claims = (tmp_path / "claims.md").read_text()
     assert "{bdg-success}`smollm2-135m: agrees`" in claims

@@ -329,7 +329,8 @@ def answer(run: Run) -> str:
     size = f"{percent(main['change_pct'])}, {between(low, high, percent)}"
     said = f"in {name} mean |φ| {moves(low, high)} under joint training ({size})"
     if "frontier" not in ways:
-        return said
+        has_curve = "frontier" in run.profile.training.arms
+        return said + ", with nothing to compare with at equal L2" * has_curve
     curve = ways["frontier"]
     low, high = curve["low"], curve["high"]
     size = f"{percent(curve['change_pct'])}, {between(low, high, percent)}"
