@@ -140,8 +140,7 @@ def _fidelity(models: Mapping[str, Run]) -> Iterator[str]:
         said = [f"{_moved(*(row[k] for k in _CHANGE))} in {name}" for name, row in changes.items()]
         if said:
             yield f"{what} {enumerated(said)}."
-    for name in (name for name, found in ways.items() if "frontier" not in found):
-        yield f"{name} has {announced.NOTHING}."
+    yield from (f"{n} has {announced.NOTHING}." for n in ways if "frontier" not in ways[n])
     ends = [found["frontier"] for found in ways.values() if "frontier" in found]
     less, more = sum(row["high"] < 0 for row in ends), sum(row["low"] > 0 for row in ends)
     yield (
