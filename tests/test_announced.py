@@ -89,6 +89,16 @@ def test_a_run_counts_only_as_it_was_announced(tmp_path: Path) -> None:
     assert announced.NOT_MADE in other
 
 
+def test_which_runs_are_silent() -> None:
+    """The one that a run was announced from, unless announced itself; the one that it repeats."""
+    more = {"seen_in": "a", "repeats": "b"}
+    claims = {"runs": {"a": {"seen_in": "small"}, "b": {"seen_in": "a"}, "c": more}}
+    assert announced.answered_for(claims, []) == set()
+    assert announced.answered_for(claims, ["b"]) == {"a"}
+    assert announced.answered_for(claims, ["a", "b"]) == {"small"}
+    assert announced.answered_for(claims, ["a", "b", "c"]) == {"small", "b"}
+
+
 def test_an_announced_run_answers_for_the_smaller_one(tmp_path: Path) -> None:
     """On the first page and in tables of values; what the smaller finds stands below as before."""
     reference = fill(Run.open(Profile.load("smollm2-135m-reference"), tmp_path / "runs"))

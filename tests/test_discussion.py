@@ -107,5 +107,14 @@ def test_a_run_beyond_the_solo_curve_counts_on_no_side(made: Run, tmp_path: Path
     assert "falls in 2 of 2 runs" in text and "at equal L2 it falls in 0 of 1." in text
 
 
+def test_a_run_with_more_arms_speaks_for_the_one_that_it_repeats(made: Run, tmp_path: Path) -> None:
+    longer, further = (made_up(f"smollm2-135m-{n}", tmp_path) for n in ("long", "long-k22"))
+    equal_l2(further, 1.0, 3.0)
+    text = page([made, longer, further])
+    assert f"- {further.name}: " in text and f"{longer.name}:" not in text
+    assert "falls in 2 of 2 runs" in text and "at equal L2 it falls in 0 of 1." in text
+    assert f"- {longer.name}: " in page([made, longer])
+
+
 def test_without_a_run_there_is_nothing_to_discuss() -> None:
     assert "make book makes the default one" in page([])

@@ -7,7 +7,7 @@ interval is expected to reach, from the scatter of a smaller run that was there 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pandas as pd
@@ -61,6 +61,13 @@ def made(profiles: Mapping[str, Profile], runs: Mapping[str, Run]) -> list[str]:
     """The runs that are there just as announced, with every size."""
     return [name for name, profile in profiles.items()
             if name in runs and runs[name].profile_hash == profile.hash]  # fmt: skip
+
+
+def answered_for(announcement: Mapping[str, Any], made: Collection[str]) -> set[str]:
+    """The runs in whose place one that was made speaks: a larger one, or one with more arms."""
+    parts = [announcement["runs"][name] for name in made]
+    smaller = {part["seen_in"] for part in parts} - set(made)
+    return smaller | {part["repeats"] for part in parts if "repeats" in part}
 
 
 def _row(

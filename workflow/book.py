@@ -99,10 +99,10 @@ def stage(root: Path, profiles: Sequence[str], runs_dir: Path, staging: Path) ->
     # announced stand first, as they were.
     first = [*filter(shown.__contains__, made), *shown]
     shown = {name: shown[name] for name in first if not shown[name].profile.synthetic}
-    smaller = {announcement["runs"][name]["seen_in"] for name in made} - set(made)
-    landing.write(published, shown, generated, where, smaller)
+    silent = announced.answered_for(announcement, made)
+    landing.write(published, shown, generated, where, silent)
     (generated / "texts.md").write_text(_texts(), encoding="utf-8")
-    claims = together.write(shown, staging, root / "notebooks", where, smaller)
+    claims = together.write(shown, staging, root / "notebooks", where, silent)
     table = toc.contents(pages, others, claims)
     (staging / "_toc.yml").write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
 

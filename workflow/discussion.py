@@ -62,10 +62,11 @@ def page(
     paper's own model, for what it would cost.
     """
     made = announced.made(profiles, runs)
+    silent = announced.answered_for(announcement, made)
     speaking = {
         name: runs[source]
         for name, part in announcement["runs"].items()
-        if (source := name if name in made else part["seen_in"]) in runs
+        if (source := name if name in made else part["seen_in"]) in runs.keys() - silent
         and (name in made or source not in made)
     }
     models = {name: run for name, run in speaking.items() if run.has_table("effects")}

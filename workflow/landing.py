@@ -38,16 +38,16 @@ def write(
     runs: Mapping[str, Run],
     folder: Path,
     where: Citation,
-    smaller: Collection[str] = (),
+    silent: Collection[str] = (),
 ) -> None:
     """Write the generated pieces of the first page into a folder.
 
-    smaller: runs for which an announced one answers.
+    silent: runs for which an announced one answers.
     """
     telling = {
         name: run
         for name, run in runs.items()
-        if not toy(name) and name not in smaller and run.has_table("effects")
+        if not toy(name) and name not in silent and run.has_table("effects")
     }
     # What a run of one seed finds stands with its pages, unless there is no other.
     several = {n: run for n, run in telling.items() if "seeds" in sentences.effects_by_way(run)}

@@ -152,18 +152,18 @@ def write(
     staging: Path,
     notebooks: Path,
     where: Citation,
-    smaller: Collection[str] = (),
+    silent: Collection[str] = (),
 ) -> list[str]:
     """Write the pages, their figures and data into `staging/together`; return the pages' names.
 
-    smaller: runs for which an announced one answers. They, and toys, have no column of values.
+    silent: runs for which an announced one answers. They, and toys, have no column of values.
     """
     folder = staging / FOLDER
     folder.mkdir()
     cards = {
         n: scorecard.saved_scorecard(run) for n, run in runs.items() if run.has_table("scorecard")
     }
-    telling = {n: card for n, card in cards.items() if n not in smaller and not landing.toy(n)}
+    telling = {n: card for n, card in cards.items() if n not in silent and not landing.toy(n)}
     for claim in CLAIMS:
         parts = [f"# {claim.title}", claim.text]
         for picture in claim.pictures:
