@@ -38,7 +38,7 @@ _VERSION = 1
 _PART_TOKENS = 8192
 _CHECKPOINT_SECONDS = 60
 _NO_HASH = np.uint64(2**64 - 1)  # of an empty place
-_Read = tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]]  # ids, pieces, sources
+_Segment = tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]]  # ids, pieces, sources
 
 
 class Contexts:
@@ -50,7 +50,7 @@ class Contexts:
         layout: Layout,
         tokens: Tokens,
         pieces: Pieces,
-        read: Callable[[int], _Read],
+        read: Callable[[int], _Segment],
         seed: int,
     ) -> None:
         self.layout = layout
@@ -230,11 +230,11 @@ def collect_contexts(
     inputs = by_arm(arms, scan_inputs(run, residuals) | sample)
     made = run.made("contexts", inputs, _VERSION, make)
     pieces = Pieces(tokens.tokenizer)
-    read = cache(partial(_read, layout, tokens, pieces))  # hundreds of features show a segment
+    read = cache(partial(_segment, layout, tokens, pieces))  # hundreds of features show a segment
     return {name: Contexts(one, layout, tokens, pieces, read, seed) for name, one in made.items()}
 
 
-def _read(layout: Layout, tokens: Tokens, pieces: Pieces, segment: int) -> _Read:
+def _segment(layout: Layout, tokens: Tokens, pieces: Pieces, segment: int) -> _Segment:
     row, start = layout.place(segment)
     stop = start + layout.window
     ids = tuple(tokens.rows("contexts")[row, start:stop].tolist())
