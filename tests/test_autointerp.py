@@ -307,6 +307,7 @@ def test_seeds_are_the_unit_where_there_are_several() -> None:
     assert found["delta"] == 2.5 and found["n"] == 8 and found["n_seeds"] == 4
     assert (found["low"], found["high"]) == pytest.approx((test.low, test.high))
     assert found["over"] == "seeds and features"
+    assert found["scatter"] == pytest.approx(np.std([1, 2, 3, 4], ddof=1))
 
 
 def test_pairs_needed_at_the_papers_effect() -> None:
@@ -380,11 +381,15 @@ def test_fineness_by_hand() -> None:
 def test_published_values_have_the_papers_ids() -> None:
     published = load_published()
     found = {"base": 0.23, "joint": 0.248, "delta": 0.0175, "low": 0.01, "high": 0.03, "t": 8.12,
-             "p": 5e-16, "higher": 0.516, "higher_low": 0.5, "higher_high": 0.53}  # fmt: skip
+             "p": 5e-16, "higher": 0.516, "higher_low": 0.5, "higher_high": 0.53,
+             "scatter": 0.02}  # fmt: skip
     rows = comparison.published_values(found, 20456).set_index("id")
     gemma = "gemma-2-9b.fuzz_delta_pct_selected"  # the same quantity of another model
     assert rows.value.pop(gemma) == rows.value["gpt2-large.fuzz_delta_pct"]
     rows = rows.drop(gemma)
+    # In percent of the solo mean; a share of pairs says nothing of seeds.
+    change = rows.scatter.filter(like="_delta").tolist()
+    assert change == pytest.approx([0.02, 2 / 0.23]) and rows.scatter.count() == 2
     for value_id, row in rows.iterrows():
         assert row.value == pytest.approx(published[str(value_id)], rel=0.01)
     assert {i for i in published.values if ".fuzz_" in i and i.startswith("gpt2-large.")} - {

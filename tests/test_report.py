@@ -162,6 +162,16 @@ def test_an_empty_run_says_why_nothing_is_there(run: Run) -> None:
     assert "small run" in sentences[0] and "**0**" in sentences[-1]
 
 
+def test_a_later_table_says_how_many_seeds_would_tell(run: Run) -> None:
+    delta = "gpt2-large.fuzz_paired_delta"  # 0.0175 ± 0.0043 in the paper
+    row = {"id": delta, "value": 0.029, "low": 0.0156, "high": 0.0424, "words": ""}
+    run.save_table("autointerp_values", pd.DataFrame([row]), "made up, as of an older run")
+    assert math.isnan(scorecard.run_scorecard(run).set_index("id").seeds[delta])
+    run.save_table("autointerp_values", pd.DataFrame([row | {"scatter": 0.0128}]), "made up")
+    # With n seeds: ± t(n-1) · 0.0128 / √n; 0.0074 at 14 reaches 0.0218, 0.0071 at 15 does not.
+    assert scorecard.run_scorecard(run).set_index("id").seeds[delta] == 15
+
+
 def test_scorecard_of_a_run_with_results(full: Run) -> None:
     card = scorecard.run_scorecard(full).set_index("id")
     changes = [100 * (1.90 / 2.00 - 1), 100 * (1.91 / 2.02 - 1)]  # pair by pair

@@ -101,9 +101,9 @@ def compare(
     either has no score are left out and counted.
     Returns n, lost, base and joint means, delta with its interval (low, high) and what that is
     `over` (new seeds and features, where there are several seeds: a t interval of the seeds' means;
-    features alone with one: a bootstrap), n_seeds, and over all pairs as the paper has it: t, p, d,
-    share higher (ties left out) with its interval, ties, the change in percent, and the spread of
-    the differences. nan where the differences do not vary.
+    features alone with one: a bootstrap), n_seeds, scatter (deviation of one seed's mean), and over
+    all pairs as the paper has it: t, p, d, share higher (ties left out) with its interval, ties,
+    the change in percent, and the spread of the differences. nan where the differences do not vary.
     """
     both = _of_pairs(pairs, scores, score_name)
     kept = both.dropna()
@@ -122,6 +122,7 @@ def compare(
     result |= {
         "base": float(a.mean()), "joint": float(b.mean()), "delta": effect.difference,
         "low": effect.low, "high": effect.high, "over": over, "n_seeds": len(by_seed),
+        "scatter": effect.scatter,
         "ties": int((a == b).sum()),
         "percent": 100 * float(change.mean() / a.mean()) if a.mean() > 0 else np.nan,
     }  # fmt: skip
@@ -224,15 +225,15 @@ def density_difference(
 def published_values(found: Mapping[str, Any], matched: int) -> pd.DataFrame:
     """A fuzzing comparison (`compare`) under the ids of the paper's values (§5.2, §4, §6).
 
-    Columns: id, value, low, high, words.
+    Columns: id, value, low, high, scatter (deviation of one seed's), words.
     """
 
     def values(*names: str) -> list[Any]:
         return [found.get(name, np.nan) for name in names]
 
-    (solo,), delta, alone = values("base"), values("delta", "low", "high"), [np.nan, np.nan]
+    (solo,), delta, alone = values("base"), values("delta", "low", "high", "scatter"), [np.nan] * 3
     change = [100 * value / solo if solo > 0 else np.nan for value in delta]
-    share = [100 * value for value in values("higher", "higher_low", "higher_high")]
+    share = [100 * value for value in values("higher", "higher_low", "higher_high")]  # of pairs
     rows = {
         "gpt2-large.fuzz_joint_mean": [*values("joint"), *alone],
         "gpt2-large.fuzz_solo_mean": [solo, *alone],
@@ -240,9 +241,9 @@ def published_values(found: Mapping[str, Any], matched: int) -> pd.DataFrame:
         "gpt2-large.fuzz_delta_pct": change,
         "gpt2-large.fuzz_paired_t": [*values("t"), *alone],
         "gpt2-large.fuzz_paired_p": [*values("p"), *alone],
-        "gpt2-large.fuzz_joint_higher_pct": share,
+        "gpt2-large.fuzz_joint_higher_pct": [*share, np.nan],
         "gpt2-large.matched_pairs": [matched, *alone],
         "gemma-2-9b.fuzz_delta_pct_selected": change,
     }
-    frame = pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high"])
+    frame = pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high", "scatter"])
     return frame.rename_axis("id").reset_index().assign(words="")

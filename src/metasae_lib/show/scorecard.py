@@ -206,7 +206,8 @@ def measured(run: Run, published: paper.Published) -> dict[str, Measured]:
             value = None if pd.isna(row.value) else float(row.value)
             interval = None if pd.isna(row.low) else (float(row.low), float(row.high))
             words = "" if pd.isna(row.words) else str(row.words)
-            ours[str(row.id)] = Measured(value, interval, words, why_not=why_not)
+            scatter = row.get("scatter", math.nan)
+            ours[str(row.id)] = Measured(value, interval, words, scatter, why_not=why_not)
     if reason := collapsed(run):
         results = (i for i, value in published.values.items() if value.section in RESULTS)
         ours |= dict.fromkeys(results, Measured(why_not=reason))
