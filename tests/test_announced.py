@@ -84,6 +84,10 @@ def test_a_run_counts_only_as_it_was_announced(tmp_path: Path) -> None:
     assert "Not announced yet" in before and "± 0.66" in before and announced.NOT_MADE in before
     after = announced.page(claims, profiles, {seen.name: seen, made.name: made}, where)
     assert "−3 (−3.5 to −2.5)" in after and announced.FOR in after
+    beyond = EFFECTS | {"row": {"way": "frontier"}}  # a row that the run does not have
+    claims["runs"][made.name] = section | {"claims": [beyond]}
+    after = announced.page(claims, profiles, {made.name: made}, where)
+    assert announced.NOTHING in after and announced.NOT_MADE not in after
     larger = Profile.load(made.name, {"text.roles.scan": 900_000})
     other = announced.page(claims, {made.name: larger}, {made.name: made}, where)
     assert announced.NOT_MADE in other

@@ -74,7 +74,7 @@ def _row(
     claim: Mapping[str, Any], run: Run | None, seen_in: Run | None, seeds: int
 ) -> dict[str, str]:
     before = None if seen_in is None else found(seen_in, claim)
-    now = None if run is None else found(run, claim)
+    now = None if run is None else found(run, claim) or (math.nan,) * 4
     reach = "—"
     if before is not None and not math.isnan(half := expected_reach(*before[1:], seeds)):
         reach = f"± {number(half, 2)}"
