@@ -159,7 +159,7 @@ figures.frontier(points)
 # nothing*, which is wider because seeds differ in the level of mean |φ| and partners share it; the
 # first joint arm against the *other* seeds' solo arms, as the paper may have done; and at equal L2.
 
-# %% mystnb={"figure": {"name": "fig-effect", "caption": "Change of mean |φ| by joint training at the selected setting, under each way to compare, with 95% intervals where there are any. Red: the paper's value against its own solo dictionary and against its four independent ones."}, "image": {"alt": "Horizontal intervals of the percent change of mean absolute phi, one row per comparison, with vertical lines at zero, minus 7.5 and minus 2.3 percent."}}
+# %% mystnb={"figure": {"name": "fig-effect", "caption": "Change of mean |φ| by joint training at the selected setting, under each way to compare, with 95% intervals where there are any. Lines off zero: the paper's value against its own solo dictionary and against its four independent ones."}, "image": {"alt": "Horizontal intervals of the percent change of mean absolute phi, one row per comparison, with vertical lines at zero, minus 7.5 and minus 2.3 percent."}}
 effects = measure.effects(phi, pairs, frontier)
 figures.effect(effects)
 

@@ -89,7 +89,7 @@ def _answer(runs: Mapping[str, Run], picture: Path, where: Citation) -> str:
         "run: against the solo partner and at equal L2, with lines at zero and at the paper's "
         "values.\n\nChange of mean |φ| by joint training, pair by pair, with 95% intervals for new "
         "seeds and new features: against the solo dictionary of the same seed, and against solo "
-        "dictionaries that reconstruct as badly. Red: the paper's two values.\n```\n\n"
+        "dictionaries that reconstruct as badly. Lines off zero: the paper's two values.\n```\n\n"
         + line([source], where.file("workflow/landing.py", commit()))
     )
 
@@ -117,7 +117,7 @@ def _claims(published: Mapping[str, Any], runs: Mapping[str, Run]) -> str:
          f" {value('fuzz_delta_pct_selected', gemma)}% higher (§6)",
          "gemma-2-9b.fuzz_delta_pct_selected"),
         ("features of ambiguous words such as *too*, *let*, *cookies* and *flash* split into"
-         " their senses (§5.4, §6)", ""),
+         " their senses (§5.4, §6): [what splits, and what merges](together/case-studies.md)", ""),
     ]  # fmt: skip
     verdicts = {name: saved_scorecard(run).set_index("id").verdict for name, run in runs.items()}
     lines = []
