@@ -18,6 +18,7 @@ import landing
 from citation import Citation
 from metasae_lib import Run
 from metasae_lib.show import figures, scorecard, tables
+from metasae_lib.show import published as paper
 from metasae_lib.show import text as formats
 from metasae_lib.study.kept import KeptRun
 from metasae_lib.study.machine import commit
@@ -223,9 +224,11 @@ def _values(claim: Claim, cards: Mapping[str, pd.DataFrame], folder: Path, where
         return "No run of this book has a scorecard yet."
     file = f"{claim.name}.csv"
     whole.to_csv(folder / file, index=False)
+    short = whole.replace(rf"^{paper.NOT_RUN}: .*", paper.NOT_RUN, regex=True)  # why: in the file
     shown = formats.table(
-        whole, f"The paper's values beside every run: {claim.title}",
+        short, f"The paper's values beside every run: {claim.title}",
         f"tab-together-{claim.name}", look="filterable",
     )  # fmt: skip
     made = where.file("workflow/together.py", commit())
-    return f"{shown.data}\n{line([f'{{download}}`{file}`'], made)}"
+    why = "Why a value was not run stands in the data."
+    return f"{why}\n\n{shown.data}\n{line([f'{{download}}`{file}`'], made)}"
