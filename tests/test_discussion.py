@@ -75,8 +75,7 @@ def test_the_interval_words_it(
     equal_l2(made, low, high)
     text = page([made])
     assert f"(a smaller k, equal L2), mean |φ| {says}" in text
-    assert f"mean |φ| falls in {less} of 1 runs; for the same L2" in text
-    assert f"a smaller k lowers it more in {more}." in text
+    assert f"For the same L2 a smaller k lowers mean |φ| more in {more} of 1 runs." in text
     assert f"at equal L2 it falls in {less} of 1." in text
     claimed = "smollm2-135m-reference, at equal L2: mean |φ| "
     before, _, after = text.partition("**Against it:**")
@@ -95,7 +94,8 @@ def test_two_runs_of_one_model_are_told_apart(made: Run, tmp_path: Path) -> None
     assert (
         f"equal L2), mean |φ| {both} What is above the null of the same firing rates {both}" in text
     )
-    assert "mean |φ| falls in 1 of 2 runs; for the same L2 a smaller k lowers it more in 1." in text
+    assert "a smaller k lowers mean |φ| more in 1 of 2 runs." in text
+    assert "at equal L2 it falls in 1 of 2." in text
 
 
 def test_a_run_beyond_the_solo_curve_counts_on_no_side(made: Run, tmp_path: Path) -> None:
@@ -103,8 +103,23 @@ def test_a_run_beyond_the_solo_curve_counts_on_no_side(made: Run, tmp_path: Path
     equal_l2(made, 1.0, 3.0)
     text = page([made, longer])
     assert f"{longer.name} has nothing to compare with." in text
-    assert "mean |φ| falls in 0 of 1 runs; for the same L2 a smaller k lowers it more in 1." in text
+    assert "a smaller k lowers mean |φ| more in 1 of 1 runs." in text
     assert "falls in 2 of 2 runs" in text and "at equal L2 it falls in 0 of 1." in text
+
+
+def test_a_shorter_training_is_another_way_to_equal_l2(made: Run, tmp_path: Path) -> None:
+    """Solo of the longer run has L2 0.100 and 0.101, of the shorter 0.120 and 0.121, joint 0.110
+    and 0.111: half way, so at the mean of both runs' solo arms, seed by seed."""
+    longer = made_up("smollm2-135m-long", tmp_path)
+    assert "trained for less, to equal L2" not in page([made, longer])  # beyond the shorter one's
+    arms, phi = made.load_table("arms"), made.load_table("phi")
+    solo = arms.kind == "solo"
+    made.save_table("arms", arms.assign(l2=arms.l2 + 0.02 * solo), "made up")
+    made.save_table("phi", phi.assign(mean_abs=phi.mean_abs - 2e-4 * solo), "made up")
+    # Joint 1.90 and 1.91 thousandths, against 1.90 and 1.92.
+    change = (0 + (1.91 - 1.92)) / 2 / 1.91
+    said = "to equal L2, it does not clearly move (−0.3%; −3.6% to +3.1%) in smollm2-135m-long;"
+    assert f"{100 * change:.1f}" == "-0.3" and said in page([made, longer])
 
 
 def test_a_run_with_more_arms_speaks_for_the_one_that_it_repeats(made: Run, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, permutations
 from operator import itemgetter
 from typing import Any
 
@@ -18,7 +18,7 @@ import pandas as pd
 import announced
 from metasae_lib import Profile, Run
 from metasae_lib.interpret import splitting
-from metasae_lib.measure import setting_table
+from metasae_lib.measure import paired_measures, setting_table
 from metasae_lib.measure.statistics import expected_reach
 from metasae_lib.show import (
     elasticity_sentence,
@@ -143,13 +143,42 @@ def _fidelity(models: Mapping[str, Run]) -> Iterator[str]:
             yield f"{what} {enumerated(said)}."
     yield from (f"{n} has {announced.NOTHING}." for n in ways if "frontier" not in ways[n])
     ends = [found["frontier"] for found in ways.values() if "frontier" in found]
-    less, more = sum(row["high"] < 0 for row in ends), sum(row["low"] > 0 for row in ends)
-    yield (
-        f"Beyond what worse reconstruction does, mean |φ| falls in {less} of {len(ends)} runs; "
-        f"for the same L2 a smaller k lowers it more in {more}."
-    )
+    more = sum(row["low"] > 0 for row in ends)
+    yield f"For the same L2 a smaller k lowers mean |φ| more in {more} of {len(ends)} runs."
+    yield from _trained_for_less(models)
     first = next(iter(models.values()))
     yield elasticity_sentence(first).replace("In this run", f"In {first.name}")
+
+
+def _trained_for_less(models: Mapping[str, Run]) -> Iterator[str]:
+    """At equal L2 by a shorter training, at the same k: nobody announced it, so it says so."""
+    for run, shorter in permutations(models.values(), 2):
+        if _subject(run) != _subject(shorter) or not _tokens(shorter) < _tokens(run):
+            continue
+        arms, rivals = (
+            one.load_table("phi").merge(one.load_table("arms")[["arm", "l2"]], on="arm")
+            for one in (run, shorter)
+        )
+        curve = rivals[rivals.kind == "solo"].assign(kind="frontier")
+        arms = pd.concat([arms[arms.kind != "frontier"], curve])
+        found = paired_measures(run, arms, ["mean_abs"])
+        for row in found[found.against == "equal L2"].to_dict("records"):
+            change = (100 * row[end] / row["base"] for end in ("change", "low", "high"))
+            yield (
+                "Against solo dictionaries of the same k that were trained for less, to equal L2, "
+                f"it {_moved(*change)} in {run.name}; this was not announced."
+            )
+
+
+def _subject(run: Run) -> tuple[Any, ...]:
+    """Of which model, dictionary and held-out text a run's mean |φ| is."""
+    model, hashes = run.profile.model, run.table_record("phi")["token_hashes"] or {}
+    held_out = {role: text for role, text in hashes.items() if role != "train"}
+    return model.source, model.layer, run.profile.dictionary, held_out
+
+
+def _tokens(run: Run) -> int:
+    return run.profile.training.train_tokens
 
 
 def _ground_truth(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
@@ -181,12 +210,14 @@ def _judge(model: Run) -> Iterator[str]:
         return
     paper = load_published()["gpt2-large.fuzz_paired_delta"]
     yield f"The paper's fuzzing scores differ by {signed(paper)}."
+    parts = []
     for score in ("fuzzing", "detection"):
         said = [
             f"{_moved(row['delta'], row['low'], row['high'], signed)} {_AGAINST[row['against']]}"
             for row in compared[compared.score == score].to_dict("records")
         ]
-        yield f"By the {judge} judge, {score} {' and '.join(said)}."
+        parts.append(f"{score} {' and '.join(said)}")
+    yield f"By the {judge} judge, {'; '.join(parts)}."
     fuzzing = compared[compared.score == "fuzzing"]
     least = float((fuzzing.high - fuzzing.low).min()) / 2
     yield f"A difference of fuzzing below {number(least, 2)} it could not have seen."
@@ -212,9 +243,13 @@ def _competitors(model: Run, worlds: Sequence[Run]) -> Iterator[str]:
     for world in worlds:
         changes = world.load_table("synthsaebench_differences")
         changes = changes[(changes.against == "equal L2") & (changes.measure == "mcc")]
-        for row in changes[changes.kind.isin(COMPETITORS)].to_dict("records"):
-            change = _moved(row["difference"], row["low"], row["high"], signed)
-            yield f"In SynthSAEBench, MCC of {_METHODS[row['kind']]} {change} at equal L2."
+        said = [
+            f"of {_METHODS[row['kind']]} "
+            + _moved(row["difference"], row["low"], row["high"], signed)
+            for row in changes[changes.kind.isin(COMPETITORS)].to_dict("records")
+        ]
+        if said:
+            yield f"In SynthSAEBench, MCC {enumerated(said)} at equal L2."
 
 
 def _balance(

@@ -331,14 +331,14 @@ def answer(run: Run) -> str:
     if "frontier" not in ways:
         has_curve = "frontier" in run.profile.training.arms
         return said + ", with nothing to compare with at equal L2" * has_curve
-    curve = ways["frontier"]
+    curve, rivals = ways["frontier"], "solo dictionaries of smaller k that reconstruct as badly"
     low, high = curve["low"], curve["high"]
     size = f"{percent(curve['change_pct'])}, {between(low, high, percent)}"
     if high < 0:
-        return f"{said}, also against solo dictionaries that reconstruct as badly ({size})"
+        return f"{said}, also against {rivals} ({size})"
     if low > 0:
-        return f"{said}, but solo dictionaries that reconstruct as badly have still less ({size})"
-    return f"{said}, and cannot be told from solo dictionaries that reconstruct as badly ({size})"
+        return f"{said}, but {rivals} have still less ({size})"
+    return f"{said}, and cannot be told from {rivals} ({size})"
 
 
 def elasticity_sentence(run: Run) -> str:
