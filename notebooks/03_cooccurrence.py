@@ -29,7 +29,8 @@
 # Arms of one seed start from the same weights and read the same text ([](02_training.ipynb) shows
 # that they keep the same features), so they are compared **as pairs**, feature by feature and seed by
 # seed. And since a dictionary that reconstructs worse may have a lower mean |φ| for that reason
-# alone, the joint arms are also held against solo dictionaries *made* worse, at equal L2.
+# alone, the joint arms are also held against solo dictionaries *made* worse by a smaller k, at equal
+# L2.
 #
 # What would transfer from GPT-2 large to a small model, if the paper is right, is the *sign* of the
 # change and its rough size in percent; mean |φ| itself depends on the number of features, their
@@ -143,7 +144,7 @@ figures.trade_off(grid, show.paper_grid())
 # mean |φ| has above its rate-matched null. Other methods against blended features, where the run
 # trains them, are held against the same curves; the last table of the next section has the numbers.
 
-# %% mystnb={"figure": {"name": "fig-frontier", "caption": "mean |φ| (left), and mean |φ| above the null of the same firing rates (right), against held-out L2. Grey lines: the solo arm of each seed and its arms of smaller k. A joint arm, or that of another method, below the line of its seed has less co-occurrence than worse reconstruction gives; on the line it has just that. Other methods are trained at the first seed alone."}, "image": {"alt": "Two panels over L2: grey lines that fall from solo arms through frontier arms of smaller k, one line a seed, and blue squares for the joint arms, the selected setting in a black circle, other methods with markers of their own."}}
+# %% mystnb={"figure": {"name": "fig-frontier", "caption": "mean |φ| (left), and mean |φ| above the null of the same firing rates (right), against held-out L2. Grey lines: the solo arm of each seed and its arms of smaller k. A joint arm, or that of another method, below the line of its seed has less co-occurrence than a smaller k gives at that L2; on the line it has just that. Other methods are trained at the first seed alone."}, "image": {"alt": "Two panels over L2: grey lines that fall from solo arms through frontier arms of smaller k, one line a seed, and blue squares for the joint arms, the selected setting in a black circle, other methods with markers of their own."}}
 frontier = measure.frontier_table(run, phi, fidelity, replicates)
 points = show.frontier_points(run, phi, fidelity)
 figures.frontier(points)
