@@ -23,6 +23,7 @@ from metasae_lib.study.kept import KeptRun
 FOR, AGAINST, OPEN = "for it", "against it", "open"
 NOTHING, NOT_MADE = "nothing to compare with", "not made yet"
 ANSWERS = FOR, AGAINST, OPEN, NOTHING
+LACKING = (math.nan, math.nan, math.nan, 0)  # for a row that a finished run does not have
 
 
 def page(
@@ -74,13 +75,12 @@ def _row(
     claim: Mapping[str, Any], run: Run | None, seen_in: Run | None, seeds: int
 ) -> dict[str, str]:
     before = None if seen_in is None else found(seen_in, claim)
-    now = None if run is None else found(run, claim) or (math.nan,) * 4
     reach = "—"
     if before is not None and not math.isnan(half := expected_reach(*before[1:], seeds)):
         reach = f"± {number(half, 2)}"
     value, answer = "—", NOT_MADE
-    if now is not None:
-        change, low, high, _ = now
+    if run is not None:
+        change, low, high, _ = found(run, claim) or LACKING
         if not math.isnan(change):
             value = f"{number(change)} ({number(low)} to {number(high)})"
         answer = judged(claim["says"], low, high)

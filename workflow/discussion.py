@@ -153,12 +153,9 @@ def _fidelity(models: Mapping[str, Run]) -> Iterator[str]:
 def _trained_for_less(models: Mapping[str, Run]) -> Iterator[str]:
     """At equal L2 by a shorter training, at the same k: nobody announced it, so it says so."""
     for run, shorter in permutations(models.values(), 2):
-        if _subject(run) != _subject(shorter) or not _tokens(shorter) < _tokens(run):
+        if _subject(run) != _subject(shorter) or _tokens(shorter) >= _tokens(run):
             continue
-        arms, rivals = (
-            one.load_table("phi").merge(one.load_table("arms")[["arm", "l2"]], on="arm")
-            for one in (run, shorter)
-        )
+        arms, rivals = (one.load_table("frontier") for one in (run, shorter))
         curve = rivals[rivals.kind == "solo"].assign(kind="frontier")
         arms = pd.concat([arms[arms.kind != "frontier"], curve])
         found = paired_measures(run, arms, ["mean_abs"])
@@ -172,7 +169,7 @@ def _trained_for_less(models: Mapping[str, Run]) -> Iterator[str]:
 
 def _subject(run: Run) -> tuple[Any, ...]:
     """Of which model, dictionary and held-out text a run's mean |φ| is."""
-    model, hashes = run.profile.model, run.table_record("phi")["token_hashes"] or {}
+    model, hashes = run.profile.model, run.table_record("frontier")["token_hashes"] or {}
     held_out = {role: text for role, text in hashes.items() if role != "train"}
     return model.source, model.layer, run.profile.dictionary, held_out
 
@@ -274,7 +271,7 @@ def _balance(
         for against, claims in groupby(claimed, itemgetter("against")):
             found: dict[str, list[str]] = {answer: [] for answer in announced.ANSWERS}
             for claim in claims:
-                change, low, high, _ = announced.found(run, claim) or (math.nan,) * 4
+                change, low, high, _ = announced.found(run, claim) or announced.LACKING
                 what, _, unit = claim["what"].partition(", ")
                 size = f"{'+' * (change > 0)}{number(change, 2)}{_UNITS[unit]}"
                 found[announced.judged(claim["says"], low, high)].append(f"{what} {size}")
